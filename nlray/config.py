@@ -1,0 +1,523 @@
+"""The configuration: a typed schema that YAML and the command line meet once, at the edge (`load_config`).
+
+Inside the program only the frozen dataclasses below travel. Nothing here imports torch or ray, so that a mistake is told
+before anything slow starts.
+"""
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import resources as package_files
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nlray.errors import UserError
+
+PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What is run, where it is written, and for how long."""
+
+    name: str | None = None
+    """Name of the run; null: the preset's or file's name with the date and time."""
+    dir: str | None = None
+    """Folder or fsspec URL that the run writes to; null: `runs/NAME`."""
+    steps: int = 300
+    """Optimizer steps of the sequence model; also the horizon of every learning-rate schedule."""
+    seed: int = 0
+    """Seed of the initial parameters and of the order of the data."""
+    stop_after: int | None = None
+    """Stop with a checkpoint after this step; schedules keep their horizon `steps`. null: run to the end."""
+    overwrite: bool = False
+    """Replace a run that `dir` already holds."""
+    log_every: int = 10
+    """Steps between two lines of progress when the output is no terminal."""
+    timeout_s: float = 300.0
+    """Limit in seconds of every remote wait; a wait that reaches it ends the run and says what it waited for."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"run.steps is {self.steps}; allowed: 1 or more")
+        _require(self.stop_after is None or self.stop_after >= 1, f"run.stop_after is {self.stop_after}; allowed: 1 or more, or null")
+        _require(self.log_every >= 1, f"run.log_every is {self.log_every}; allowed: 1 or more")
+        _require(self.timeout_s > 0, f"run.timeout_s is {self.timeout_s}; allowed: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One source of text: a file, a folder or a glob on any fsspec URL."""
+
+    path: str = MISSING
+    """File, folder, glob or fsspec URL; `stdlib:` is the Python sources and pydoc topics of this interpreter."""
+    format: Literal["auto", "parquet", "arrow", "jsonl", "text"] = "auto"
+    """File format; `auto` goes by the ending."""
+    weight: float = 1.0
+    """Share of the blocks drawn from this source, relative to the other sources' weights."""
+    text_column: str = "text"
+    """Column that holds the text (parquet, arrow, jsonl)."""
+    tag_columns: list[str] = field(default_factory=list)
+    """Columns whose values are kept with each block (for example language, domain)."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0 and math.isfinite(self.weight), f"data.sources weight of {self.path!r} is {self.weight}; allowed: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConfig:
+    """How the blocks of the sources are ordered and read ahead."""
+
+    shuffle: bool = True
+    """Shuffle files, row groups and records within a row group by `run.seed`; false: the order of the files."""
+    prefetch: int = 4
+    """Batches prepared ahead in the background; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.prefetch >= 0, f"data.stream.prefetch is {self.prefetch}; allowed: 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The stream of token blocks."""
+
+    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(path="stdlib:")])
+    """Sources, mixed by weight; on the command line a path alone is a source too: `data.sources=[a.parquet,b/]`."""
+    tokenizer: str = "bytes"
+    """`bytes`, or a Hugging Face tokenizers JSON file."""
+    eval_fraction: float = 0.05
+    """Share of the records held out for evaluation, picked by a hash of their text; 0: none."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+
+    def __post_init__(self) -> None:
+        _require(len(self.sources) > 0, "data.sources is empty; allowed: one source or more")
+        _require(0 <= self.eval_fraction < 1, f"data.eval_fraction is {self.eval_fraction}; allowed: 0 or more, less than 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The sequence model; the memory levels that follow each block are in `memory`."""
+
+    kind: Literal["hope", "hope_attention", "titans", "transformer"] = "hope"
+    """hope: self-referential Titans + CMS; hope_attention: softmax attention + CMS; titans: Titans + one MLP;
+    transformer: softmax attention + SwiGLU MLP (the baseline)."""
+    dim: int = 128
+    """Model width D."""
+    layers: int = 4
+    heads: int = 4
+    """Heads H of the memory or the attention; the head width is dim / heads."""
+    seq_len: int = 256
+    """Tokens T of a training sequence."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null: the tokenizer's."""
+    chunk_size: int = 64
+    """Tokens C of a chunk of the in-context memory: projections and values come from the chunk's first state."""
+    objective: Literal["dot", "l2"] = "dot"
+    """Inner objective of the memory, Eq. 92 (dot) or Eq. 93 (l2)."""
+    retain: Literal["init", "zero"] = "init"
+    """What the memory's decay leads to: its initial state, or zero (the paper's letter)."""
+    read: Literal["token", "chunk_start"] = "token"
+    """Whether a token reads the memory after its own update, or at the chunk's start (the paper's letter, Eq. 90)."""
+    inner_lr: float = 1.0
+    """Largest inner learning rate eta_max."""
+    inner_lr_bias: float = -4.0
+    """Bias of the inner learning rate's sigmoid at the start."""
+    decay_bias: float = 5.0
+    """Bias of the decay's sigmoid at the start: 5 is a half-life of about 100 tokens."""
+    conv_width: int = 4
+    """Width of the causal depthwise convolution; 0: none."""
+    mlp_hidden: int | None = None
+    """Hidden width of the one MLP of `titans` and `transformer`; null: 4 dim and 8/3 dim (in steps of 8)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding of the attention kinds."""
+    tie_head: bool = True
+    """Whether the output head is the embedding's transpose."""
+
+    def __post_init__(self) -> None:
+        for key in ("dim", "layers", "heads", "seq_len", "chunk_size"):
+            _require(getattr(self, key) >= 1, f"model.{key} is {getattr(self, key)}; allowed: 1 or more")
+        _require(self.dim % self.heads == 0, f"model.heads is {self.heads}; allowed: a divisor of model.dim={self.dim}")
+        if self.uses_attention:
+            _require(self.head_dim % 2 == 0, f"model.dim / model.heads is {self.head_dim}; allowed for {self.kind}: an even number")
+        _require(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; allowed: 2 or more, or null")
+        _require(self.inner_lr > 0, f"model.inner_lr is {self.inner_lr}; allowed: more than 0")
+        _require(self.conv_width >= 0, f"model.conv_width is {self.conv_width}; allowed: 0 or more")
+        _require(self.mlp_hidden is None or self.mlp_hidden >= 1, f"model.mlp_hidden is {self.mlp_hidden}; allowed: 1 or more, or null")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def uses_attention(self) -> bool:
+        return self.kind in ("hope_attention", "transformer")
+
+    @property
+    def uses_cms(self) -> bool:
+        return self.kind in ("hope", "hope_attention")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over the steps of the run: a linear warm-up, then `kind` down to `final` times the peak."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: int = 0
+    """Steps (not updates) of the linear warm-up."""
+    final: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup >= 0, f"schedule.warmup is {self.warmup}; allowed: 0 or more")
+        _require(0 <= self.final <= 1, f"schedule.final is {self.final}; allowed: 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """An outer optimizer. `muon` takes the matrices and AdamW the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-3
+    """Peak learning rate (for Muon's matrices scaled to AdamW's update size, so one number serves both)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; vectors have none."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    clip: float = 1.0
+    """Largest norm of the gradient of the whole level (or of all sequence parameters); 0: no clipping."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; allowed: more than 0")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"optimizer.betas is {list(self.betas)}; allowed: two numbers from 0 to below 1")
+        _require(self.clip >= 0, f"optimizer.clip is {self.clip}; allowed: 0 or more")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; allowed: 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig:
+    """What one actor (a sequence worker or a level rank) asks of Ray."""
+
+    cpus: float = 1.0
+    """Logical CPUs; also sets the actor's torch threads (at least one) unless `threads` does."""
+    gpus: str | int | float = "auto"
+    """GPUs; `auto`: one if the cluster has any, else none."""
+    threads: int | None = None
+    """torch threads; null: `cpus` rounded down, at least 1."""
+    custom: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources, for example `{far_pool: 1}`."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray node labels the actor's node must carry, for example `{region: west}`."""
+
+    def __post_init__(self) -> None:
+        _require(self.cpus >= 0, f"resources.cpus is {self.cpus}; allowed: 0 or more")
+        gpus_ok = self.gpus == "auto" if isinstance(self.gpus, str) else self.gpus >= 0
+        _require(gpus_ok, f"resources.gpus is {self.gpus!r}; allowed: auto, or 0 or more")
+        _require(self.threads is None or self.threads >= 1, f"resources.threads is {self.threads}; allowed: 1 or more, or null")
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads if self.threads is not None else max(1, int(self.cpus))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelConfig:
+    """One CMS level: its update period, its delay and the actor group that owns it."""
+
+    update_period: int = MISSING
+    """Steps C between two updates of the level (Eq. 71)."""
+    delay: int | None = None
+    """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
+    ranks: int = 1
+    """Actors that share the level's tensors."""
+    rule: Literal["gd", "dgd"] = "gd"
+    """Update rule: gradient descent, or delta gradient descent (Eq. 56-57)."""
+    dgd_lambda: float = 1.0
+    """Weight of the layer's own output in the delta rule's error; 1 is the paper."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(cpus=0.1))
+
+    def __post_init__(self) -> None:
+        _require(self.update_period >= 1, f"update_period is {self.update_period}; allowed: 1 or more")
+        _require(
+            self.delay is None or 0 <= self.delay <= self.update_period,
+            f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
+        )
+        _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
+
+    @property
+    def visible_delay(self) -> int:
+        """The delay D in steps, with the default in force."""
+        if self.delay is not None:
+            return self.delay
+        return 0 if self.update_period == 1 else min(self.update_period, 8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """The continuum memory system: a chain of residual MLP levels in every layer (Eq. 70)."""
+
+    variant: Literal["sequential"] = "sequential"
+    hidden: int | None = None
+    """Hidden width of each level's MLP; null: 2 dim."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Keys of a level that hold for every level that does not set them itself."""
+    levels: dict[str, LevelConfig] = field(default_factory=dict)
+    """Levels by name; `memory.levels.NAME=null` on the command line removes one."""
+
+    def __post_init__(self) -> None:
+        _require(self.hidden is None or self.hidden >= 1, f"memory.hidden is {self.hidden}; allowed: 1 or more, or null")
+        for name in self.levels:
+            _require(_NAME.fullmatch(name) is not None and name != "sequence", f"memory.levels.{name}: a level's name is letters, digits and _, and not 'sequence'")
+
+    @property
+    def ordered_levels(self) -> dict[str, LevelConfig]:
+        """The levels, fastest first; equal periods keep the order of the file."""
+        return dict(sorted(self.levels.items(), key=lambda item: item[1].update_period))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceConfig:
+    """The data-parallel sequence workers."""
+
+    workers: int = 1
+    global_batch: int = 8
+    """Sequences of one step, over all workers."""
+    micro_batch: int | None = None
+    """Sequences of one forward and backward pass in a worker; null: the worker's whole share."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; parameters, gates, memory states, accumulators and optimizer state stay float32."""
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, f"sequence.workers is {self.workers}; allowed: 1 or more")
+        _require(self.global_batch >= 1, f"sequence.global_batch is {self.global_batch}; allowed: 1 or more")
+        _require(
+            self.global_batch % self.workers == 0,
+            f"sequence.global_batch is {self.global_batch}; allowed: a multiple of sequence.workers={self.workers}",
+        )
+        _require(
+            self.micro_batch is None or (self.micro_batch >= 1 and self.worker_batch % self.micro_batch == 0),
+            f"sequence.micro_batch is {self.micro_batch}; allowed: a divisor of global_batch / workers = {self.worker_batch}, or null",
+        )
+
+    @property
+    def worker_batch(self) -> int:
+        """Sequences of one step in one worker."""
+        return self.global_batch // self.workers
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.micro_batch if self.micro_batch is not None else self.worker_batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeConfig:
+    """How level versions reach the sequence workers."""
+
+    mode: Literal["delayed", "eager"] = "delayed"
+    """delayed: a version is taken up exactly at its step (deterministic); eager: as soon as it is there, at the latest
+    at that step (the one mode whose result may differ from run to run)."""
+    transport: Literal["object_store"] = "object_store"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryConfig:
+    """Checkpoints on storage."""
+
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+
+    def __post_init__(self) -> None:
+        _require(self.checkpoint_every >= 0, f"recovery.checkpoint_every is {self.checkpoint_every}; allowed: 0 or more")
+        _require(self.keep >= 1, f"recovery.keep is {self.keep}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation on the held-out records."""
+
+    every: int = 0
+    """Steps between two evaluations during the run; 0: only at the end."""
+    sequences: int = 64
+    """Held-out sequences of seq_len tokens; the same ones every time. 0: no evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"eval.every is {self.every}; allowed: 0 or more")
+        _require(self.sequences >= 0, f"eval.sequences is {self.sequences}; allowed: 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole configuration of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.uses_cms:
+            _require(len(self.memory.levels) > 0, f"memory.levels is empty; model.kind={self.model.kind} needs one level or more")
+
+    @property
+    def levels(self) -> dict[str, LevelConfig]:
+        """The CMS levels, fastest first; none for kinds without a CMS."""
+        return self.memory.ordered_levels if self.model.uses_cms else {}
+
+    @property
+    def cms_hidden(self) -> int:
+        return self.memory.hidden if self.memory.hidden is not None else 2 * self.model.dim
+
+
+def load_config(source: str | None, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
+    """Read a preset or YAML file, apply `key=value` overrides, and return the checked configuration.
+
+    Args:
+        source: a preset's name, a path of a YAML file, or None for the preset `tiny`.
+        overrides: `key=value` strings with dotted keys; values are YAML.
+        default_name: `run.name` where neither file nor overrides set it.
+
+    Raises:
+        UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
+    """
+    name, text = _read_source(source)
+    try:
+        raw = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    _require(isinstance(raw, DictConfig), f"{name}: not a mapping of keys")
+    for override in overrides or []:
+        key, equals, _ = override.partition("=")
+        _require(bool(equals) and bool(key.strip()), f"argument {override!r}: not of the form key=value")
+        try:
+            raw = OmegaConf.merge(raw, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{key}: cannot read the value in {override!r}: {_first_line(error)}") from error
+    plain = OmegaConf.to_container(raw)
+    _expand_shorthands(plain)
+    if default_name is not None:
+        run = plain.setdefault("run", {})
+        if isinstance(run, dict) and run.get("name") is None:
+            run["name"] = default_name
+    return config_from_dict(plain, where=name)
+
+
+def config_from_dict(plain: dict[str, Any], *, where: str = "config") -> Config:
+    """Return the checked configuration of a plain mapping; raise UserError in one line."""
+    _check_keys(plain, Config, prefix="")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
+        return OmegaConf.to_object(merged)
+    except UserError as error:
+        raise UserError(_locate(str(error), plain)) from error
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or where
+        raise UserError(f"{key}: {_first_line(error)}") from error
+
+
+def config_to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML; `load_config` of it gives an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain JSON-able mappings; `config_from_dict` reverses it."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def default_run_name(source: str | None, stamp: str) -> str:
+    """Return `<preset or file>-<stamp>`."""
+    return f"{Path(source).stem if source and source not in PRESETS else source or 'tiny'}-{stamp}"
+
+
+def with_run(config: Config, **changes: Any) -> Config:
+    """Return the configuration with fields of `run` replaced."""
+    return replace(config, run=replace(config.run, **changes))
+
+
+def _read_source(source: str | None) -> tuple[str, str]:
+    name = source or "tiny"
+    if name in PRESETS:
+        return name, (package_files.files("nlray") / "presets" / f"{name}.yaml").read_text()
+    path = Path(name)
+    if path.is_file():
+        return name, path.read_text()
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"{name}: no such file")
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"{name!r}: no such preset or file; {hint}presets: {', '.join(PRESETS)}")
+
+
+def _expand_shorthands(plain: dict[str, Any]) -> None:
+    """Turn path strings into sources, drop removed levels, and give every level the defaults."""
+    data, memory = plain.get("data"), plain.get("memory")
+    if isinstance(data, dict) and isinstance(data.get("sources"), str):
+        data["sources"] = [data["sources"]]
+    if isinstance(data, dict) and isinstance(data.get("sources"), list):
+        data["sources"] = [{"path": s} if isinstance(s, str) else s for s in data["sources"]]
+    if isinstance(memory, dict) and isinstance(memory.get("levels"), dict):
+        defaults = memory.get("defaults") or {}
+        _check_keys(defaults, LevelConfig, prefix="memory.defaults.")
+        memory["levels"] = {
+            name: OmegaConf.to_container(OmegaConf.merge(defaults, level)) if isinstance(level, dict) else level
+            for name, level in memory["levels"].items()
+            if level is not None
+        }
+
+
+def _check_keys(value: Any, schema: type, *, prefix: str) -> None:
+    """Raise UserError for the first key that the schema does not have, with the nearest one."""
+    if not isinstance(value, dict):
+        raise UserError(f"{prefix.rstrip('.')}: is {value!r}; allowed: keys {', '.join(f.name for f in fields(schema))}")
+    known = {f.name: f for f in fields(schema)}
+    for key, item in value.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}? " if close else ""
+            raise UserError(f"unknown key {prefix}{key}; {hint}allowed here: {', '.join(known)}")
+        if schema is MemoryConfig and key == "levels" and isinstance(item, dict):
+            for name, level in item.items():
+                _check_keys(level, LevelConfig, prefix=f"{prefix}levels.{name}.")
+        elif schema is DataConfig and key == "sources" and isinstance(item, list):
+            for index, source in enumerate(item):
+                _check_keys(source, SourceConfig, prefix=f"{prefix}sources[{index}].")
+        elif is_dataclass(known[key].type):
+            _check_keys(item, known[key].type, prefix=f"{prefix}{key}.")
+
+
+def _locate(message: str, plain: dict[str, Any]) -> str:
+    """Prefix a level's or optimizer's message with the level it is about."""
+    if message.startswith(("run.", "data.", "model.", "memory.", "sequence.", "recovery.", "eval.", "exchange.")):
+        return message
+    for name, level in (plain.get("memory", {}).get("levels") or {}).items():
+        try:
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LevelConfig), OmegaConf.create(level)))
+        except UserError as error:
+            if str(error) == message:
+                return f"memory.levels.{name}.{message}"
+    return f"sequence.{message}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
