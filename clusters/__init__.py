@@ -1,0 +1,1 @@
+"""The outermost layer: the command line. Imports `nlray.actors` and below; nothing imports it."""

@@ -400,7 +400,11 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
     Raises:
         UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
     """
-    name, text = _read_source(source)
+    return parse_config(*_read_source(source), overrides, default_name=default_name)
+
+
+def parse_config(name: str, text: str, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
+    """Return the checked configuration of a YAML text with overrides; `name` is for messages. Raises as `load_config`."""
     try:
         raw = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except YAMLError as error:

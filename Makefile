@@ -1,0 +1,47 @@
+# Everything from a bare clone, with Python 3.11 or newer and make:  make train   make test
+# Options of a target go in ARGS:  make train ARGS="small run.steps=500"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-fast check doctor levels bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Options go in ARGS, for example: make train ARGS="small run.steps=500"'
+
+install: $(INSTALLED)  ## create .venv with pinned packages (the others do it when needed)
+
+train: $(INSTALLED)  ## train a model here; without ARGS the preset tiny, minutes on two CPU cores
+	$(VENV)/bin/nlray train $(ARGS)
+
+test: $(INSTALLED)  ## run every test that needs no GPU
+	$(VENV)/bin/pytest $(ARGS)
+
+test-fast: $(INSTALLED)  ## run the tests that take less than half a minute each
+	$(VENV)/bin/pytest -m "not slow" $(ARGS)
+
+check: $(INSTALLED)  ## lint with ruff
+	$(VENV)/bin/ruff check $(ARGS)
+
+doctor: $(INSTALLED)  ## report versions, GPUs, memory, Ray, disk
+	$(VENV)/bin/nlray doctor $(ARGS)
+
+levels: $(INSTALLED)  ## print a model's nested system and what it costs
+	$(VENV)/bin/nlray levels $(ARGS)
+
+bench: $(INSTALLED)  ## measure the data stream
+	$(VENV)/bin/python -m benchmarks.stream $(ARGS)
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'nlray needs Python 3.11 or newer; $(PYTHON) is not: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo 'cannot create $(VENV): the venv module of $(PYTHON) is missing (Debian: apt install python3-venv)' >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

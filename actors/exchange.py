@@ -1,0 +1,197 @@
+"""The exchange, as a sequence worker sees it: gradients of a period out, versions in, both beside the steps.
+
+One `LevelChannel` a level. Gradients are added to one of two buffers; at a period's end that buffer is sent by a background
+thread while the other one takes over. Another thread waits for the version the period makes. The training thread meets
+neither, except where a version is due and has not come: that wait is measured.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nlray.actors.types import Contribution, Version
+from nlray.config import ExchangeConfig
+from nlray.errors import RemoteTimeoutError
+from nlray.flat import FlatLayout, as_tensor
+from nlray.levels import LevelPlan, closes_period, newest_version, open_version, visible_version
+
+
+class RankLink(Protocol):
+    """A level rank as the exchange sees it; `transports.RankClient` is one over Ray."""
+
+    def push(self, contribution: Contribution) -> Any: ...
+
+    def confirm(self, receipt: Any) -> None: ...
+
+    def pull(self, version: int) -> tuple[Version, np.ndarray]: ...
+
+    def hold_snapshot(self, step: int) -> None: ...
+
+
+class LevelChannel:
+    """The exchange of one level in one worker.
+
+    Args:
+        plan: the level.
+        parameters: the worker's copy of the level's parameters, by name in model order; written at `take_up`.
+        ranks: one link per level rank.
+        worker: this worker's index.
+        exchange: mode delayed or eager.
+        timeout_s: limit of each wait.
+    """
+
+    def __init__(
+        self,
+        plan: LevelPlan,
+        parameters: Mapping[str, Tensor],
+        ranks: Sequence[RankLink],
+        *,
+        worker: int,
+        exchange: ExchangeConfig,
+        timeout_s: float,
+    ) -> None:
+        self.plan, self.worker, self.exchange, self.timeout_s = plan, worker, exchange, timeout_s
+        self.ranks = list(ranks)
+        self.layouts = [FlatLayout(shard) for shard in plan.shards]
+        self._names = [s.name for layout in self.layouts for s in layout.specs]
+        self._parameters = [parameters[name] for name in self._names]
+        device = self._parameters[0].device
+        self._free: SimpleQueue[list[Tensor]] = SimpleQueue()
+        self._open = [layout.new_buffer(device) for layout in self.layouts]
+        self._free.put([layout.new_buffer(device) for layout in self.layouts])
+        self._open_views = self._views(self._open)
+        self._num_steps = 0
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"push-{plan.name}")
+        self._receiver = ThreadPoolExecutor(1, thread_name_prefix=f"pull-{plan.name}")
+        self._holding: Future | None = None
+        self._arriving: dict[int, Future[list[tuple[Version, np.ndarray]]]] = {}
+        self.visible = -1
+        self.grad_norm = math.nan
+        self.bytes_pushed = 0
+        self.bytes_pulled = 0
+        self.stall_s = 0.0
+
+    def start(self, visible: int, newest: int) -> None:
+        """Take up version `visible` now and ask for those after it that are under way, up to `newest`."""
+        for version in range(visible, newest + 1):
+            self._arriving[version] = self._receiver.submit(self._receive, version, [])
+        self._take(visible)
+        self.bytes_pulled, self.stall_s = 0, 0.0
+
+    def take_up(self, step: int) -> None:
+        """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there."""
+        if self._holding is not None and self._holding.done():
+            self._holding.result()
+            self._holding = None
+        due = visible_version(step, self.plan.update_period, self.plan.delay)
+        if self.exchange.mode == "eager":
+            there = [v for v, f in self._arriving.items() if f.done()]
+            due = max([due, *there])
+        if due > self.visible:
+            self._take(due)
+
+    def take_newest(self, step: int) -> None:
+        """Bring the parameters to the newest version after `step`, for the final evaluation."""
+        newest = newest_version(step, self.plan.update_period)
+        if newest > self.visible:
+            self._take(newest)
+
+    def accumulate(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add a step's gradients, by parameter name, to the open period."""
+        ordered = [gradients[name] for name in self._names]
+        if self._num_steps == 0:
+            torch._foreach_copy_(self._open_views, ordered)
+        else:
+            torch._foreach_add_(self._open_views, ordered)
+        self._num_steps += 1
+
+    def end_step(self, step: int) -> None:
+        """Send the open period if `step` closes it."""
+        if not closes_period(step, self.plan.update_period):
+            return
+        version, buffers, num_steps = open_version(step, self.plan.update_period), self._open, self._num_steps
+        started = time.perf_counter()
+        try:
+            self._open = self._free.get(timeout=self.timeout_s)
+        except Empty as error:
+            raise RemoteTimeoutError(f"level {self.plan.name}: waited {self.timeout_s:g} s to send version {version - 1} (run.timeout_s)") from error
+        self.stall_s += time.perf_counter() - started
+        self._open_views = self._views(self._open)
+        self._num_steps = 0
+        self.bytes_pushed += sum(layout.size_bytes for layout in self.layouts)
+        sent = self._sender.submit(self._send, version, buffers, num_steps)
+        self._arriving[version] = self._receiver.submit(self._receive, version, sent)
+
+    def hold_snapshots(self, step: int) -> None:
+        """Worker 0 only: have every rank snapshot the boundary after `step`, between this worker's pushes."""
+        self._holding = self._sender.submit(lambda: [rank.hold_snapshot(step) for rank in self.ranks])
+
+    def accumulators(self) -> dict[str, Tensor]:
+        """Return copies of the open period's sums by parameter name; none if no step is in it yet."""
+        if self._num_steps == 0:
+            return {}
+        return {name: view.clone() for name, view in zip(self._names, self._open_views, strict=True)}
+
+    @property
+    def num_open_steps(self) -> int:
+        return self._num_steps
+
+    def load_accumulators(self, sums: Mapping[str, Tensor], num_steps: int) -> None:
+        """Continue an open period that `num_steps` good steps are in; `sums` may be empty (zeros)."""
+        for name, view in zip(self._names, self._open_views, strict=True):
+            view.copy_(sums[name]) if sums else view.zero_()
+        self._num_steps = num_steps
+
+    def resume_counters(self, bytes_pushed: int, bytes_pulled: int) -> None:
+        """Count on from an earlier part of the run."""
+        self.bytes_pushed, self.bytes_pulled = bytes_pushed, bytes_pulled
+
+    def close(self) -> None:
+        for pool in (self._sender, self._receiver):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # The background threads.
+
+    def _send(self, version: int, buffers: list[Tensor], num_steps: int) -> list[Any]:
+        try:
+            return [
+                rank.push(Contribution(version, self.worker, num_steps, buffer.cpu().numpy()))
+                for rank, buffer in zip(self.ranks, buffers, strict=True)
+            ]
+        finally:
+            self._free.put(buffers)
+
+    def _receive(self, version: int, sent: Future | list) -> list[tuple[Version, np.ndarray]]:
+        receipts = sent.result(self.timeout_s) if isinstance(sent, Future) else sent
+        for rank, receipt in zip(self.ranks, receipts, strict=False):
+            rank.confirm(receipt)
+        return [rank.pull(version) for rank in self.ranks]
+
+    # The training thread's side.
+
+    def _take(self, version: int) -> None:
+        started = time.perf_counter()
+        try:
+            received = self._arriving.pop(version).result(self.timeout_s)
+        except FutureTimeoutError as error:
+            raise RemoteTimeoutError(f"waited {self.timeout_s:g} s for version {version} of level {self.plan.name} (run.timeout_s)") from error
+        self.stall_s += time.perf_counter() - started
+        for older in [v for v in self._arriving if v < version]:
+            del self._arriving[older]
+        views = [v for layout, (_, array) in zip(self.layouts, received, strict=True) for v in layout.views(as_tensor(array))]
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, views)
+        self.visible = version
+        self.grad_norm = received[0][0].grad_norm
+        self.bytes_pulled += sum(array.nbytes for _, array in received)
+
+    def _views(self, buffers: list[Tensor]) -> list[Tensor]:
+        return [v for layout, buffer in zip(self.layouts, buffers, strict=True) for v in layout.views(buffer)]

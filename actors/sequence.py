@@ -1,0 +1,375 @@
+"""A sequence worker: its share of every step's batch through the model, and the sequence parameters' optimizer.
+
+A plain class; `nlray.actors.placement` makes it an actor. `train` runs in a thread of its own (`start`), the actor's methods only
+look and leave commands. A step: take up the versions that are due, read the batch, forward and backward, agree with the
+other workers, hand the CMS gradients to the exchange, step the sequence optimizer.
+"""
+
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from nlray.actors.collective import Agreement, WorkerGroup
+from nlray.actors.exchange import LevelChannel, RankLink
+from nlray.actors.recovery import Shelf, Snapshot
+from nlray.actors.types import Command, PartWritten, WorkerReport
+from nlray.checkpoint import load_tensors, read_manifest
+from nlray.config import Config
+from nlray.errors import NonFiniteLossError
+from nlray.flat import device_for
+from nlray.levels import LevelPlan, newest_version
+from nlray.models.lm import build_model, level_parameters, sequence_parameters
+
+from nlray.optimizers import OuterOptimizer, clip_gradients_
+from nlray.pipelines.stream import BlockStream, PrefetchStream, heldout_blocks
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class SequenceWorker:
+    """One data-parallel worker.
+
+    Args:
+        config: the run's configuration, with `model.vocab_size` set.
+        plans: the levels, fastest first.
+        worker: index of this worker, from 0.
+        gpus: GPUs that Ray gave this actor; above 0 the model lives on one.
+    """
+
+    def __init__(self, config: Config, plans: Sequence[LevelPlan], worker: int, *, gpus: float = 0) -> None:
+        self.config, self.plans, self.worker = config, plans, worker
+        self.device = device_for(gpus)
+        self.label = f"sequence worker {worker}"
+        sequence, model = config.sequence, config.model
+        torch.set_num_threads(sequence.resources.num_threads)
+        self.model = build_model(config, model.vocab_size, device=self.device, seed=config.run.seed)
+        self.step_tokens = sequence.global_batch * model.seq_len
+        self.model.set_loss_tokens(self.step_tokens)
+        self.parameters = sequence_parameters(self.model)
+        self.level_parameters = level_parameters(self.model)
+        self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
+        self.group = WorkerGroup(worker, sequence.workers, self.device)
+        self.channels: list[LevelChannel] = []
+        first = worker * sequence.worker_batch
+        self.stream = PrefetchStream(
+            BlockStream(config.data, seq_len=model.seq_len, seed=config.run.seed),
+            sequence.global_batch,
+            start=first,
+            stop=first + sequence.worker_batch,
+            prefetch=config.data.stream.prefetch,
+        )
+        self.step = 0
+        self.num_skipped = 0
+        self._skipped_in_a_row = 0
+        self._visible: dict[str, int] = {plan.name: 0 for plan in plans}
+        self._open: dict[str, tuple[dict[str, Tensor], int]] = {}
+        self._command = Command.NONE
+        self._lock = threading.Lock()
+        self._rows: list[dict[str, Any]] = []
+        self._events: list[str] = []
+        self._held: list[int] = []
+        self._totals: dict[str, Any] = {"seconds": 0.0, "stall_s": 0.0}
+        self._state = "starting"
+        self._error: tuple[str, str] | None = None
+        self._shelf = Shelf(self.label, config.run.timeout_s)
+        self._eval_blocks: Tensor | None = None
+
+    # What the conductor calls.
+
+    def open_store(self) -> tuple[str, int]:
+        """Worker 0: open the store through which the workers find each other; return its address and port."""
+        host = ray.util.get_node_ip_address()
+        self._store = torch.distributed.TCPStore(host, 0, self.config.sequence.workers, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Enter the group of all workers."""
+        if self.worker > 0:
+            self._store = torch.distributed.TCPStore(host, port, self.config.sequence.workers, is_master=False)
+        self.group.join(self._store, self.config.run.timeout_s)
+
+    def connect(self, links: dict[str, list[RankLink]]) -> None:
+        """Give the worker its links to the ranks of each level."""
+        self.channels = [
+            LevelChannel(
+                plan,
+                self.level_parameters[plan.name],
+                links[plan.name],
+                worker=self.worker,
+                exchange=self.config.exchange,
+                timeout_s=self.config.run.timeout_s,
+            )
+            for plan in self.plans
+        ]
+
+    def start(self) -> None:
+        """Begin to train, in a thread of its own."""
+        self._thread = threading.Thread(target=self._supervised_train, name="train", daemon=True)
+        self._thread.start()
+
+    def command(self, command: Command) -> None:
+        """Worker 0: have every worker act after the step under way."""
+        with self._lock:
+            self._command |= command
+
+    def poll(self) -> WorkerReport:
+        """Return what happened since the last poll."""
+        with self._lock:
+            report = WorkerReport(self._state, self.step, self._rows, self._held, self._events, self._totals, self._error)
+            self._rows, self._events, self._held = [], [], []
+            return report
+
+    def write(self, step: int, url: str) -> PartWritten:
+        """Write the held snapshot of `step` as this worker's file of the checkpoint `url`."""
+        return self._shelf.write(step, url, f"sequence_{self.worker}.safetensors")
+
+    def close(self) -> None:
+        self.stream.close()
+        for channel in self.channels:
+            channel.close()
+        self.group.leave()
+
+    # Snapshots.
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Return a copy of the state after `step`. What all workers have alike, worker 0 gives for all."""
+        tensors: dict[str, Tensor] = {}
+        if self.worker == 0:
+            tensors |= {f"param/{n}": p.detach().clone() for n, p in self.parameters.items()}
+            tensors |= {f"optimizer/{k}": v.clone() for k, v in self.optimizer.state_tensors().items()}
+        for channel in self.channels:
+            tensors |= {f"accumulator/{self.worker}/{n}": t for n, t in channel.accumulators().items()}
+        state = {
+            "stream": self.stream.state_dict(),
+            "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "totals": dict(self._totals),
+            "visible": {c.plan.name: c.visible for c in self.channels},
+            "versions": {c.plan.name: newest_version(step, c.plan.update_period) for c in self.channels},
+            "open_steps": {c.plan.name: c.num_open_steps for c in self.channels},
+            "workers": self.config.sequence.workers,
+        }
+        return Snapshot(step, tensors, state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot of any number of workers. Call before `start`."""
+        state, tensors = snapshot.state, snapshot.tensors
+        self.step = snapshot.step
+        self.num_skipped, self._skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
+        self._totals = dict(state["totals"])
+        self._visible = dict(state["visible"])
+        self.stream.load_state_dict(state["stream"])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"param/{name}"])
+        self.optimizer.load_state_tensors({k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("optimizer/")})
+        for plan in self.plans:
+            sums = self._accumulators_of(plan, tensors, state["workers"])
+            self._open[plan.name] = (sums, state["open_steps"][plan.name])
+
+    def load(self, url: str) -> None:
+        """Restore from a checkpoint on storage."""
+        manifest = read_manifest(url, verify=False)
+        names = set(self.parameters)
+
+        def is_mine(tensor: str) -> bool:
+            kind, _, rest = tensor.partition("/")
+            name = rest.rpartition("/")[0] if kind == "optimizer" else rest
+            return kind == "accumulator" or (kind in ("param", "optimizer") and name in names)
+
+        self.restore(Snapshot(manifest.step, load_tensors(url, is_mine, manifest), manifest.state))
+
+    def _accumulators_of(self, plan: LevelPlan, tensors: Any, saved_workers: int) -> dict[str, Tensor]:
+        """Return this worker's open sums: its own, or, for another number of workers, all of them in worker 0."""
+        if saved_workers == self.config.sequence.workers:
+            mine: Sequence[int] = [self.worker]
+        else:
+            mine = range(saved_workers) if self.worker == 0 else []
+        sums: dict[str, Tensor] = {}
+        for worker in mine:
+            for spec in plan.tensors:
+                part = tensors.get(f"accumulator/{worker}/{spec.name}")
+                if part is not None:
+                    sums[spec.name] = sums[spec.name] + part if spec.name in sums else part
+        return sums
+
+    # The training thread.
+
+    def _supervised_train(self) -> None:
+        torch.set_num_threads(self.config.sequence.resources.num_threads)
+        try:
+            self.train()
+            self._state = "ended"
+        except Exception as error:
+            self._error = (f"{self.label}, step {self.step}: {type(error).__name__}: {error}", traceback.format_exc())
+            self._state = "failed"
+
+    def train(self) -> None:
+        """Run the steps from where the state is to `run.steps`, `run.stop_after` or a command to stop; then evaluate."""
+        run, every, workers = self.config.run, self.config.recovery.checkpoint_every, self.config.sequence.workers
+        last = min(run.steps, run.stop_after or run.steps)
+        self.group.watch(self.parameters)
+        for channel in self.channels:
+            name = channel.plan.name
+            channel.start(self._visible[name], newest_version(self.step, channel.plan.update_period))
+            if name in self._open:
+                channel.load_accumulators(*self._open.pop(name))
+            moved = self._totals.get("levels", {}).get(name)
+            if moved is not None:
+                channel.resume_counters(moved["bytes_pushed"] // workers, moved["bytes_pulled"] // workers)
+        self._state = "running"
+        is_stopping = self.step >= last
+        while not is_stopping:
+            step = self.step + 1
+            agreement, row = self.train_step(step)
+            self.step = step
+            is_stopping = step >= last or Command.STOP in agreement.command
+            if is_stopping or Command.CHECKPOINT in agreement.command or (every > 0 and step % every == 0):
+                self.hold_snapshot(step)
+            if is_stopping:
+                for channel in self.channels:
+                    channel.take_newest(step)
+            if is_stopping or (self.config.eval.every > 0 and step % self.config.eval.every == 0):
+                row |= self._evaluation(step)
+            with self._lock:
+                self._rows.append(row)
+
+    def train_step(self, step: int) -> tuple[Agreement, dict[str, Any]]:
+        """Run one step on all workers and return what they agreed on and the step's line of metrics.
+
+        A step whose loss or gradient is not finite changes nothing but the data position.
+        """
+        started, stalled_before = time.perf_counter(), self._stall_s()
+        for channel in self.channels:
+            channel.take_up(step)
+        blocks = torch.from_numpy(self.stream.next().blocks).to(self.device)
+        loss_share = self._forward_backward(blocks)
+        self.group.finish_gradients()
+        norm = clip_gradients_([p.grad for p in self.parameters.values()], self.config.sequence.optimizer.clip)
+        agreement = self.group.agree(loss_share, norm, self._take_command())
+        learning_rate = 0.0
+        if agreement.is_finite:
+            self._skipped_in_a_row = 0
+            for channel in self.channels:
+                channel.accumulate({n: p.grad for n, p in self.level_parameters[channel.plan.name].items()})
+                channel.end_step(step)
+            learning_rate = self.optimizer.step(step)
+        else:
+            for channel in self.channels:
+                channel.end_step(step)
+            self._count_skipped(step)
+        seconds, stall_s = time.perf_counter() - started, self._stall_s() - stalled_before
+        return agreement, self._row(step, agreement, seconds, stall_s, learning_rate)
+
+    def _forward_backward(self, blocks: Tensor) -> Tensor:
+        """Leave this worker's share of the gradient of the global mean loss in `.grad`; return its share of the loss."""
+        self.model.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        micro_batches = blocks.split(self.config.sequence.micro_batch_size)
+        for index, micro_batch in enumerate(micro_batches):
+            if index == len(micro_batches) - 1:
+                self.group.arm()
+            with self._autocast():
+                losses, _ = self.model.token_losses(micro_batch)
+            loss = losses.sum() / self.step_tokens
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.sequence.precision == "bf16" else nullcontext()
+
+    def _take_command(self) -> Command:
+        with self._lock:
+            command, self._command = self._command, Command.NONE
+        return command
+
+    def _count_skipped(self, step: int) -> None:
+        self.num_skipped += 1
+        self._skipped_in_a_row += 1
+        self._events.append(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
+
+    def hold_snapshot(self, step: int) -> None:
+        """Take the snapshot of the boundary after `step` in this worker and, from worker 0, in every level rank."""
+        self._shelf.put(self.snapshot(step))
+        if self.worker == 0:
+            for channel in self.channels:
+                channel.hold_snapshots(step)
+        with self._lock:
+            self._held.append(step)
+
+    # Evaluation and reports.
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the mean held-out loss in nats per token, over the same sequences every time, shared by the workers."""
+        sequence, model = self.config.sequence, self.config.model
+        if self._eval_blocks is None:
+            blocks = heldout_blocks(self.config.data, seq_len=model.seq_len, seed=self.config.run.seed, num_blocks=self.config.eval.sequences).blocks
+            self._eval_blocks = torch.from_numpy(blocks)
+        mine = self._eval_blocks[self.worker :: sequence.workers].to(self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for blocks in mine.split(sequence.micro_batch_size):
+            with self._autocast():
+                losses, _ = self.model.token_losses(blocks)
+            total += losses.double().sum()
+        loss_sum, num_tokens = self.group.sum([total.item(), mine.shape[0] * model.seq_len])
+        return loss_sum / num_tokens
+
+    def _evaluation(self, step: int) -> dict[str, float]:
+        if self.config.eval.sequences == 0 or self.config.data.eval_fraction == 0:
+            return {}
+        loss = self.evaluate()
+        self._totals["eval_loss"] = loss
+        with self._lock:
+            self._events.append(f"step {step}: held-out loss {loss:.4f}")
+        return {"eval_loss": loss}
+
+    def _stall_s(self) -> float:
+        return sum(channel.stall_s for channel in self.channels)
+
+    def _row(self, step: int, agreement: Agreement, seconds: float, stall_s: float, learning_rate: float) -> dict[str, Any]:
+        loss = agreement.loss if agreement.is_finite else None
+        levels = {c.plan.name: self._level_row(c, step) for c in self.channels}
+        with self._lock:
+            totals = self._totals
+            self._totals = {
+                **totals,
+                "seconds": totals["seconds"] + seconds,
+                "stall_s": totals["stall_s"] + stall_s,
+                "loss_first": totals.get("loss_first", loss),
+                "loss_last": loss,
+                "num_skipped": self.num_skipped,
+                "levels": levels,
+            }
+        return {
+            "step": step,
+            "tokens": step * self.step_tokens,
+            "loss": loss,
+            "tokens_per_second": self.step_tokens / seconds,
+            "stall_s": stall_s,
+            "lr": learning_rate,
+            "skipped": self.num_skipped,
+            "levels": levels,
+        }
+
+    def _level_row(self, channel: LevelChannel, step: int) -> dict[str, Any]:
+        """Bytes are sums since the start over all workers (each moves the same); lag: steps the visible version is behind."""
+        workers = self.config.sequence.workers
+        return {
+            "version": channel.visible,
+            "lag_steps": step - 1 - channel.visible * channel.plan.update_period,
+            "bytes_pushed": channel.bytes_pushed * workers,
+            "bytes_pulled": channel.bytes_pulled * workers,
+            "grad_norm": channel.grad_norm if channel.grad_norm == channel.grad_norm else None,
+            "stall_s": channel.stall_s,
+        }

@@ -1,0 +1,80 @@
+"""How contributions and versions travel between sequence workers and level ranks: one contract, the object store first.
+
+A transport moves numpy arrays, never tensors: a torch.Tensor through Ray's object store takes eight times as long as the
+numpy view of its memory.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from nlray.actors.types import Contribution, Version
+from nlray.errors import NlrayError, RemoteTimeoutError
+
+
+class Store(Protocol):
+    """Where a level rank publishes a version once for all workers."""
+
+    def put(self, array: np.ndarray) -> Any:
+        """Keep a copy of `array` and return what `get` takes; the copy lives as long as the returned value."""
+
+    def get(self, data: Any) -> np.ndarray:
+        """Return the array, read-only, without a copy where it is on this node."""
+
+
+class ObjectStore:
+    """Ray's object store: one copy per node, read in place."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+
+    def put(self, array: np.ndarray) -> Any:
+        # The list keeps Ray from replacing the reference by the array when it crosses an actor boundary.
+        return [ray.put(array)]
+
+    def get(self, data: Any) -> np.ndarray:
+        return wait_for(data[0], "a published version in the object store", self.timeout_s)
+
+
+class RankClient:
+    """A level rank as a sequence worker sees it, over Ray."""
+
+    def __init__(self, handle: Any, label: str, store: Store, timeout_s: float) -> None:
+        self.handle = handle
+        self.label = label
+        self.store = store
+        self.timeout_s = timeout_s
+
+    def push(self, contribution: Contribution) -> Any:
+        """Send a contribution; its buffer may be reused on return. The result is for `confirm`."""
+        return self.handle.push.remote(contribution)
+
+    def confirm(self, receipt: Any) -> None:
+        """Wait until the rank has taken a push; raise what it raised."""
+        wait_for(receipt, f"{self.label} to take a push", self.timeout_s)
+
+    def pull(self, version: int) -> tuple[Version, np.ndarray]:
+        """Wait for a version and return it with its flat parameters, on this node."""
+        published = wait_for(self.handle.pull.remote(version), f"version {version} of {self.label}", self.timeout_s)
+        return published, self.store.get(published.data)
+
+    def hold_snapshot(self, step: int) -> None:
+        """Have the rank take its snapshot of the boundary after `step`; return when it has."""
+        wait_for(self.handle.hold_snapshot.remote(step), f"the snapshot of step {step} of {self.label}", self.timeout_s)
+
+
+def wait_for(ref: Any, what: str, timeout_s: float) -> Any:
+    """Return ray.get(ref), or say what was waited for and what went wrong.
+
+    Raises:
+        RemoteTimeoutError: the limit was reached.
+        NlrayError: the actor died.
+    """
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise RemoteTimeoutError(f"waited {timeout_s:g} s for {what} (run.timeout_s)") from error
+    except RayActorError as error:
+        raise NlrayError(f"while waiting for {what}: {' '.join(str(error).split())[:300]}") from error

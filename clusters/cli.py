@@ -1,0 +1,169 @@
+"""The command line `nlray`: parse, check the configuration, call the one function that does the work.
+
+Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the user, 130 after Ctrl-C. Mistakes and
+failures are one line on stderr; `--debug` adds the traceback. Everything slow to import is imported inside the commands,
+so that `nlray --help` is instant.
+"""
+
+import sys
+import traceback
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Annotated
+
+import typer
+
+from nlray.errors import NlrayError, UserError
+
+# Typer's own class in newer releases, click's in older ones.
+_UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="Train nested-learning language models whose memory levels run as groups of Ray actors.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    session = SimpleNamespace(debug=False)
+    try:
+        return app(argv or ["--help"], prog_name="nlray", standalone_mode=False, obj=session) or 0
+    except _UsageError as error:
+        return _report(error.format_message(), 2)
+    except UserError as error:
+        return _report(str(error), 2, debug=session.debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _report("interrupted", 130)
+    except BrokenPipeError:
+        # The reader went away (`nlray generate ... | head`); keep Python from flushing into the closed pipe at exit.
+        sys.stdout = None
+        return 1
+    except NlrayError as error:
+        return _report(str(error), 1, debug=session.debug)
+    except Exception as error:
+        return _report(f"{type(error).__name__}: {_essence(error)} (--debug shows where)", 1, debug=session.debug)
+
+
+def _report(message: str, status: int, *, debug: bool = False) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"nlray: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _essence(error: Exception) -> str:
+    """Return the line of a message that says what happened: the last of a remote traceback, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if any("Traceback" in line for line in lines) else lines[0]) if lines else "no message"
+
+
+def _set_debug(context: typer.Context, value: bool) -> bool:
+    context.find_root().obj.debug = value
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from nlray import __version__
+
+        print(f"nlray {__version__}")
+        raise typer.Exit
+
+
+_Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PRESET | FILE.yaml | KEY=VALUE", help="Where the configuration starts, and what to change in it.", show_default=False
+    ),
+]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What to change in the configuration.", show_default=False)
+]
+_Address = Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to run on; without it Ray starts here.")]
+_Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of `nlray` itself."""
+
+
+@app.command()
+def train(arguments: _Arguments = None, address: _Address = None, debug: _Debug = False) -> int:
+    """Train a model, here or on a Ray cluster, to the end."""
+    from nlray.clusters.train import train_run
+    from nlray.config import default_run_name, load_config
+
+    source, overrides = split_arguments(arguments or [])
+    name = default_run_name(source, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    return train_run(load_config(source, overrides, default_name=name), address=address, debug=debug)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of the run.")],
+    overrides: _Overrides = None,
+    address: _Address = None,
+    debug: _Debug = False,
+) -> int:
+    """Go on with a run from its newest checkpoint."""
+    from nlray.clusters.train import resume_run
+
+    return resume_run(run_dir, overrides or [], address=address, debug=debug)
+
+
+@app.command()
+def levels(arguments: _Arguments = None, as_json: _Json = False, debug: _Debug = False) -> None:
+    """List every optimization problem of a model, where it runs and what it costs."""
+    from nlray.clusters.levels import print_levels
+    from nlray.config import load_config
+
+    source, overrides = split_arguments(arguments or [])
+    print_levels(load_config(source, overrides), title=source or "tiny", as_json=as_json)
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(metavar="RUN_DIR | CHECKPOINT", help="Folder or URL of a run, or of one of its checkpoints.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Sample from the K likeliest tokens only.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    debug: _Debug = False,
+) -> None:
+    """Write on from a prompt with a trained model."""
+    from nlray.clusters.generate import stream_text
+
+    for piece in stream_text(path, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def doctor(as_json: _Json = False, debug: _Debug = False) -> int:
+    """Report versions, GPUs, memory, Ray and disk; exit status 0 when a run can work here."""
+    from nlray.clusters.doctor import print_report
+
+    return print_report(as_json=as_json)
+
+
+def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Split `[PRESET | FILE.yaml] [key=value ...]`, in any order, into the source and the overrides."""
+    overrides = [a for a in arguments if "=" in a]
+    sources = [a for a in arguments if "=" not in a]
+    if len(sources) > 1:
+        raise UserError(f"arguments {' '.join(map(repr, sources))}: allowed is one preset or file; a change is written key=value")
+    return (sources[0] if sources else None), overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

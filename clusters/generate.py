@@ -1,0 +1,50 @@
+"""`nlray generate`: text from the newest checkpoint of a run, piece by piece as it comes."""
+
+import posixpath
+from collections.abc import Iterator
+
+import fsspec
+import yaml
+
+from nlray.checkpoint import latest_checkpoint, load_parameters
+from nlray.config import Config, config_from_dict
+from nlray.errors import CheckpointError, UserError
+
+
+def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[str]:
+    """Give the prompt and then the text that the model writes after it.
+
+    Args:
+        path: folder or URL of a run, or of one of its checkpoints.
+        tokens: tokens to generate.
+
+    Raises:
+        CheckpointError: no whole checkpoint there, or no configuration beside it.
+        UserError: an empty prompt.
+    """
+    from nlray.evals.generate import generate
+    from nlray.models.lm import build_model
+    from nlray.pipelines.tokenizers import load_tokenizer
+
+    checkpoint = latest_checkpoint(path)
+    config = checkpoint_config(checkpoint)
+    parameters = load_parameters(checkpoint)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    ids = tokenizer.encode(prompt)
+    if len(ids) == 0:
+        raise UserError("the prompt is empty; allowed: one character or more")
+    model = build_model(config, parameters["embedding.weight"].shape[0], seed=None)
+    model.load_state_dict(parameters)
+    yield prompt
+    yield from decode_pieces(tokenizer, generate(model, ids, num_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+
+def checkpoint_config(checkpoint: str) -> Config:
+    """Return the configuration of the run that a checkpoint belongs to: RUN_DIR/checkpoints/step_X -> RUN_DIR/config.yaml."""
+    run_dir = posixpath.dirname(posixpath.dirname(checkpoint.rstrip("/")))
+    url = posixpath.join(run_dir, "config.yaml")
+    try:
+        with fsspec.open(url, "r") as file:
+            return config_from_dict(yaml.safe_load(file.read()), where=url)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error

@@ -1,0 +1,117 @@
+"""`nlray train` and `nlray resume`: say what will be run, check it, launch it, and follow it to its end.
+
+The checks and the plan come before `ray` is imported, so a mistake is told and the plan is on the screen at once.
+"""
+
+import signal
+import sys
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from nlray.clusters.progress import View, describe_levels, describe_run, format_count, open_view, summary_lines
+from nlray.config import Config, with_run
+from nlray.errors import UserError
+
+if TYPE_CHECKING:
+    from nlray.actors.launch import RunHandle
+    from nlray.actors.types import RunStatus
+
+_ENDED = ("completed", "stopped", "failed")
+
+
+def train_run(config: Config, *, address: str | None, debug: bool = False) -> int:
+    """Run a configuration from its first step to its end; return the exit status."""
+    if config.run.dir is None:
+        config = with_run(config, dir=f"runs/{config.run.name}")
+    return _run(config, address=address, resume=False, debug=debug)
+
+
+def resume_run(run_dir: str, overrides: list[str], *, address: str | None, debug: bool = False) -> int:
+    """Go on with the run in `run_dir` from its newest checkpoint; return the exit status."""
+    from nlray.actors.launch import resume_config
+
+    return _run(resume_config(run_dir, overrides), address=address, resume=True, debug=debug)
+
+
+def checked_vocab_size(config: Config) -> int:
+    """Return the rows of the embedding; raise UserError where the tokenizer has more tokens than the model."""
+    from nlray.pipelines.tokenizers import load_tokenizer
+
+    tokens = load_tokenizer(config.data.tokenizer).vocab_size
+    rows = config.model.vocab_size
+    if rows is not None and rows < tokens:
+        raise UserError(
+            f"model.vocab_size is {rows}; allowed: {tokens} (the tokens of data.tokenizer={config.data.tokenizer}) or more, or null"
+        )
+    return rows if rows is not None else tokens
+
+
+def _run(config: Config, *, address: str | None, resume: bool, debug: bool) -> int:
+    print(describe_run(config, resume=resume), flush=True)
+    if config.levels:
+        print(describe_levels(config), flush=True)
+
+    from nlray.pipelines.sources import check_sources
+
+    check_sources(config.data)
+    vocab_size = checked_vocab_size(config)
+
+    from nlray.nested_system import NestedSystem
+
+    system = NestedSystem.build(config, vocab_size)
+    print(f"size     {format_count(system.num_parameters)} parameters, vocabulary {vocab_size}", flush=True)
+    print(f"cluster  {address or 'Ray, started here'}", flush=True)
+
+    from nlray.actors.launch import launch
+
+    handle = launch(config, address=address, resume=resume)
+    try:
+        with StopSignals() as signals, open_view(config) as view:
+            status = follow(handle, view, signals)
+        print("\n".join(summary_lines(status.state, status.summary, config)), flush=True)
+    finally:
+        handle.close()
+    if status.state == "failed":
+        if debug and status.traceback:
+            print(status.traceback, file=sys.stderr)
+        print(f"nlray: error: {' '.join((status.message or 'the run failed').split())}", file=sys.stderr)
+        return status.exit_code or 1
+    if status.state == "stopped" and signals.received:
+        return 128 + signals.received[0]
+    return status.exit_code
+
+
+class StopSignals:
+    """Within the context the first Ctrl-C or SIGTERM is only noted; the second raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received.append(number)
+        if len(self.received) > 1:
+            raise KeyboardInterrupt
+
+
+def follow(handle: "RunHandle", view: View, signals: StopSignals, *, poll_s: float = 0.2) -> "RunStatus":
+    """Show the run's progress until it has ended; a noted signal asks it to stop."""
+    asked = False
+    while True:
+        if signals.received and not asked:
+            asked = True
+            view.event("stopping: the step under way is finished and a checkpoint written; Ctrl-C again aborts without one")
+            handle.request_stop()
+        status = handle.poll()
+        view.update(status.rows, status.events, state=status.state)
+        if status.state in _ENDED:
+            return status
+        time.sleep(poll_s)

@@ -1,0 +1,190 @@
+"""The matrix memory of self-referential Titans, a chunk at a time: one d x d state per head and sequence.
+
+The derivation is in README.md beside this file, the same function token by token in reference.py. Call it so:
+
+    y_BHTd, state = titans_memory(u_BHTd, q_BHTd, parameters, state, chunk_size=64)
+
+Here d is the head width; R_, W_ and A_ names follow the README.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT_EPS = 1e-6
+"""Added to |x|^2 before the root, so that a zero vector has a finite gradient."""
+
+
+class MemoryParameters(NamedTuple):
+    """Initial states of the five memories (meta-learned, shared over the batch), and the gates' biases."""
+
+    m_k: Tensor
+    """Key memory, [H, d, d]."""
+    m_v: Tensor
+    """Value memory, [H, d, d]."""
+    m_mem: Tensor
+    """Main memory, [H, d, d]."""
+    m_eta: Tensor
+    """Memory of the inner learning rate, one row per head, [H, d]."""
+    m_alpha: Tensor
+    """Memory of the decay, one row per head, [H, d]."""
+    b_eta: Tensor
+    """Bias of the inner learning rate's sigmoid, [H]."""
+    b_alpha: Tensor
+    """Bias of the decay's sigmoid, [H]."""
+
+
+class MemoryState(NamedTuple):
+    """What a sequence carries from one piece to the next; its size is bounded by the chunk size."""
+
+    matrix: Tensor
+    """State at the last chunk boundary, [B, H, d, d]: P (retain: init) or N (retain: zero)."""
+    open_inputs: Tensor
+    """Inputs u of the chunk that is still open, [B, H, m, d], m < chunk_size."""
+
+
+def initial_state(batch_size: int, parameters: MemoryParameters, *, retain: Literal["init", "zero"]) -> MemoryState:
+    """Return the state before the first token."""
+    heads, width, _ = parameters.m_k.shape
+    matrix = parameters.m_k.new_zeros(batch_size, heads, width, width)
+    if retain == "zero":
+        matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return MemoryState(matrix, parameters.m_k.new_zeros(batch_size, heads, 0, width))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return x scaled to length 1 along the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
+
+
+def titans_memory(
+    u_BHTd: Tensor,
+    q_BHTd: Tensor,
+    parameters: MemoryParameters,
+    state: MemoryState | None = None,
+    *,
+    chunk_size: int,
+    objective: Literal["dot", "l2"] = "dot",
+    retain: Literal["init", "zero"] = "init",
+    read: Literal["token", "chunk_start"] = "token",
+    inner_lr: float = 1.0,
+) -> tuple[Tensor, MemoryState]:
+    """Update the self-modifying memory with every token and read it (Eq. 83-90, 92, 93, matrix memories).
+
+    Computed in the parameters' dtype, whatever autocast says: gates, decays, the solve and the state need it.
+
+    Args:
+        u_BHTd: inputs of the memories, [B, H, T, d], any T >= 1.
+        q_BHTd: queries before normalisation, [B, H, T, d].
+        parameters: initial states and biases, see MemoryParameters.
+        state: state of an earlier piece of the same sequences; None: the start of the sequences.
+        chunk_size: tokens C of a chunk; k, v, eta, alpha and vhat come from the memories at its start.
+        objective: inner objective, Eq. 92 (dot) or Eq. 93 (l2).
+        retain: what the decay leads to, the initial memory (init) or nothing (zero, the paper).
+        read: a token reads after its own update (token) or at the chunk's start (chunk_start, the paper).
+        inner_lr: largest inner learning rate eta_max; 0 turns the inner updates off.
+
+    Returns:
+        y_BHTd: what the main memory answers, [B, H, T, d]; and the state after these tokens.
+
+    Raises:
+        ValueError: shapes that do not fit, or chunk_size < 1.
+    """
+    _check(u_BHTd, q_BHTd, parameters, chunk_size)
+    if state is None:
+        state = initial_state(u_BHTd.shape[0], parameters, retain=retain)
+    with torch.autocast(u_BHTd.device.type, enabled=False):
+        return _scan(u_BHTd, q_BHTd, parameters, state, chunk_size, objective, retain, read, inner_lr)
+
+
+def _scan(u_BHTd, q_BHTd, parameters, state, chunk_size, objective, retain, read, inner_lr):
+    """Run the chunks. The heads come first inside, so that the projections of all sequences are one product per head."""
+    batch, heads, length, width = u_BHTd.shape
+    num_open = state.open_inputs.shape[2]
+    dtype = parameters.m_k.dtype
+    u_BHTd = torch.cat([state.open_inputs, u_BHTd.to(dtype)], dim=2)
+    # The tokens of the open chunk were read before: their queries are not needed again.
+    q_BHTd = torch.nn.functional.pad(unit(q_BHTd.to(dtype)), (0, 0, num_open, 0))
+    # X: the H B pairs of head and sequence.
+    u_XTd, q_XTd = (x.transpose(0, 1).reshape(heads * batch, -1, width) for x in (u_BHTd, q_BHTd))
+    s_Xdd = state.matrix.transpose(0, 1).reshape(-1, width, width)
+    gates_Hd2 = torch.stack([parameters.m_eta, parameters.m_alpha], dim=-1)
+    weights_HdP = torch.cat([parameters.m_k.mT, parameters.m_v.mT, gates_Hd2], dim=-1)
+    bias_H12 = torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None]
+
+    reads, boundary_Xdd = [], s_Xdd
+    for u_XCd, q_XCd in zip(u_XTd.split(chunk_size, dim=1), q_XTd.split(chunk_size, dim=1), strict=True):
+        boundary_Xdd = s_Xdd
+        k_XCd, v_XCd, eta_XC1, log_alpha_XC1 = _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain)
+        nq_XCd, s_Xdd = _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective, retain, read)
+        reads.append(nq_XCd)
+    num_left = u_XTd.shape[1] % chunk_size
+    if num_left == 0:
+        boundary_Xdd = s_Xdd
+    nq_HNd = torch.cat(reads, dim=1)[:, num_open:].reshape(heads, batch * length, width)
+    y_BHTd = torch.bmm(nq_HNd, parameters.m_mem.mT).view(heads, batch, length, width).transpose(0, 1)
+    matrix = boundary_Xdd.view(heads, batch, width, width).transpose(0, 1)
+    return y_BHTd, MemoryState(matrix, u_BHTd[:, :, u_BHTd.shape[2] - num_left :])
+
+
+def _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain):
+    """Return k, v, eta and log alpha of a chunk from the memories at its start (Eq. 83, 87)."""
+    heads, width, _ = weights_HdP.shape
+    chunk = u_XCd.shape[1]
+    nu_XCd = torch.baddbmm(u_XCd, u_XCd, s_Xdd.mT) if retain == "init" else torch.bmm(u_XCd, s_Xdd.mT)
+    out_HNP = torch.bmm(nu_XCd.view(heads, -1, width), weights_HdP)
+    kv_XC2d = unit(out_HNP[..., : 2 * width].unflatten(-1, (2, width))).view(-1, chunk, 2, width)
+    gates_XC2 = (out_HNP[..., 2 * width :] + bias_H12).view(-1, chunk, 2)
+    # Departs from Eq. 83: v has length 1 as k has; otherwise v grows with the memory that makes it.
+    k_XCd, v_XCd = kv_XC2d.unbind(2)
+    eta_XC1, log_alpha_XC1 = gates_XC2.split(1, dim=-1)
+    return k_XCd, v_XCd, inner_lr * torch.sigmoid(eta_XC1), torch.nn.functional.logsigmoid(log_alpha_XC1)
+
+
+def _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective, retain, read):
+    """Return N q of a chunk's tokens and the state at its end (README, 'A chunk with matrix products')."""
+    chunk = k_XCd.shape[1]
+    g_XC1 = log_alpha_XC1.cumsum(1)
+    gp_XC1 = g_XC1 - log_alpha_XC1
+    # Rows of the keys, then rows of the queries: one Gram product and one exp for both.
+    gram_XEC = torch.bmm(torch.cat([eta_XC1 * k_XCd, q_XCd], dim=1), k_XCd.mT)
+    a_XCC, reads_XCC = (gram_XEC * _decays(torch.cat([gp_XC1, g_XC1], dim=1), g_XC1)).split(chunk, dim=1)
+
+    targets_XCd = v_XCd if objective == "dot" else v_XCd - k_XCd
+    outgoing_XCd = targets_XCd - gp_XC1.exp() * k_XCd
+    if retain == "init":
+        r_XCd = torch.baddbmm(targets_XCd - k_XCd, outgoing_XCd, s_Xdd.mT)
+    else:
+        r_XCd = torch.bmm(outgoing_XCd, s_Xdd.mT)
+    # The solve takes what is below the diagonal of A and no more.
+    w_XCd = torch.linalg.solve_triangular(a_XCC, eta_XC1 * r_XCd, upper=False, unitriangular=True)
+
+    if read == "token":
+        past_CC = torch.ones(chunk, chunk, dtype=k_XCd.dtype, device=k_XCd.device).tril()
+        nq_XCd = torch.baddbmm(torch.bmm(g_XC1.exp() * q_XCd, s_Xdd.mT), reads_XCC * past_CC, w_XCd)
+    else:
+        nq_XCd = torch.bmm(q_XCd, s_Xdd.mT)
+    if retain == "init":
+        nq_XCd = nq_XCd + q_XCd
+    last_X11 = g_XC1[:, -1:]
+    end_Xdd = torch.baddbmm(last_X11.exp() * s_Xdd, ((last_X11 - g_XC1).exp() * w_XCd).mT, k_XCd)
+    return nq_XCd, end_Xdd
+
+
+def _decays(rows_XE1: Tensor, g_XC1: Tensor) -> Tensor:
+    """Return exp(rows_t - g_s) for s up to t, and any finite number beyond, [X, E, C]; the caller masks what is beyond."""
+    exponents_XEC = rows_XE1 + (-g_XC1).mT
+    # Before exp, so that no future exponent overflows and none makes denormal numbers (50 times slower on a CPU). Outside
+    # autograd: the gradient beyond s = t is masked already, and e^-80 of one is nothing.
+    with torch.no_grad():
+        exponents_XEC.clamp_(-80.0, 0.0)
+    return exponents_XEC.exp()
+
+
+def _check(u_BHTd, q_BHTd, parameters, chunk_size) -> None:
+    heads, width = parameters.m_eta.shape
+    if u_BHTd.shape != q_BHTd.shape or u_BHTd.dim() != 4 or u_BHTd.shape[1] != heads or u_BHTd.shape[3] != width or u_BHTd.shape[2] < 1:
+        raise ValueError(f"u_BHTd is {tuple(u_BHTd.shape)} and q_BHTd {tuple(q_BHTd.shape)}; expected both [B, {heads}, T >= 1, {width}]")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; allowed: 1 or more")

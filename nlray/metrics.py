@@ -1,0 +1,189 @@
+"""What a run records: `metrics.jsonl` (a row a step), TensorBoard events and `summary.json`, under any fsspec URL; no torch.
+
+A row has step, tokens, loss, tokens_per_second, stall_s (and lr, skipped, eval_loss where there is one), and `levels`: by
+name version, lag_steps, grad_norm, stall_s, bytes_pushed, bytes_pulled; the bytes, skipped and a level's stall_s are sums
+since the start. A number that is not finite is null.
+
+    with MetricsWriter(run_dir) as metrics:
+        metrics.truncate_after(step)     # on resume
+        metrics.write_rows(rows)
+        metrics.write_summary(summary)
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+TENSORBOARD = "tensorboard"
+
+
+class MetricsWriter:
+    """Writes the records of one run; one writer at a time.
+
+    Args:
+        run_dir: folder or fsspec URL of the run; made where missing.
+        remote_interval_s: object stores cannot append: there the files are written whole, at most this often.
+    """
+
+    def __init__(self, run_dir: str, *, remote_interval_s: float = 30.0) -> None:
+        self._run_dir = run_dir
+        self._interval_s = remote_interval_s
+        self._rows = _open_log(_join(run_dir, METRICS), remote_interval_s)
+        self._events = self._new_event_file(purge_from=None)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows; on a local disk they are there when this returns."""
+        lines, now = [], time.time()
+        for row in rows:
+            plain = _finite(row)
+            lines.append(json.dumps(plain, allow_nan=False) + "\n")
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(plain)]
+            _write_event(self._events, Event(wall_time=now, step=row["step"], summary=Summary(value=values)))
+        if lines:
+            self._rows.write("".join(lines).encode())
+            self._rows.flush()
+            self._events.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Remove the rows after `step` and what a crash left of a half-written one; TensorBoard hides its own from there."""
+        kept = [row for row in read_rows(self._run_dir) if row["step"] <= step]
+        self._rows.close()
+        _replace(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._rows = _open_log(_join(self._run_dir, METRICS), self._interval_s)
+        self._events.close()
+        self._events = self._new_event_file(purge_from=step + 1)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`; a reader sees the old one or the new one."""
+        _replace(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
+
+    def flush(self) -> None:
+        """Write out what waits for its turn on an object store."""
+        for log in (self._rows, self._events):
+            log.flush(force=True)
+
+    def close(self) -> None:
+        self._rows.close()
+        self._events.close()
+
+    def _new_event_file(self, purge_from: int | None) -> "_Log":
+        # TensorBoard reads a folder's files in the order of their names.
+        log = _open_log(_join(self._run_dir, TENSORBOARD, f"events.out.tfevents.{time.time_ns():020d}"), self._interval_s)
+        _write_event(log, Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_from is not None:
+            _write_event(log, Event(wall_time=time.time(), step=purge_from, session_log=SessionLog(status=SessionLog.START)))
+        return log
+
+
+def read_rows(run_dir: str) -> list[dict[str, Any]]:
+    """Return the rows of a run's `metrics.jsonl`, none if there is no such file; a half-written last line is left out."""
+    fs, path = url_to_fs(_join(run_dir, METRICS))
+    if not fs.exists(path):
+        return []
+    *lines, _ = fs.cat_file(path).split(b"\n")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Give a row's numbers with their TensorBoard tags: train/loss, eval/loss, levels/NAME/lag_steps."""
+    for key, value in row.items():
+        if key == "levels":
+            for name, level in value.items():
+                yield from ((f"levels/{name}/{k}", float(v)) for k, v in level.items() if v is not None)
+        elif key != "step" and value is not None:
+            yield (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"), float(value)
+
+
+def _join(url: str, *parts: str) -> str:
+    return "/".join([url.rstrip("/"), *parts])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(url: str, data: bytes) -> None:
+    """Write a whole file so that a reader, or a crash, never meets half of it."""
+    fs, path = url_to_fs(url)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    if not isinstance(fs, LocalFileSystem):
+        # An object appears when it is complete.
+        fs.pipe_file(path, data)
+        return
+    with open(path + ".part", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+
+
+def _write_event(log: "_Log", event: Event) -> None:
+    RecordWriter(log).write(event.SerializeToString())
+
+
+def _open_log(url: str, interval_s: float) -> "_Log":
+    fs, path = url_to_fs(url)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    return _AppendLog(path) if isinstance(fs, LocalFileSystem) else _WholeFileLog(url, interval_s)
+
+
+class _AppendLog:
+    """A local file that grows."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "ab")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def flush(self, *, force: bool = False) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _WholeFileLog:
+    """A file on a store that cannot append: kept in memory and written whole now and then."""
+
+    def __init__(self, url: str, interval_s: float) -> None:
+        fs, path = url_to_fs(url)
+        self._url, self._interval_s = url, interval_s
+        self._data = bytearray(fs.cat_file(path) if fs.exists(path) else b"")
+        self._written = len(self._data)
+        self._last_s = -math.inf
+
+    def write(self, data: bytes) -> None:
+        self._data += data
+
+    def flush(self, *, force: bool = False) -> None:
+        if self._written < len(self._data) and (force or time.monotonic() - self._last_s >= self._interval_s):
+            _replace(self._url, bytes(self._data))
+            self._written, self._last_s = len(self._data), time.monotonic()
+
+    def close(self) -> None:
+        self.flush(force=True)
+
+
+_Log = _AppendLog | _WholeFileLog

@@ -1,0 +1,91 @@
+"""The continuum memory system: a chain of residual MLP levels, fastest first (Eq. 70, 73), each with its own update rule.
+
+When a level's weights change is not decided here: the runtime does that, once per `update_period` steps (Eq. 71).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nlray.config import LevelConfig
+from nlray.models.layers import ParameterModule, constant, normal, out_std, rms_norm
+
+TINY = 1e-12
+"""Smallest mean square that an input is divided by."""
+
+
+class _DeltaLinear(torch.autograd.Function):
+    """y = x W^T whose weight gradient has the error delta + weight * y / mean(x^2) in the place of delta (Eq. 56-57)."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, share: float) -> Tensor:
+        y_NV = x_ND @ weight_VD.t()
+        ctx.save_for_backward(x_ND, weight_VD, y_NV)
+        ctx.share = share
+        return y_NV
+
+    @staticmethod
+    def backward(ctx, delta_NV: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_VD, y_NV = ctx.saved_tensors
+        # Departs from Eq. 57: its step eta / (1 + eta |x|^2) supposes inputs of constant norm; each token's extra term is
+        # divided by its mean square, which leaves it as it is for inputs of root mean square 1.
+        scale_N1 = ctx.share / x_ND.square().mean(-1, keepdim=True).clamp_min(TINY)
+        error_NV = torch.addcmul(delta_NV, scale_N1.to(delta_NV.dtype), y_NV)
+        return delta_NV @ weight_VD, error_NV.t() @ x_ND, None
+
+
+def delta_linear(x_BTD: Tensor, weight_VD: Tensor, *, dgd_lambda: float, loss_tokens: int | None) -> Tensor:
+    """Return x W^T; its backward hands the optimizer delta gradient descent's direction for W (Eq. 56-57).
+
+    Args:
+        x_BTD: inputs, [B, T, D].
+        weight_VD: weight, [V, D].
+        dgd_lambda: weight lambda of the layer's own output in the error; 1 is the paper, 0 plain gradient descent.
+        loss_tokens: tokens that the loss is a mean over (autograd's delta is this much smaller than a token's own); None: B T.
+    """
+    if torch.is_autocast_enabled(x_BTD.device.type):
+        dtype = torch.get_autocast_dtype(x_BTD.device.type)
+        x_BTD, weight_VD = x_BTD.to(dtype), weight_VD.to(dtype)
+    x_ND = x_BTD.flatten(0, -2)
+    share = dgd_lambda / (loss_tokens if loss_tokens is not None else x_ND.shape[0])
+    return _DeltaLinear.apply(x_ND, weight_VD, share).view(*x_BTD.shape[:-1], -1)
+
+
+class Level(ParameterModule):
+    """One residual MLP of a level: y = x + W_out silu(W_in norm(x))."""
+
+    def __init__(
+        self, dim: int, hidden: int, num_layers: int, *, rule: Literal["gd", "dgd"] = "gd", dgd_lambda: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.rule = rule
+        self.dgd_lambda = dgd_lambda
+        self.loss_tokens: int | None = None
+        self.add("norm", dim, init=constant(1.0))
+        self.add("w_in", hidden, dim, init=normal(dim**-0.5))
+        self.add("w_out", dim, hidden, init=normal(out_std(hidden, num_layers)))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD + self.linear(F.silu(self.linear(rms_norm(x_BTD, self.norm), self.w_in)), self.w_out)
+
+    def linear(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        if self.rule == "gd":
+            return F.linear(x_BTD, weight_VD)
+        return delta_linear(x_BTD, weight_VD, dgd_lambda=self.dgd_lambda, loss_tokens=self.loss_tokens)
+
+
+class ContinuumMemory(ParameterModule):
+    """The levels of one block in a chain, fastest first (Eq. 70): y = level_k(.. level_1(x))."""
+
+    def __init__(self, dim: int, hidden: int, num_layers: int, levels: dict[str, LevelConfig]) -> None:
+        super().__init__()
+        for name, level in levels.items():
+            # Not add_module: it refuses names that nn.Module has, and a user may call a level `half` or `type`.
+            self._modules[name] = Level(dim, hidden, num_layers, rule=level.rule, dgd_lambda=level.dgd_lambda)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        for level in self._modules.values():
+            x_BTD = level(x_BTD)
+        return x_BTD

@@ -1,0 +1,146 @@
+"""The language models: embedding, blocks, head. Every kind is built of the same pieces.
+
+    hope            Titans    + continuum memory system
+    hope_attention  attention + continuum memory system
+    titans          Titans    + one MLP
+    transformer     attention + SwiGLU MLP
+
+    model = build_model(config, vocab_size=256, seed=0)
+    losses, state = model.token_losses(blocks)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nlray.config import Config
+from nlray.models.attention import Attention, AttentionState
+from nlray.models.cms import ContinuumMemory, Level
+from nlray.models.hope import Titans, TitansState
+from nlray.models.layers import GatedMLP, ParameterModule, constant, initialize_, normal, parameter_inits, rms_norm
+
+EMBEDDING_STD = 0.02
+
+State = list[TitansState | AttentionState]
+
+
+class Embedding(ParameterModule):
+    """A table of vectors, [vocab_size, D]: the embedding, or an untied head."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.add("weight", vocab_size, dim, init=normal(EMBEDDING_STD))
+
+
+class FinalNorm(ParameterModule):
+    """The norm before the head."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.add("weight", dim, init=constant(1.0))
+
+
+class Block(ParameterModule):
+    """A sequence mixer (`memory` or `attention`), then per-token MLPs (`cms` or `mlp`), each with its residual."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = config.model
+        self.mixer_name = "attention" if model.uses_attention else "memory"
+        self.mlp_name = "cms" if model.uses_cms else "mlp"
+        self.add_module(self.mixer_name, Attention(model) if model.uses_attention else Titans(model))
+        if model.uses_cms:
+            mlp = ContinuumMemory(model.dim, config.cms_hidden, model.layers, config.levels)
+        elif model.kind == "titans":
+            mlp = Level(model.dim, model.mlp_hidden or 4 * model.dim, model.layers)
+        else:
+            mlp = GatedMLP(model.dim, model.mlp_hidden or 8 * -(-model.dim // 3), model.layers)
+        self.add_module(self.mlp_name, mlp)
+
+    @property
+    def mixer(self) -> Titans | Attention:
+        return getattr(self, self.mixer_name)
+
+    def forward(self, x_BTD: Tensor, state: TitansState | AttentionState | None) -> tuple[Tensor, TitansState | AttentionState]:
+        o_BTD, state = self.mixer(x_BTD, state)
+        return getattr(self, self.mlp_name)(x_BTD + o_BTD), state
+
+
+class LanguageModel(nn.Module):
+    """A language model of any kind; build it with `build_model`, the bare constructor leaves the parameters unset."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(vocab_size, config.model.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.model.layers))
+        self.final_norm = FinalNorm(config.model.dim)
+        self.head = None if config.model.tie_head else Embedding(vocab_size, config.model.dim)
+
+    def init_state(self, batch_size: int) -> State:
+        """Return the state before the first token, one entry per block; tensors have the batch first."""
+        return [block.mixer.init_state(batch_size) for block in self.blocks]
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Return the logits of the next token after each token, and the state after the piece.
+
+        Args:
+            tokens_BT: token ids, [B, T], int, any T >= 1.
+            state: state of the earlier piece of the same sequences; None: the start.
+
+        Returns:
+            logits_BTV: [B, T, vocab_size]; and the new state (the given one is not modified).
+        """
+        x_BTD = F.embedding(tokens_BT, self.embedding.weight)
+        after: State = []
+        for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x_BTD, block_state = block(x_BTD, before)
+            after.append(block_state)
+        head = self.embedding if self.head is None else self.head
+        return F.linear(rms_norm(x_BTD, self.final_norm.weight), head.weight), after
+
+    def token_losses(self, blocks: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Return the cross-entropy of every next token in nats, [B, T], float32, and the state; blocks are [B, T + 1] ids."""
+        logits_BTV, state = self(blocks[:, :-1], state)
+        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        return F.cross_entropy(logits_BTV.transpose(1, 2), blocks[:, 1:].long(), reduction="none"), state
+
+    def set_loss_tokens(self, num_tokens: int) -> None:
+        """Say how many tokens the loss is a mean over: the scale of the delta rule's extra term (`rule: dgd`)."""
+        for level in self.modules():
+            if isinstance(level, Level):
+                level.loss_tokens = num_tokens
+
+    def set_inner_lr(self, inner_lr: float) -> None:
+        """Set the largest inner learning rate of every memory; 0 turns the updates in context off."""
+        for block in self.blocks:
+            if isinstance(block.mixer, Titans):
+                block.mixer.inner_lr = inner_lr
+
+
+def build_model(config: Config, vocab_size: int, *, device: str | torch.device = "cpu", seed: int | None) -> LanguageModel:
+    """Return the model on `device`; seed None leaves the parameters unset, for a caller that loads them."""
+    with torch.device("meta"):
+        model = LanguageModel(config, vocab_size)
+    model.to_empty(device=device)
+    if seed is not None:
+        inits = parameter_inits(model)
+        for name, parameter in model.named_parameters():
+            initialize_(name, parameter, inits[name], seed)
+    return model
+
+
+def level_parameters(model: LanguageModel) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters of each CMS level over all blocks, levels fastest first, names in model order."""
+    levels: dict[str, dict[str, nn.Parameter]] = {name: {} for name in model.config.levels}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ContinuumMemory):
+            for level, block_level in module.named_children():
+                levels[level].update({f"{prefix}.{level}.{name}": p for name, p in block_level.named_parameters()})
+    return levels
+
+
+def sequence_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
+    """Return every parameter that belongs to no CMS level, in model order."""
+    taken = {name for parameters in level_parameters(model).values() for name in parameters}
+    return {name: parameter for name, parameter in model.named_parameters() if name not in taken}

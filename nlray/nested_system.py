@@ -1,0 +1,377 @@
+"""The nested system of a configuration: every optimization problem of the model, and what the runtime places where.
+
+    system = NestedSystem.build(config, vocab_size)     # on the meta device: no memory
+    system.problems     ordered as the paper orders them: by update frequency, then by dependency (Definition 2)
+    system.levels       a LevelPlan for each CMS level; the runtime's placement and exchange follow it
+    system.actors       bytes that each kind of actor holds
+
+A problem comes from the component that solves it: `_MODULES`, `_RULES` and `_OPTIMIZERS` below map each module type,
+update rule and optimizer to the function that contributes its problems; one that is missing there is an error, so
+nothing can be trained that is not listed. Equation numbers are those of arXiv 2512.24695.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
+from nlray.errors import NlrayError
+from nlray.levels import LevelPlan, TensorSpec
+from nlray.models.attention import Attention
+from nlray.models.cms import ContinuumMemory, Level
+from nlray.models.hope import Titans
+from nlray.models.layers import GatedMLP, ShortConvolution
+from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, build_model, level_parameters, sequence_parameters
+from nlray.optimizers.outer import is_matrix
+
+_VALUE_BYTES = 4
+WORKERS = "workers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One optimization problem, over all layers that have it."""
+
+    name: str
+    level: int = 0
+    """Place in the paper's order, 1 for the fastest; problems of one place do not depend on each other."""
+    updates_per_token: float
+    """Definition 2 with one token as the unit of time; infinite where the solution is found anew for every token."""
+    context_flow: Literal["tokens", "chunks", "gradients", "stream"]
+    """What it learns from: tokens of a sequence, chunks of one, gradients, or the stream of training data."""
+    key: str
+    value: str
+    objective: str
+    rule: str
+    parameters: int = 0
+    """Values that training keeps; over all problems they add up to the model's parameters."""
+    state_values: int = 0
+    """Values held besides: of one sequence for the memories in context, of the whole level for an optimizer's."""
+    runs_on: str
+    after: tuple[str, ...] = ()
+    """Problems of the same frequency whose state at t this one's state at t needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorCost:
+    """Bytes that one actor holds, activations and states in context left out; for level ranks those of the largest shard."""
+
+    name: str
+    count: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """Of a worker: two gradient accumulators per level. Of a level rank: the two newest published versions."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NestedSystem:
+    """Everything that is optimized, and where. Build it with `NestedSystem.build`."""
+
+    problems: tuple[Problem, ...]
+    levels: tuple[LevelPlan, ...]
+    sequence: tuple[TensorSpec, ...]
+    """The parameters outside the CMS, in model order."""
+    actors: tuple[ActorCost, ...]
+
+    @staticmethod
+    def build(config: Config, vocab_size: int) -> "NestedSystem":
+        """List the problems of the model that `config` describes.
+
+        Raises:
+            NlrayError: a module, update rule or optimizer that contributes no problems.
+        """
+        model = build_model(config, vocab_size, device="meta", seed=None)
+        levels = _level_plans(config, model)
+        sequence = _specs(sequence_parameters(model))
+        problems = [
+            *_module_problems(model, config),
+            *_outer_problems(config, sequence),
+            *(p for plan in levels for p in _level_problems(config, plan)),
+        ]
+        return NestedSystem(problems=_in_order(problems), levels=levels, sequence=sequence, actors=_actor_costs(config, levels, sequence))
+
+    @property
+    def num_parameters(self) -> int:
+        return self.sequence_size + sum(plan.num_parameters for plan in self.levels)
+
+    @property
+    def sequence_size(self) -> int:
+        """Parameters outside the CMS."""
+        return _size(self.sequence)
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes of their gradients: what the workers all-reduce each step."""
+        return _VALUE_BYTES * self.sequence_size
+
+
+def level_plans(config: Config, vocab_size: int) -> tuple[LevelPlan, ...]:
+    """Return what the runtime needs of each CMS level, fastest first."""
+    return _level_plans(config, build_model(config, vocab_size, device="meta", seed=None))
+
+
+def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
+    parameters = level_parameters(model)
+    return tuple(
+        LevelPlan(name, level.update_period, level.visible_delay, level.ranks, _specs(parameters[name]))
+        for name, level in config.levels.items()
+    )
+
+
+def _specs(parameters: Mapping[str, nn.Parameter]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tuple(p.shape)) for name, p in parameters.items())
+
+
+def _in_order(problems: list[Problem]) -> tuple[Problem, ...]:
+    """Sort by (frequency, dependency) and number the levels (Definition 2)."""
+    by_name = {p.name: p for p in problems}
+
+    def depth(problem: Problem) -> int:
+        return max((1 + depth(by_name[name]) for name in problem.after), default=0)
+
+    places = sorted({(-p.updates_per_token, depth(p)) for p in problems})
+    numbered = [replace(p, level=1 + places.index((-p.updates_per_token, depth(p)))) for p in problems]
+    return tuple(sorted(numbered, key=lambda p: p.level))
+
+
+# The problems that live in the model's modules, in context.
+
+
+def _module_problems(model: LanguageModel, config: Config) -> list[Problem]:
+    found: dict[type[nn.Module], list[nn.Module]] = {}
+    for module in model.modules():
+        found.setdefault(type(module), []).append(module)
+    return [p for kind, modules in found.items() for p in _lookup(_MODULES, kind, f"module {kind.__name__}")(modules, config.model)]
+
+
+def _lookup(registry: Mapping[Any, Callable], key: Any, what: str) -> Callable:
+    if key not in registry:
+        raise NlrayError(f"{what} contributes no optimization problem; add it to nlray/nested_system.py")
+    return registry[key]
+
+
+def _titans_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
+    """The five memories of self-referential Titans (Eq. 83-93); they share one state per head (docs of nlray.memories.delta)."""
+    per_token = model.read == "token"
+    objective = {"dot": "-<M k, v_mem>", "l2": "1/2 |M k - v_mem|^2"}[model.objective]
+    chunk = 1.0 / model.chunk_size
+    target = "its initial state" if model.retain == "init" else "zero"
+    memory = Problem(
+        name="memory.mem",
+        updates_per_token=1.0 if per_token else chunk,
+        context_flow="tokens" if per_token else "chunks",
+        key="k = M_k x",
+        value="v_mem = M_mem v",
+        objective=objective,
+        rule=f"delta gradient descent, decay to {target} (Eq. 88, 90)",
+        state_values=len(layers) * model.heads * model.head_dim**2,
+        runs_on=WORKERS,
+    )
+    projections = [
+        Problem(
+            name=f"memory.{box}",
+            updates_per_token=chunk,
+            context_flow="chunks",
+            key="k = M_k x",
+            value=f"v_{box} = M_{box} v",
+            objective=objective.replace("mem", box),
+            rule="as memory.mem, in its state",
+            runs_on=WORKERS,
+        )
+        for box in ("k", "v", "eta", "alpha")
+    ]
+    return [memory, *projections]
+
+
+def _attention_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
+    return [
+        Problem(
+            name="attention",
+            updates_per_token=math.inf,
+            context_flow="tokens",
+            key="k = W_k x",
+            value="v = W_v x",
+            objective="sum_i exp(<q, k_i> / sqrt d) |y - v_i|^2",
+            rule="solved for every token (softmax attention)",
+            state_values=len(layers) * 2 * model.dim * model.seq_len,
+            runs_on=WORKERS,
+        )
+    ]
+
+
+def _no_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
+    """A module that is fixed in context: its parameters belong to the outer problems."""
+    return []
+
+
+_MODULES: dict[type[nn.Module], Callable[[list[nn.Module], ModelConfig], list[Problem]]] = {
+    Titans: _titans_problems,
+    Attention: _attention_problems,
+    **dict.fromkeys(
+        (LanguageModel, nn.ModuleList, Block, Embedding, FinalNorm, ShortConvolution, GatedMLP, ContinuumMemory, Level), _no_problems
+    ),
+}
+
+
+# The problems that the runtime steps: the outer parameters, the CMS levels, and the optimizers of both.
+
+
+def _outer_problems(config: Config, sequence: tuple[TensorSpec, ...]) -> list[Problem]:
+    """The parameters outside the CMS: the memories' initial states (meta-learned, Eq. 72-73) and all others."""
+    initial = [t for t in sequence if _is_initial_state(t.name)]
+    others = [t for t in sequence if not _is_initial_state(t.name)]
+    frequency = 1.0 / _step_tokens(config)
+    optimizer = config.sequence.optimizer
+    memories = optimizer_problems("sequence", optimizer, sequence, frequency, WORKERS)
+    after = tuple(m.name for m in memories)
+
+    def problem(name: str, key: str, value: str, objective: str, tensors: list[TensorSpec]) -> Problem:
+        return Problem(
+            name=name,
+            updates_per_token=frequency,
+            context_flow="stream",
+            key=key,
+            value=value,
+            objective=objective,
+            rule=optimizer.name,
+            parameters=sum(t.numel for t in tensors),
+            runs_on=WORKERS,
+            after=after,
+        )
+
+    outer = [problem("sequence", "input x of each layer", "surprise -delta", "<W x, delta> (Eq. 8-9)", others)]
+    if initial:
+        outer.insert(0, problem("sequence.initial_states", "a sequence", "its next tokens", "mean loss over sequences (Eq. 4)", initial))
+    return [*memories, *outer]
+
+
+def _is_initial_state(name: str) -> bool:
+    return ".memory.m_" in name
+
+
+def _level_problems(config: Config, plan: LevelPlan) -> list[Problem]:
+    level = config.levels[plan.name]
+    frequency = 1.0 / (plan.update_period * _step_tokens(config))
+    runs_on = f"level {plan.name}"
+    memories = optimizer_problems(f"cms.{plan.name}", level.optimizer, plan.tensors, frequency, runs_on)
+    objective, rule = _lookup(_RULES, level.rule, f"update rule {level.rule!r}")(level)
+    cms = Problem(
+        name=f"cms.{plan.name}",
+        updates_per_token=frequency,
+        context_flow="stream",
+        key="input x of each layer",
+        value="surprise -delta",
+        objective=objective,
+        rule=f"{rule}; every {'step' if plan.update_period == 1 else f'{plan.update_period} steps'} (Eq. 71)",
+        parameters=plan.num_parameters,
+        runs_on=runs_on,
+        after=tuple(m.name for m in memories),
+    )
+    return [*memories, cms]
+
+
+_RULES: dict[str, Callable[[LevelConfig], tuple[str, str]]] = {
+    "gd": lambda level: ("<W x, delta> (Eq. 8-9)", level.optimizer.name),
+    "dgd": lambda level: ("1/2 |W x + delta|^2 (Eq. 56)", f"delta rule, lambda {level.dgd_lambda:g} (Eq. 57), {level.optimizer.name}"),
+}
+
+
+def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[TensorSpec], frequency: float, runs_on: str) -> list[Problem]:
+    """Return the memories that an optimizer keeps of the gradients of `owner`, one problem each.
+
+    Raises:
+        NlrayError: an optimizer that contributes none.
+    """
+    contribute = _lookup(_OPTIMIZERS, config.name, f"optimizer {config.name!r}")
+    return [
+        Problem(
+            name=f"{owner}.{memory.name}",
+            updates_per_token=frequency,
+            context_flow="gradients",
+            key="gradient g",
+            value=memory.value,
+            objective=memory.objective,
+            rule=memory.rule,
+            state_values=memory.size,
+            runs_on=runs_on,
+        )
+        for memory in contribute(config, list(tensors))
+        if memory.size
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _GradientMemory:
+    """What an optimizer remembers of gradients; `size` values."""
+
+    name: str
+    value: str
+    objective: str
+    rule: str
+    size: int
+
+
+def _adamw(config: OptimizerConfig, tensors: list[TensorSpec]) -> list[_GradientMemory]:
+    size = sum(t.numel for t in tensors)
+    beta1, beta2 = config.betas
+    return [
+        _GradientMemory("momentum", "sqrt of the sum of g^2", "|m g - P|^2 (Eq. 101-105)", f"decayed sum, beta {beta1:g}", size),
+        _GradientMemory("second_moment", "g^2", "|v - g^2|^2", f"decayed sum, beta {beta2:g}", size),
+    ]
+
+
+def _muon(config: OptimizerConfig, tensors: list[TensorSpec]) -> list[_GradientMemory]:
+    """Muon for the weight matrices; AdamW takes the rest."""
+    size = sum(t.numel for t in tensors if is_matrix(t.name))
+    rule = f"decayed sum, beta {config.momentum:g}; read through Newton-Schulz (Eq. 52)"
+    muon = _GradientMemory("muon_momentum", "none", "-<m, g> (Eq. 10-13)", rule, size)
+    return [muon, *_adamw(config, [t for t in tensors if not is_matrix(t.name)])]
+
+
+_OPTIMIZERS: dict[str, Callable[[OptimizerConfig, list[TensorSpec]], list[_GradientMemory]]] = {"adamw": _adamw, "muon": _muon}
+
+
+# What it costs.
+
+
+def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
+    """A worker holds the whole model, its gradients and two accumulators per level; a rank its shard."""
+    level_size = sum(plan.num_parameters for plan in levels)
+    total = level_size + _size(sequence)
+    worker = ActorCost(
+        name="sequence",
+        count=config.sequence.workers,
+        parameters=_VALUE_BYTES * total,
+        gradients=_VALUE_BYTES * total,
+        optimizer=_optimizer_bytes(config.sequence.optimizer, sequence),
+        buffers=2 * _VALUE_BYTES * level_size,
+    )
+    ranks = []
+    for plan in levels:
+        shard = plan.shards[max(range(plan.ranks), key=lambda r: _size(plan.shards[r]))]
+        size = _VALUE_BYTES * _size(shard)
+        optimizer = _optimizer_bytes(config.levels[plan.name].optimizer, shard)
+        ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))
+    return (worker, *ranks)
+
+
+def _optimizer_bytes(config: OptimizerConfig, tensors: Iterable[TensorSpec]) -> int:
+    memories = _lookup(_OPTIMIZERS, config.name, f"optimizer {config.name!r}")(config, list(tensors))
+    return _VALUE_BYTES * sum(m.size for m in memories)
+
+
+def _size(tensors: Iterable[TensorSpec]) -> int:
+    return sum(t.numel for t in tensors)
+
+
+def _step_tokens(config: Config) -> int:
+    return config.sequence.global_batch * config.model.seq_len

@@ -1,0 +1,125 @@
+"""Sources: a `SourceConfig` as an ordered list of units of bounded size, each read at random access into records.
+
+`open_source(config)` gives the source that the stream reads; `check_sources(config)` tells every mistake before work starts.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nlray.config import DataConfig, SourceConfig
+from nlray.errors import DataError
+from nlray.pipelines.files import File, list_files
+from nlray.pipelines.readers import ArrowReader, JsonlReader, ParquetReader, Reader, Records
+from nlray.pipelines.stdlib import TAG, StdlibReader
+from nlray.pipelines.text_reader import TextReader
+from nlray.pipelines.tokenizers import load_tokenizer
+
+STDLIB = "stdlib:"
+_READERS: dict[str, Callable[..., Reader]] = {"parquet": ParquetReader, "arrow": ArrowReader, "jsonl": JsonlReader, "text": TextReader}
+_OPENING_THREADS = 16
+
+
+class Source:
+    """The units of all files of one source, numbered in the order of the files."""
+
+    def __init__(self, config: SourceConfig, readers: list[Reader], *, where: str) -> None:
+        """`where` is the key that messages name; raise DataError where the files hold no unit."""
+        self.path, self.where = config.path, where
+        self._readers = readers
+        self._first_unit = np.cumsum([0, *(len(reader.sequence) for reader in readers)])
+        self.num_units = int(self._first_unit[-1])
+        """Units of the source."""
+        if self.num_units == 0:
+            raise DataError(f"{where}: {config.path}: no text in {_count(readers)}")
+        first_sequence = np.cumsum([0, *(int(r.sequence[-1]) + 1 if len(r.sequence) else 0 for r in readers)])
+        self.sequence = np.concatenate([r.sequence + first for r, first in zip(readers, first_sequence, strict=False)])
+        """int64 [units], ascending; units with equal values have to stay one after the other."""
+        self.tag_columns = [TAG] if config.path == STDLIB else list(config.tag_columns)
+        """Names of the tags that every record has."""
+        self._open: Reader | None = None
+
+    def read(self, unit: int) -> Records:
+        """Return the unit's records that have text, in the order of the file: large binary text, tags without nulls ("" instead).
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        reader, index = self._locate(unit)
+        if self._open is not None and self._open is not reader:
+            self._open.close()
+        self._open = reader
+        records = reader.read(index)
+        text = records.text.cast(pa.large_binary())
+        has_text = pc.fill_null(pc.greater(pc.binary_length(text), 0), False)
+        tags = {name: pc.fill_null(values, "") for name, values in records.tags.items()}
+        if pc.all(has_text).as_py() is False:
+            text, tags = text.filter(has_text), {name: values.filter(has_text) for name, values in tags.items()}
+        return Records(text, tags)
+
+    def is_in_pieces(self, unit: int) -> bool:
+        """Return whether the unit's records are consecutive pieces of one document, which are never shuffled."""
+        return isinstance(self._locate(unit)[0], TextReader)
+
+    def continuation(self, unit: int, following: int | None) -> bytes | None:
+        """Return the first record of unit `following` where it goes on with the last document of `unit`, else None."""
+        reader, index = self._locate(unit)
+        if following != unit + 1 or not isinstance(reader, TextReader) or index + 1 == len(reader.sequence):
+            return None
+        return reader.first_record(index + 1)
+
+    def close(self) -> None:
+        """Close what reading keeps open; the source can be read again."""
+        if self._open is not None:
+            self._open.close()
+
+    def check_has_text(self) -> None:
+        """Read units until one holds text; raise DataError where none does."""
+        if not any(len(self.read(unit).text) for unit in range(self.num_units)):
+            raise DataError(f"{self.where}: {self.path}: no text in {_count(self._readers)}: every record is null or empty")
+        self.close()
+
+    def _locate(self, unit: int) -> tuple[Reader, int]:
+        index = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
+        return self._readers[index], unit - int(self._first_unit[index])
+
+
+def open_source(config: SourceConfig, *, index: int = 0) -> Source:
+    """List a source's files and read their schemas.
+
+    Args:
+        index: place of the source in `data.sources`, for messages.
+
+    Raises:
+        DataError: a missing file, a wrong column, a file that cannot be read, or nothing to read at all.
+    """
+    where = f"data.sources[{index}]"
+    if config.path == STDLIB:
+        if set(config.tag_columns) - {TAG}:
+            raise DataError(f"{where}.tag_columns: {STDLIB} has the tag {TAG!r} only; allowed: [] or [{TAG}]")
+        return Source(config, [StdlibReader(where=where)], where=where)
+
+    def open_reader(file: File) -> Reader:
+        return _READERS[file.format](file, config, where=where)
+
+    files = list_files(config, where=where)
+    with ThreadPoolExecutor(_OPENING_THREADS if len(files) > 1 else 1) as pool:
+        return Source(config, list(pool.map(open_reader, files)), where=where)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Open the tokenizer and every source, and find the first text of each, so that mistakes are told before any work starts.
+
+    Raises:
+        DataError: one line that names what is wrong, where, and what is allowed.
+    """
+    load_tokenizer(config.tokenizer)
+    for index, source in enumerate(config.sources):
+        open_source(source, index=index).check_has_text()
+
+
+def _count(readers: list[Reader]) -> str:
+    return readers[0].file_name if len(readers) == 1 else f"{len(readers)} files"

@@ -1,0 +1,45 @@
+"""The source `stdlib:`, which needs no download: the Python files and pydoc topics of the running interpreter."""
+
+import importlib
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from nlray.errors import DataError
+from nlray.pipelines.readers import Records
+
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+TAG = "kind"
+
+
+class StdlibReader:
+    """One unit of one record per file, tagged kind=code, and per pydoc topic, tagged kind=prose."""
+
+    file_name = "stdlib:"
+
+    def __init__(self, *, where: str) -> None:
+        """Raise DataError where this interpreter comes without its sources."""
+        root = Path(sysconfig.get_path("stdlib"))
+        self._files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT.intersection(p.relative_to(root).parts[:-1]))
+        if not self._files:
+            raise DataError(f"{where}: stdlib:: this Python has no library sources in {root}; give a path of your own")
+        self._topics = sorted(_pydoc_topics().items())
+        self.sequence = np.arange(len(self._files) + len(self._topics))
+
+    def read(self, unit: int) -> Records:
+        is_code = unit < len(self._files)
+        text = self._files[unit].read_bytes() if is_code else self._topics[unit - len(self._files)][1].encode()
+        return Records(pa.array([text], pa.large_binary()), {TAG: pa.array(["code" if is_code else "prose"])})
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+def _pydoc_topics() -> dict[str, str]:
+    """Return the help topics; none where a distribution ships Python without them."""
+    try:
+        return importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return {}
