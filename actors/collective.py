@@ -11,9 +11,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from nlray.actors.types import Command
 from torch import Tensor, nn
 
-from nlray.actors.types import Command
 from nlray.flat import FlatLayout
 from nlray.levels import TensorSpec
 
@@ -85,7 +85,9 @@ class WorkerGroup:
         is_finite = math.isfinite(loss) and math.isfinite(norm_value)
         if self.num_workers == 1:
             return Agreement(loss, is_finite, command)
-        message = torch.tensor([loss if math.isfinite(loss) else 0.0, 0.0 if is_finite else 1.0, float(command)], dtype=torch.float64, device=self.device)
+        message = torch.tensor(
+            [loss if math.isfinite(loss) else 0.0, 0.0 if is_finite else 1.0, float(command)], dtype=torch.float64, device=self.device
+        )
         dist.all_reduce(message)
         loss, num_bad, commands = message.tolist()
         return Agreement(loss if num_bad == 0 else math.nan, num_bad == 0, Command(int(commands)))

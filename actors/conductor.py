@@ -11,16 +11,17 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-
 from nlray.actors.level import LevelRank
 from nlray.actors.placement import ActorPlan, Placement
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import ObjectStore, RankClient, wait_for
 from nlray.actors.types import ENDED, Command, PartWritten, RunState, RunStatus, WorkerReport
+from ray.exceptions import RayActorError, RayTaskError
+
 from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, write_manifest
 from nlray.config import Config
 from nlray.errors import NlrayError, UserError
@@ -54,6 +55,14 @@ class RunFailedError(NlrayError):
         return RunFailedError, (str(self), self.details, self.exit_code)
 
 
+@dataclass(frozen=True, slots=True)
+class Behaviours:
+    """The plain classes that become a run's actors: a fault injector puts its own subclasses here."""
+
+    sequence_worker: type[SequenceWorker] = SequenceWorker
+    level_rank: type[LevelRank] = LevelRank
+
+
 class Conductor:
     """Runs one run.
 
@@ -63,11 +72,20 @@ class Conductor:
         actors: every actor with its resources.
         checkpoint: URL of the checkpoint to start from, or None.
         notes: events of the launch, for the log.
+        behaviours: the classes of the actors.
     """
 
     def __init__(
-        self, config: Config, plans: Sequence[LevelPlan], actors: Sequence[ActorPlan], *, checkpoint: str | None, notes: Sequence[str]
+        self,
+        config: Config,
+        plans: Sequence[LevelPlan],
+        actors: Sequence[ActorPlan],
+        *,
+        checkpoint: str | None,
+        notes: Sequence[str],
+        behaviours: "Behaviours",
     ) -> None:
+        self.behaviours = behaviours
         self.config, self.plans, self.actors, self.checkpoint = config, list(plans), list(actors), checkpoint
         self.timeout_s = config.run.timeout_s
         self._lock = threading.Lock()
@@ -77,7 +95,7 @@ class Conductor:
         self._failure: RunFailedError | None = None
         self._summary: dict[str, Any] | None = None
         self._is_stop_requested = False
-        self._placement = Placement(self.timeout_s)
+        self._placement = Placement(namespace_of(config.run.name), self.timeout_s)
         self._workers: list[Any] = []
         self._ranks: dict[str, list[Any]] = {}
         self._writing: dict[int, dict[Any, str]] = {}
@@ -139,14 +157,23 @@ class Conductor:
         plans = {plan.name: plan for plan in self.plans}
         for actor in self.actors:
             if actor.level is None:
-                handle = self._placement.create(actor, SequenceWorker, config, self.plans, actor.index, gpus=actor.gpus, max_concurrency=4)
+                handle = self._placement.create(
+                    actor, self.behaviours.sequence_worker, config, self.plans, actor.index, gpus=actor.gpus, max_concurrency=4
+                )
                 self._workers.append(handle)
             else:
                 plan = plans[actor.level]
                 # Calls that may wait inside a rank at one time: two pushes and two pulls a worker, the other ranks' norms, and a few.
                 concurrency = 4 * config.sequence.workers + plan.ranks + 8
                 handle = self._placement.create(
-                    actor, LevelRank, config, plan, actor.index, store=store, gpus=actor.gpus, max_concurrency=concurrency
+                    actor,
+                    self.behaviours.level_rank,
+                    config,
+                    plan,
+                    actor.index,
+                    store=store,
+                    gpus=actor.gpus,
+                    max_concurrency=concurrency,
                 )
                 self._ranks.setdefault(actor.level, []).append(handle)
 
@@ -179,7 +206,9 @@ class Conductor:
         """Poll the actors until every worker has ended and every checkpoint is written."""
         is_stop_sent = False
         while True:
-            reports: list[WorkerReport] = wait_for([w.poll.remote() for w in self._workers], "the sequence workers' reports", self.timeout_s)
+            reports: list[WorkerReport] = wait_for(
+                [w.poll.remote() for w in self._workers], "the sequence workers' reports", self.timeout_s
+            )
             self._take_reports(reports, metrics)
             self._raise_failures(reports)
             if self._is_stop_requested and not is_stop_sent:
@@ -302,6 +331,11 @@ class Conductor:
         with self._lock:
             if self._state not in ENDED:
                 self._state = state
+
+
+def namespace_of(run_name: str) -> str:
+    """Return the Ray namespace of a run's actors."""
+    return f"nlray-{run_name}"
 
 
 def explain(error: BaseException) -> tuple[str, str, int]:

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from nlray.actors.types import Contribution, Version
 from torch import Tensor
 
-from nlray.actors.types import Contribution, Version
 from nlray.config import ExchangeConfig
 from nlray.errors import RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
@@ -122,7 +122,9 @@ class LevelChannel:
         try:
             self._open = self._free.get(timeout=self.timeout_s)
         except Empty as error:
-            raise RemoteTimeoutError(f"level {self.plan.name}: waited {self.timeout_s:g} s to send version {version - 1} (run.timeout_s)") from error
+            raise RemoteTimeoutError(
+                f"level {self.plan.name}: waited {self.timeout_s:g} s to send version {version - 1} (run.timeout_s)"
+            ) from error
         self.stall_s += time.perf_counter() - started
         self._open_views = self._views(self._open)
         self._num_steps = 0
@@ -182,7 +184,9 @@ class LevelChannel:
         try:
             received = self._arriving.pop(version).result(self.timeout_s)
         except FutureTimeoutError as error:
-            raise RemoteTimeoutError(f"waited {self.timeout_s:g} s for version {version} of level {self.plan.name} (run.timeout_s)") from error
+            raise RemoteTimeoutError(
+                f"waited {self.timeout_s:g} s for version {version} of level {self.plan.name} (run.timeout_s)"
+            ) from error
         self.stall_s += time.perf_counter() - started
         for older in [v for v in self._arriving if v < version]:
             del self._arriving[older]

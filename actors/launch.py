@@ -10,18 +10,18 @@ from typing import Any
 
 import ray
 from fsspec.core import url_to_fs
-
-from nlray.actors.conductor import Conductor, explain
+from nlray.actors.conductor import Behaviours, Conductor, explain, namespace_of
 from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
+from nlray.pipelines.tokenizers import load_tokenizer
+
 from nlray.checkpoint import latest_checkpoint, read_manifest
 from nlray.config import Config, config_to_yaml, parse_config, with_run
 from nlray.errors import NlrayError, UserError
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter
 from nlray.nested_system import level_plans
-from nlray.pipelines.tokenizers import load_tokenizer
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints")
 
@@ -70,13 +70,14 @@ class RunHandle:
                 ray.shutdown()
 
 
-def launch(config: Config, *, address: str | None = None, resume: bool = False) -> RunHandle:
+def launch(config: Config, *, address: str | None = None, resume: bool = False, behaviours: Behaviours | None = None) -> RunHandle:
     """Start a run and return its handle at once.
 
     Args:
         config: with `run.name` set.
-        address: of a Ray cluster; None: start one here, for this run.
+        address: of a Ray cluster; None: the one this process is in, else one is started here, for this run.
         resume: go on from the newest whole checkpoint in `run.dir`.
+        behaviours: other classes for the actors; None: the product's.
 
     Raises:
         UserError: before anything is written or started.
@@ -90,7 +91,9 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False) 
         checkpoint = latest_checkpoint(config.run.dir, warn=notes.append)
         check_resume(config, checkpoint)
     elif not config.run.overwrite and holds_run(config.run.dir):
-        raise UserError(f"run.dir: {config.run.dir} already holds a run; use `nlray resume {config.run.dir}`, or run.overwrite=true to replace it")
+        raise UserError(
+            f"run.dir: {config.run.dir} already holds a run; use `nlray resume {config.run.dir}`, or run.overwrite=true to replace it"
+        )
     owns_ray = start_ray(config, address, notes)
     try:
         nodes = ray.nodes()
@@ -98,8 +101,8 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False) 
         check_fit(actors, nodes)
         prepare_dir(config, checkpoint)
         actor = ray.remote(num_cpus=0, max_concurrency=8)(Conductor)
-        conductor = actor.options(name="conductor", lifetime="detached").remote(
-            config, plans, actors, checkpoint=checkpoint, notes=[*notes, *gpu_notes]
+        conductor = actor.options(name="conductor", namespace=namespace_of(config.run.name), lifetime="detached").remote(
+            config, plans, actors, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
         )
         wait_for(conductor.start.remote(), "the conductor to start", config.run.timeout_s)
     except BaseException:
@@ -114,7 +117,9 @@ def resolve(config: Config) -> Config:
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size is {vocab_size}; allowed: at least the {tokenizer.vocab_size} of data.tokenizer={config.data.tokenizer}")
+        raise UserError(
+            f"model.vocab_size is {vocab_size}; allowed: at least the {tokenizer.vocab_size} of data.tokenizer={config.data.tokenizer}"
+        )
     run_dir = config.run.dir or posixpath.join("runs", config.run.name)
     if "://" not in run_dir:
         run_dir = os.path.abspath(run_dir)
@@ -163,9 +168,10 @@ def holds_run(run_dir: str) -> bool:
 
 def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
     """Join the cluster at `address`, or start one on this machine; return whether it was started here."""
+    if ray.is_initialized() and address is None:
+        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    namespace = f"nlray-{config.run.name}"
-    common = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.WARNING}
+    common = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         try:
             ray.init(address=address, **common)

@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import torch
-
 from nlray.actors.recovery import Shelf, Snapshot
 from nlray.actors.transports import Store
 from nlray.actors.types import Contribution, PartWritten, Version
+
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.errors import NlrayError, RemoteTimeoutError
@@ -95,9 +95,7 @@ class LevelRank:
             self._raise_failure()
             workers = self._contributions.setdefault(contribution.version, {})
             if contribution.version <= self.version or contribution.worker in workers:
-                raise NlrayError(
-                    f"{self.label}: a second contribution of worker {contribution.worker} to version {contribution.version}"
-                )
+                raise NlrayError(f"{self.label}: a second contribution of worker {contribution.worker} to version {contribution.version}")
             workers[contribution.worker] = contribution
             self._changed.notify_all()
 

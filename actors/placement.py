@@ -100,10 +100,10 @@ def check_fit(plans: Sequence[ActorPlan], nodes: Sequence[dict[str, Any]]) -> No
 
 
 class Placement:
-    """The placement groups of a run's actors."""
+    """The placement groups of a run's actors. namespace: Ray's, in which the actors have their names."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, namespace: str, timeout_s: float) -> None:
+        self.namespace, self.timeout_s = namespace, timeout_s
         self._groups: dict[str, Any] = {}
 
     def reserve(self, plans: Sequence[ActorPlan]) -> None:
@@ -126,6 +126,7 @@ class Placement:
             "max_concurrency": max_concurrency,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[plan.name], placement_group_bundle_index=0),
             "name": plan.name,
+            "namespace": self.namespace,
         }
         return ray.remote(**options)(behaviour).remote(*args, **kwargs)
 

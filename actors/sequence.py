@@ -14,21 +14,20 @@ from typing import Any
 
 import ray
 import torch
-from torch import Tensor
-
 from nlray.actors.collective import Agreement, WorkerGroup
 from nlray.actors.exchange import LevelChannel, RankLink
 from nlray.actors.recovery import Shelf, Snapshot
 from nlray.actors.types import Command, PartWritten, WorkerReport
+from nlray.pipelines.stream import BlockStream, PrefetchStream, heldout_blocks
+from torch import Tensor
+
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.errors import NonFiniteLossError
 from nlray.flat import device_for
 from nlray.levels import LevelPlan, newest_version
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
-
 from nlray.optimizers import OuterOptimizer, clip_gradients_
-from nlray.pipelines.stream import BlockStream, PrefetchStream, heldout_blocks
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -314,7 +313,9 @@ class SequenceWorker:
         """Return the mean held-out loss in nats per token, over the same sequences every time, shared by the workers."""
         sequence, model = self.config.sequence, self.config.model
         if self._eval_blocks is None:
-            blocks = heldout_blocks(self.config.data, seq_len=model.seq_len, seed=self.config.run.seed, num_blocks=self.config.eval.sequences).blocks
+            blocks = heldout_blocks(
+                self.config.data, seq_len=model.seq_len, seed=self.config.run.seed, num_blocks=self.config.eval.sequences
+            ).blocks
             self._eval_blocks = torch.from_numpy(blocks)
         mine = self._eval_blocks[self.worker :: sequence.workers].to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)

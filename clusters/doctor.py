@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -69,8 +68,6 @@ def _text(value: Any) -> str:
 
 
 def _python() -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        raise RuntimeError(f"Python {platform.python_version()}; 3.11 or newer is needed")
     return {"version": platform.python_version(), "platform": platform.platform()}
 
 

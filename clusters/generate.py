@@ -1,7 +1,8 @@
 """`nlray generate`: text from the newest checkpoint of a run, piece by piece as it comes."""
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import fsspec
 import yaml
@@ -9,6 +10,9 @@ import yaml
 from nlray.checkpoint import latest_checkpoint, load_parameters
 from nlray.config import Config, config_from_dict
 from nlray.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from nlray.pipelines.tokenizers import Tokenizer
 
 
 def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[str]:
@@ -36,7 +40,7 @@ def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_
     model = build_model(config, parameters["embedding.weight"].shape[0], seed=None)
     model.load_state_dict(parameters)
     yield prompt
-    yield from decode_pieces(tokenizer, generate(model, ids, num_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+    yield from decode_pieces(tokenizer, ids, generate(model, ids, num_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
 
 
 def checkpoint_config(checkpoint: str) -> Config:
@@ -48,3 +52,17 @@ def checkpoint_config(checkpoint: str) -> Config:
             return config_from_dict(yaml.safe_load(file.read()), where=url)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error
+
+
+def decode_pieces(tokenizer: "Tokenizer", prompt: Iterable[int], generated: Iterable[int]) -> Iterator[str]:
+    """Give the text of generated tokens as soon as their characters are whole; the prompt is context, not given again."""
+    ids = [int(i) for i in prompt]
+    # Text before `shown` is out; it is decoded again from `start`, for a token's text may depend on the one before.
+    start, shown = 0, len(ids)
+    for token in generated:
+        ids.append(int(token))
+        before, text = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
+        if len(text) > len(before) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(before) :]
+            start, shown = shown, len(ids)
+    yield tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:shown])) :]

@@ -17,12 +17,13 @@ def describe_run(config: Config, *, resume: bool) -> str:
     """Return the lines that say what is run, known before anything slow is imported."""
     model, sequence = config.model, config.sequence
     tokens = sequence.global_batch * model.seq_len
+    workers = _plural(sequence.workers, "worker")
     sources = ", ".join(source.path for source in config.data.sources)
     return "\n".join(
         [
             f"run      {config.run.name}{' (resumed)' if resume else ''} in {config.run.dir}",
             f"model    {model.kind}, dim {model.dim}, {model.layers} layers, {model.heads} heads, {sequence.precision}",
-            f"steps    {config.run.steps} of {format_count(tokens)} tokens ({sequence.global_batch} x {model.seq_len}), {_plural(sequence.workers, 'worker')}",
+            f"steps    {config.run.steps} of {format_count(tokens)} tokens ({sequence.global_batch} x {model.seq_len}), {workers}",
             f"data     {sources} ({config.data.tokenizer})",
         ]
     )

@@ -71,7 +71,9 @@ class SourceConfig:
     """Columns whose values are kept with each block (for example language, domain)."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0 and math.isfinite(self.weight), f"data.sources weight of {self.path!r} is {self.weight}; allowed: more than 0")
+        _require(
+            self.weight > 0 and math.isfinite(self.weight), f"data.sources weight of {self.path!r} is {self.weight}; allowed: more than 0"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +203,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; allowed: more than 0")
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"optimizer.betas is {list(self.betas)}; allowed: two numbers from 0 to below 1")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optimizer.betas is {list(self.betas)}; allowed: two numbers from 0 to below 1",
+        )
         _require(self.clip >= 0, f"optimizer.clip is {self.clip}; allowed: 0 or more")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; allowed: 0 or more")
 
@@ -280,7 +285,10 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         _require(self.hidden is None or self.hidden >= 1, f"memory.hidden is {self.hidden}; allowed: 1 or more, or null")
         for name in self.levels:
-            _require(_NAME.fullmatch(name) is not None and name != "sequence", f"memory.levels.{name}: a level's name is letters, digits and _, and not 'sequence'")
+            _require(
+                _NAME.fullmatch(name) is not None and name != "sequence",
+                f"memory.levels.{name}: a level's name is letters, digits and _, and not 'sequence'",
+            )
 
     @property
     def ordered_levels(self) -> dict[str, LevelConfig]:

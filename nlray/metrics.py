@@ -152,7 +152,7 @@ class _AppendLog:
     """A local file that grows."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "ab")
+        self._file = open(path, "ab")  # noqa: SIM115 - stays open as long as the log
 
     def write(self, data: bytes) -> None:
         self._file.write(data)

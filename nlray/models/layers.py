@@ -101,9 +101,10 @@ class ShortConvolution(ParameterModule):
     def forward(self, x_BTD: Tensor, tail_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the convolution and the new tail; the tail is the last W - 1 inputs of the earlier piece."""
         x_BSD = torch.cat([tail_BPD.to(x_BTD.dtype), x_BTD], dim=1)
-        length = x_BTD.shape[1]
-        y_BTD = sum(x_BSD[:, i : i + length] * self.weight[:, i] for i in range(self.width))
-        return y_BTD, x_BSD[:, length:]
+        # As an image of height 1 with the channels last: no transposition, and twice as fast as conv1d on a CPU.
+        weight_D11W = self.weight[:, None, None].contiguous(memory_format=torch.channels_last)
+        y_BD1T = F.conv2d(x_BSD.mT[:, :, None], weight_D11W, groups=self.weight.shape[0])
+        return y_BD1T[:, :, 0].mT, x_BSD[:, x_BTD.shape[1] :]
 
 
 class GatedMLP(ParameterModule):

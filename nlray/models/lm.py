@@ -102,8 +102,9 @@ class LanguageModel(nn.Module):
     def token_losses(self, blocks: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return the cross-entropy of every next token in nats, [B, T], float32, and the state; blocks are [B, T + 1] ids."""
         logits_BTV, state = self(blocks[:, :-1], state)
-        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        return F.cross_entropy(logits_BTV.transpose(1, 2), blocks[:, 1:].long(), reduction="none"), state
+        logits_NV = logits_BTV.flatten(0, 1).to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        targets_BT = blocks[:, 1:]
+        return F.cross_entropy(logits_NV, targets_BT.flatten().long(), reduction="none").view(targets_BT.shape), state
 
     def set_loss_tokens(self, num_tokens: int) -> None:
         """Say how many tokens the loss is a mean over: the scale of the delta rule's extra term (`rule: dgd`)."""

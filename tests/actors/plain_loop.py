@@ -28,7 +28,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
         newest[name] = {n: p.detach().clone() for n, p in in_model[name].items()}
         optimizers[name] = OuterOptimizer(newest[name], level.optimizer, horizon=config.run.steps)
         sums[name] = {}
-        versions[name] = {0: newest[name]}
+        versions[name] = {0: {n: p.clone() for n, p in newest[name].items()}}
     losses = []
     for step in range(1, num_steps + 1):
         for name, level in config.levels.items():

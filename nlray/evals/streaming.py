@@ -1,0 +1,52 @@
+"""Streaming: one long token sequence through the model in pieces, with the state carried from piece to piece.
+
+    result = stream_losses(model, tokens, piece_length=256)
+    result.losses[:256].mean(), result.losses[-256:].mean()
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nlray.models.lm import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamResult:
+    """What a stream leaves behind."""
+
+    losses: Tensor
+    """Loss of every next token in nats, [T], float32, on the CPU."""
+    state_norms: Tensor
+    """Root mean square over heads of |matrix| / sqrt(d) after each piece, [pieces, blocks]; no column for attention blocks."""
+    state_values: list[int]
+    """Numbers that the state holds after each piece, all blocks together."""
+
+
+@torch.no_grad()
+def stream_losses(model: LanguageModel, tokens: Tensor, *, piece_length: int) -> StreamResult:
+    """Return the loss at every position of one sequence and how the state develops.
+
+    Args:
+        model: the model; no gradients.
+        tokens: token ids, [T + 1], on the model's device.
+        piece_length: tokens of one piece, >= 1; the losses do not depend on it.
+
+    Raises:
+        ValueError: fewer than two tokens, or piece_length < 1.
+    """
+    if tokens.dim() != 1 or len(tokens) < 2 or piece_length < 1:
+        raise ValueError(f"tokens is {tuple(tokens.shape)}, piece_length {piece_length}; expected [T + 1 >= 2] and 1 or more")
+    state, losses, norms, values = None, [], [], []
+    for start in range(0, len(tokens) - 1, piece_length):
+        piece_losses, state = model.token_losses(tokens[None, start : start + piece_length + 1], state)
+        losses.append(piece_losses[0].float().cpu())
+        norms.append([_norm(block.matrix) for block in state if hasattr(block, "matrix")])
+        values.append(sum(tensor.numel() for block in state for tensor in block))
+    return StreamResult(losses=torch.cat(losses), state_norms=torch.tensor(norms), state_values=values)
+
+
+def _norm(matrix_BHdd: Tensor) -> float:
+    """Return the root mean square over heads and sequences of |matrix| / sqrt(d); the identity has 1."""
+    return (matrix_BHdd.float().square().sum((-2, -1)).mean() / matrix_BHdd.shape[-1]).sqrt().item()

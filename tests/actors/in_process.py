@@ -1,0 +1,85 @@
+"""The product's sequence worker and level ranks in one process, with links that call them directly: no Ray, real threads."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from nlray.actors.level import LevelRank
+from nlray.actors.sequence import SequenceWorker
+from nlray.actors.types import Contribution, Version
+from nlray.config import Config
+from nlray.nested_system import level_plans
+
+
+class DirectStore:
+    def put(self, array: np.ndarray) -> Any:
+        return array.copy()
+
+    def get(self, data: Any) -> np.ndarray:
+        return data
+
+
+class DirectLink:
+    def __init__(self, rank: LevelRank, store: DirectStore) -> None:
+        self.rank, self.store = rank, store
+
+    def push(self, contribution: Contribution) -> None:
+        # The object store copies too: the sender reuses its buffer.
+        copy = contribution.buffer.copy()
+        self.rank.push(Contribution(contribution.version, contribution.worker, contribution.num_steps, copy))
+
+    def confirm(self, receipt: Any) -> None:
+        pass
+
+    def pull(self, version: int) -> tuple[Version, np.ndarray]:
+        published = self.rank.pull(version)
+        return published, self.store.get(published.data)
+
+    def hold_snapshot(self, step: int) -> None:
+        self.rank.hold_snapshot(step)
+
+
+class InProcessRun:
+    """One worker and all level ranks of a configuration."""
+
+    def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank) -> None:
+        store = DirectStore()
+        plans = level_plans(config, config.model.vocab_size)
+        self.ranks = {p.name: [rank_class(config, p, i, store=store) for i in range(p.ranks)] for p in plans}
+        for ranks in self.ranks.values():
+            for rank in ranks:
+                others = [r for r in ranks if r is not rank]
+                rank.connect(lambda version, norms, others=others: [o.receive_norms(version, norms) for o in others] and None)
+        self.worker = SequenceWorker(config, plans, 0)
+        self.worker.connect({name: [DirectLink(r, store) for r in ranks] for name, ranks in self.ranks.items()})
+
+    def load(self, url: str) -> None:
+        for actor in [self.worker, *self.all_ranks]:
+            actor.load(url)
+
+    def train(self) -> "InProcessRun":
+        for rank in self.all_ranks:
+            rank.start()
+        try:
+            self.worker.train()
+        finally:
+            self.close()
+        return self
+
+    def close(self) -> None:
+        self.worker.close()
+        for rank in self.all_ranks:
+            rank.stop()
+
+    @property
+    def all_ranks(self) -> list[LevelRank]:
+        return [rank for ranks in self.ranks.values() for rank in ranks]
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Final parameters: the sequence model's and each level's newest version."""
+        found = {n: p.detach() for n, p in self.worker.parameters.items()}
+        for rank in self.all_ranks:
+            found |= rank.parameters
+        return found

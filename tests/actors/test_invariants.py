@@ -1,0 +1,115 @@
+"""Invariants 1 and 2: Eq. 71 exactly, and deterministic asynchrony, against a plain loop."""
+
+import random
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nlray.actors.conductor import Behaviours
+from nlray.actors.level import LevelRank
+from nlray.checkpoint import load_parameters
+
+from .conftest import run_to_end
+from .in_process import InProcessRun
+from .plain_loop import digest_plainly, train_plainly
+
+NO_DELAY = ["memory.levels.medium.delay=0", "memory.levels.slow.delay=0"]
+
+
+class SleepyRank(LevelRank):
+    """A level rank that starts each update up to 0.3 s late, by chance."""
+
+    def _apply(self, contributions):
+        time.sleep(random.SystemRandom().uniform(0, 0.3))
+        super()._apply(contributions)
+
+
+def test_no_delay_equals_the_plain_loop_bit_for_bit(small):
+    config = small(*NO_DELAY)
+    plain, losses = train_plainly(config, config.run.steps)
+    run = InProcessRun(config).train()
+    assert digest_plainly(run.parameters) == digest_plainly(plain)
+    assert [r["loss"] for r in run.worker.poll().rows] == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_level_ranks_change_no_bit(small, ranks):
+    config = small(*NO_DELAY, *[f"memory.levels.{n}.ranks={ranks}" for n in ("fast", "medium", "slow")])
+    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"],
+        ["memory.defaults.rule=dgd", "memory.levels.slow.delay=3"],
+        ["memory.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
+        ["sequence.micro_batch=2", "memory.defaults.optimizer.clip=0"],
+        ["model.kind=hope_attention", "model.tie_head=false"],
+    ],
+    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention"],
+)
+def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
+    config = small(*overrides)
+    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
+@pytest.mark.parametrize("kind", ["titans", "transformer"])
+def test_kinds_without_levels_equal_the_plain_loop(small, kind):
+    config = small(f"model.kind={kind}")
+    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_periods_and_delays_equal_the_plain_loop(small, data):
+    levels = {}
+    for name in ("a", "b"):
+        period = data.draw(st.integers(1, 7))
+        levels[name] = {"update_period": period, "delay": data.draw(st.integers(0, period)), "ranks": data.draw(st.integers(1, 2))}
+    levels = "{" + ", ".join(f"{n}: {{{', '.join(f'{k}: {v}' for k, v in level.items())}}}" for n, level in levels.items()) + "}"
+    config = small("run.steps=15", "memory.levels={fast: null, medium: null, slow: null}", f"memory.levels={levels}")
+    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])
+
+
+def test_late_level_ranks_change_no_bit(small):
+    config = small("memory.levels.slow.ranks=2")
+    assert digest_plainly(InProcessRun(config, SleepyRank).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
+def test_eager_mode_trains_and_never_runs_past_the_delay(small):
+    config = small("exchange.mode=eager", "run.steps=30")
+    run = InProcessRun(config, SleepyRank).train()
+    rows = run.worker.poll().rows
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for row in rows:
+        for name, level in config.levels.items():
+            due = max(0, (row["step"] - 1 - level.visible_delay) // level.update_period)
+            assert due <= row["levels"][name]["version"] <= (row["step"] - 1) // level.update_period
+
+
+def test_under_ray_the_digest_is_the_plain_loops(small, cluster):
+    config = small(*NO_DELAY)
+    status, rows, _ = run_to_end(config)
+    assert status.state == "completed" and len(rows) == 20
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 20)[0])
+
+
+def test_under_ray_late_ranks_of_groups_of_two_change_no_bit(small, cluster):
+    config = small("memory.levels.fast.ranks=2", "memory.levels.slow.ranks=2")
+    status, _, _ = run_to_end(config, behaviours=Behaviours(level_rank=SleepyRank))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 20)[0])
+
+
+def test_under_ray_two_workers_agree_to_summation_order(small, cluster):
+    config = small("sequence.workers=2", "memory.levels.medium.ranks=2")
+    status, _, _ = run_to_end(config)
+    plain, _ = train_plainly(config, 20)
+    found = load_parameters(status.summary["checkpoint"])
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        error = torch.linalg.vector_norm(found[name] - tensor) / torch.linalg.vector_norm(tensor)
+        assert error < 1e-5, f"{name}: {error:.2e}"

@@ -1,0 +1,33 @@
+"""Small models that the tests of the models, the streams and the evals share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nlray.config import Config, load_config
+
+SIZES = ["model.dim=16", "model.layers=2", "model.heads=2", "model.seq_len=12", "model.chunk_size=4", "memory.hidden=24"]
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., Config]:
+    """Return the configuration of a model of `kind` that runs in milliseconds, with overrides."""
+    return lambda kind, *overrides: load_config("tiny", [f"model.kind={kind}", *SIZES, *overrides])
+
+
+@pytest.fixture(scope="session")
+def vocab_size() -> int:
+    return 31
+
+
+@pytest.fixture(scope="session")
+def random_blocks(vocab_size) -> Callable[..., torch.Tensor]:
+    """Return random token ids, [batch, length]."""
+    return lambda *shape, seed=0: torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["hope", "hope_attention", "titans", "transformer"])
+def kind(request) -> str:
+    """Every model kind."""
+    return request.param

@@ -1,0 +1,78 @@
+"""Models as streams: a sequence fed in pieces of any length gives the outputs of the whole, with a bounded state."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nlray.evals.streaming import stream_losses
+from nlray.models.lm import build_model
+
+TOLERANCE = 1e-9  # float64
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.integers(1, 9), min_size=2, max_size=5), seed=st.integers(0, 99))
+def test_pieces_of_any_length_equal_the_whole(kind, small_config, random_blocks, vocab_size, pieces, seed):
+    model = build_model(small_config(kind), vocab_size, seed=seed).double()
+    tokens = random_blocks(2, sum(pieces), seed=seed)
+    with torch.no_grad():
+        whole, last = model(tokens)
+        state, logits = model.init_state(2), []
+        for piece in tokens.split(pieces, dim=1):
+            piece_logits, state = model(piece, state)
+            logits.append(piece_logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=TOLERANCE, atol=TOLERANCE)
+    for block, right in zip(state, last, strict=True):
+        for tensor, expected in zip(block, right, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("option", ["model.retain=zero", "model.read=chunk_start", "model.objective=l2", "model.conv_width=0", "model.chunk_size=1"])
+def test_every_memory_option_streams(option, small_config, random_blocks, vocab_size):
+    model = build_model(small_config("hope", option), vocab_size, seed=1).double()
+    blocks = random_blocks(14, seed=1)
+    whole = stream_losses(model, blocks, piece_length=13).losses
+    for piece_length in (1, 3, 5):
+        pieces = stream_losses(model, blocks, piece_length=piece_length)
+        torch.testing.assert_close(pieces.losses, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_the_given_state_is_not_modified(kind, small_config, random_blocks, vocab_size):
+    model = build_model(small_config(kind), vocab_size, seed=0)
+    tokens = random_blocks(2, 14)
+    with torch.no_grad():
+        _, state = model(tokens[:, :6])
+        copy = [[tensor.clone() for tensor in block] for block in state]
+        first, _ = model(tokens[:, 6:], state)
+        second, _ = model(tokens[:, 6:], state)
+    assert torch.equal(first, second)
+    assert all(torch.equal(tensor, old) for block, old_block in zip(state, copy, strict=True) for tensor, old in zip(block, old_block, strict=True))
+
+
+def test_the_state_of_titans_is_bounded_and_that_of_attention_grows(kind, small_config, random_blocks, vocab_size):
+    model = build_model(small_config(kind), vocab_size, seed=0)
+    result = stream_losses(model, random_blocks(129), piece_length=1)
+    blocks, heads, width, chunk_size, dim, tail = 2, 2, 8, 4, 16, 3
+    if kind in ("hope", "titans"):
+        assert max(result.state_values) == blocks * (heads * width * width + (chunk_size - 1) * dim + tail * dim)
+        assert result.state_norms.shape == (128, blocks)
+        assert torch.isfinite(result.state_norms).all() and result.state_norms[-1].min() > 0
+    else:
+        assert result.state_values == [blocks * 2 * dim * (i + 1) for i in range(128)]
+        assert result.state_norms.shape == (128, 0)
+    assert result.losses.shape == (128,) and torch.isfinite(result.losses).all()
+
+
+def test_the_state_stays_small_over_a_long_stream(small_config, random_blocks, vocab_size):
+    """At inner learning rates far above the start (eta about 0.5) and with a slow decay nothing runs away."""
+    model = build_model(small_config("hope", "model.inner_lr_bias=0", "model.decay_bias=7"), vocab_size, seed=0)
+    result = stream_losses(model, random_blocks(4097), piece_length=256)
+    assert result.state_norms.max() < 5
+
+
+@pytest.mark.parametrize(("tokens", "piece_length"), [((1,), 4), ((2, 5), 4), ((5,), 0)])
+def test_streams_that_cannot_be_are_refused(tokens, piece_length, small_config, vocab_size):
+    model = build_model(small_config("hope"), vocab_size, seed=0)
+    with pytest.raises(ValueError, match="piece_length"):
+        stream_losses(model, torch.zeros(tokens, dtype=torch.long), piece_length=piece_length)

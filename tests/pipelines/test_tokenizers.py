@@ -1,0 +1,98 @@
+"""Tokenizers give back the text, never make an end of document out of text, and tell bad files."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nlray.errors import DataError
+from nlray.pipelines.tokenizers import ByteTokenizer, HFTokenizer, load_tokenizer
+
+
+def train_tokenizer(texts: list[str], special: list[str]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def hf_file(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(texts, ["<|endoftext|>"]).save(str(path))
+    return path
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=20), max_size=8))
+def test_bytes_round_trip_and_records_equal_single_encodings(records: list[str]) -> None:
+    tokenizer = ByteTokenizer()
+    tokens, lengths = tokenizer.encode_records(pa.array(records, pa.string()))
+    assert tokens.dtype == np.uint16 and lengths.dtype == np.int64
+    assert tokens.tolist() == [b for record in records for b in record.encode()]
+    assert lengths.tolist() == [len(record.encode()) for record in records]
+    assert tokenizer.decode(tokens) == "".join(records)
+    assert all(tokenizer.decode(tokenizer.encode(record)) == record for record in records)
+
+
+def test_bytes_encode_slices_and_decode_broken_utf8() -> None:
+    tokenizer = ByteTokenizer()
+    tokens, lengths = tokenizer.encode_records(pa.array(["ab", "c", "def"]).slice(1))
+    assert tokens.tolist() == list(b"cdef") and lengths.tolist() == [1, 3]
+    assert tokenizer.decode([0xC3, 65, 256, 66]) == "\ufffdAB"
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (257, 256)
+
+
+def test_hf_round_trip_and_records_equal_single_encodings(hf_file: Path, texts: list[str]) -> None:
+    tokenizer = load_tokenizer(str(hf_file))
+    tokens, lengths = tokenizer.encode_records(pa.array(texts, pa.large_string()))
+    assert tokens.dtype == np.uint16 and tokens.max() < tokenizer.vocab_size
+    singles = [tokenizer.encode(text) for text in texts]
+    assert np.array_equal(tokens, np.concatenate(singles))
+    assert lengths.tolist() == [len(single) for single in singles]
+    assert len(tokens) < sum(len(text.encode()) for text in texts)
+    assert tokenizer.decode(tokens) == "".join(texts)
+    assert tokenizer.decode([tokenizer.end_of_document]) == ""
+
+
+def test_hf_end_of_document_never_comes_from_text(hf_file: Path) -> None:
+    tokenizer = load_tokenizer(str(hf_file))
+    tokens, _ = tokenizer.encode_records(pa.array(["a<|endoftext|>b"]))
+    assert tokenizer.end_of_document not in tokens
+    assert tokenizer.decode(tokens) == "a<|endoftext|>b"
+
+
+def test_hf_reads_invalid_utf8_and_ignores_truncation(hf_file: Path) -> None:
+    inner = tokenizers.Tokenizer.from_file(str(hf_file))
+    inner.enable_truncation(2)
+    inner.enable_padding(length=50)
+    tokens, lengths = HFTokenizer(inner, name="x").encode_records(pa.array([b"ok \xff then more"], pa.binary()))
+    assert HFTokenizer(inner, name="x").decode(tokens) == "ok \ufffd then more"
+    assert 2 < lengths[0] < 50
+
+
+@pytest.mark.parametrize("name", ["</s>", "[SEP]", "<eos>"])
+def test_hf_end_of_document_is_the_first_known_name(texts: list[str], name: str) -> None:
+    inner = train_tokenizer(texts[:20], ["[UNK]", name])
+    assert HFTokenizer(inner, name="x").end_of_document == inner.token_to_id(name)
+
+
+def test_mistakes_are_told_in_one_line(tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "bad.json").write_text('{"model": 1}')
+    train_tokenizer(texts[:5], ["<pad>"]).save(str(tmp_path / "no_end.json"))
+    for name, told in (
+        ("missing.json", "no such file"),
+        ("bad.json", "not a tokenizers JSON"),
+        ("no_end.json", "no end-of-document"),
+        ("", ""),
+    ):
+        with pytest.raises(DataError, match=rf"^data.tokenizer: .*{name}.*{told}") as caught:
+            load_tokenizer(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
