@@ -210,7 +210,7 @@ class Conductor:
                 [w.poll.remote() for w in self._workers], "the sequence workers' reports", self.timeout_s
             )
             self._take_reports(reports, metrics)
-            self._raise_failures(reports)
+            self._raise_failures([r.error for r in reports if r.error is not None])
             if self._is_stop_requested and not is_stop_sent:
                 is_stop_sent = True
                 wait_for(self._workers[0].command.remote(Command.STOP), "sequence worker 0 to take the command to stop", self.timeout_s)
@@ -254,20 +254,18 @@ class Conductor:
             size = sum(w.part.size_bytes for w in written)
             self._add_event(f"step {step}: checkpoint {posixpath.basename(url)} written, {size / 1e6:.1f} MB")
 
-    def _raise_failures(self, reports: Sequence[WorkerReport]) -> None:
-        errors = [r.error for r in reports if r.error is not None]
-        if not errors:
-            return
-        # A failed rank shows in every worker; the cause is the rank's own.
+    def _raise_failures(self, errors: Sequence[tuple[str, str]]) -> None:
+        """Raise RunFailedError for the first actor that failed; `errors` are those of the workers.
+
+        A failed rank shows in every worker and rank that waits for it, so the ranks are asked first.
+        """
         for name, handles in self._ranks.items():
-            for index, handle in enumerate(handles):
-                try:
-                    cause = ray.get(handle.failure.remote(), timeout=10)
-                except (RayActorError, ray.exceptions.GetTimeoutError) as error:
-                    raise RunFailedError(f"level {name} rank {index}: {explain(error)[0]}", errors[0][1]) from error
+            causes = wait_for([h.failure.remote() for h in handles], f"the ranks of level {name} to say how they are", self.timeout_s)
+            for index, cause in enumerate(causes):
                 if cause is not None:
                     raise RunFailedError(f"level {name} rank {index}: {cause.strip().splitlines()[-1]}", cause)
-        raise RunFailedError(*errors[0])
+        if errors:
+            raise RunFailedError(*errors[0])
 
     def _finish(self, metrics: MetricsWriter, status: RunState) -> None:
         """Write summary.json and let the asker know that the run has ended."""

@@ -25,7 +25,7 @@ from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.errors import NonFiniteLossError
 from nlray.flat import device_for
-from nlray.levels import LevelPlan, newest_version
+from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 
@@ -216,8 +216,9 @@ class SequenceWorker:
         last = min(run.steps, run.stop_after or run.steps)
         self.group.watch(self.parameters)
         for channel in self.channels:
-            name = channel.plan.name
-            channel.start(self._visible[name], newest_version(self.step, channel.plan.update_period))
+            name, plan = channel.plan.name, channel.plan
+            due = visible_version(self.step + 1, plan.update_period, plan.delay)
+            channel.start(max(due, self._visible[name]), newest_version(self.step, plan.update_period))
             if name in self._open:
                 channel.load_accumulators(*self._open.pop(name))
             moved = self._totals.get("levels", {}).get(name)

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from nlray.pipelines.stream import BlockStream
 
 from nlray.config import DataConfig, SourceConfig, StreamConfig
-from nlray.pipelines.stream import BlockStream, PrefetchStream
 
 REPEATS = 5
 BATCH = 64
@@ -70,15 +70,14 @@ def check(path: Path, kind: str) -> None:
         raise SystemExit(f"{kind}: the blocks are not the file's tokens; no time is measured")
 
 
-def measure_pass(path: Path, kind: str, *, num_bytes: int, seq_len: int, prefetch: int = 0) -> float:
+def measure_pass(path: Path, kind: str, *, num_bytes: int, seq_len: int) -> float:
     """Return tokens per second over about one epoch, shuffled, 5 % held out, in batches of BATCH blocks."""
     stream = BlockStream(make_config(path, kind, shuffle=True, eval_fraction=0.05), seq_len=seq_len, seed=0)
     num_batches = max(1, int(num_bytes * 0.9) // (BATCH * seq_len))
-    with PrefetchStream(stream, BATCH, prefetch=prefetch) as batches:
-        began = time.perf_counter()
-        for _ in range(num_batches):
-            batches.next()
-        return num_batches * BATCH * seq_len / (time.perf_counter() - began)
+    began = time.perf_counter()
+    for _ in range(num_batches):
+        stream.take(BATCH)
+    return num_batches * BATCH * seq_len / (time.perf_counter() - began)
 
 
 def peak_memory(path: Path, kind: str, num_bytes: int) -> float:
@@ -104,9 +103,8 @@ def main() -> None:
         one_pass(path, kind, int(num_bytes))
         return
     size = 100_000_000 if arguments.full else 25_000_000
-    print(
-        f"python {platform.python_version()}, numpy {np.__version__}, pyarrow {pa.__version__}, {os.cpu_count()} cores, {platform.machine()}"
-    )
+    versions = f"python {platform.python_version()}, numpy {np.__version__}, pyarrow {pa.__version__}"
+    print(f"{versions}, {os.cpu_count()} cores, {platform.machine()}")
     print(f"{size / 1e6:.0f} MB of text, byte tokenizer, batches of {BATCH}, shuffled, 5 % held out, {REPEATS} repeats")
     with tempfile.TemporaryDirectory() as name:
         run(Path(name), size)

@@ -32,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     session = SimpleNamespace(debug=False)
     try:
-        return app(argv or ["--help"], prog_name="nlray", standalone_mode=False, obj=session) or 0
+        # Not `app()`: it has its own ways with Ctrl-C and errors.
+        command = typer.main.get_command(app)
+        with command.make_context("nlray", argv or ["--help"], obj=session) as context:
+            return command.invoke(context) or 0
+    except typer.Exit as ended:
+        return ended.exit_code
     except _UsageError as error:
         return _report(error.format_message(), 2)
     except UserError as error:
@@ -134,7 +139,7 @@ def levels(arguments: _Arguments = None, as_json: _Json = False, debug: _Debug =
 def generate(
     path: Annotated[str, typer.Argument(metavar="RUN_DIR | CHECKPOINT", help="Folder or URL of a run, or of one of its checkpoints.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Sample from the K likeliest tokens only.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,

@@ -2,6 +2,7 @@
 
 import posixpath
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import fsspec
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
 
 
 def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[str]:
-    """Give the prompt and then the text that the model writes after it.
+    """Give the prompt and then the text that the model writes after it, up to the end of a document.
 
     Args:
         path: folder or URL of a run, or of one of its checkpoints.
-        tokens: tokens to generate.
+        tokens: tokens to generate at most.
 
     Raises:
         CheckpointError: no whole checkpoint there, or no configuration beside it.
         UserError: an empty prompt.
     """
+    import torch
+
     from nlray.evals.generate import generate
     from nlray.models.lm import build_model
     from nlray.pipelines.tokenizers import load_tokenizer
@@ -34,13 +37,15 @@ def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_
     config = checkpoint_config(checkpoint)
     parameters = load_parameters(checkpoint)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    ids = tokenizer.encode(prompt)
-    if len(ids) == 0:
+    ids = tokenizer.encode(prompt).tolist()
+    if not ids:
         raise UserError("the prompt is empty; allowed: one character or more")
-    model = build_model(config, parameters["embedding.weight"].shape[0], seed=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(config, parameters["embedding.weight"].shape[0], device=device, seed=None)
     model.load_state_dict(parameters)
+    generated = generate(model, ids, max_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
     yield prompt
-    yield from decode_pieces(tokenizer, ids, generate(model, ids, num_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+    yield from decode_pieces(tokenizer, ids, takewhile(lambda token: token != tokenizer.end_of_document, generated))
 
 
 def checkpoint_config(checkpoint: str) -> Config:
@@ -54,13 +59,13 @@ def checkpoint_config(checkpoint: str) -> Config:
         raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error
 
 
-def decode_pieces(tokenizer: "Tokenizer", prompt: Iterable[int], generated: Iterable[int]) -> Iterator[str]:
+def decode_pieces(tokenizer: "Tokenizer", prompt: list[int], generated: Iterable[int]) -> Iterator[str]:
     """Give the text of generated tokens as soon as their characters are whole; the prompt is context, not given again."""
-    ids = [int(i) for i in prompt]
+    ids = list(prompt)
     # Text before `shown` is out; it is decoded again from `start`, for a token's text may depend on the one before.
     start, shown = 0, len(ids)
     for token in generated:
-        ids.append(int(token))
+        ids.append(token)
         before, text = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
         if len(text) > len(before) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(before) :]

@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
+from nlray.pipelines.files import File, one_line
 
 from nlray.config import SourceConfig
 from nlray.errors import DataError
-from nlray.pipelines.files import File, one_line
 
 RANGE_BYTES = 8 << 20
 """Size of a byte range of JSON lines or text."""
-MAX_UNIT_BYTES = 32 << 20
+MAX_UNIT_BYTES = 16 << 20
 """Row groups and record batches above this are read as several units."""
 _BOM = b"\xef\xbb\xbf"
 _SAMPLE_BYTES = 1 << 16
@@ -77,6 +77,8 @@ def check_columns(schema: pa.Schema, config: SourceConfig, *, file_name: str, wh
             close = difflib.get_close_matches(name, schema.names, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise DataError(f"{where}.{key}: {file_name} has no column {name!r}; {hint}columns: {', '.join(schema.names)}")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{where}.{key}: {file_name} has {schema.names.count(name)} columns {name!r}; allowed: one")
     types = {name: _value_type(schema.field(name).type) for name in columns}
     if not _is_string(types[config.text_column]):
         strings = [f.name for f in schema if _is_string(_value_type(f.type))]

@@ -1,14 +1,16 @@
 """The source `stdlib:`, which needs no download: the Python files and pydoc topics of the running interpreter."""
 
 import importlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from nlray.pipelines.readers import Records
 
 from nlray.errors import DataError
-from nlray.pipelines.readers import Records
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 TAG = "kind"
@@ -22,7 +24,7 @@ class StdlibReader:
     def __init__(self, *, where: str) -> None:
         """Raise DataError where this interpreter comes without its sources."""
         root = Path(sysconfig.get_path("stdlib"))
-        self._files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT.intersection(p.relative_to(root).parts[:-1]))
+        self._files = sorted(_python_files(root))
         if not self._files:
             raise DataError(f"{where}: stdlib:: this Python has no library sources in {root}; give a path of your own")
         self._topics = sorted(_pydoc_topics().items())
@@ -35,6 +37,13 @@ class StdlibReader:
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        # Pruned in place: site-packages may hold very many files.
+        subfolders[:] = set(subfolders) - _LEFT_OUT
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _pydoc_topics() -> dict[str, str]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-
-from nlray.config import DataConfig
-from nlray.errors import DataError, NlrayError
 from nlray.pipelines.order import draw_sources
 from nlray.pipelines.source_stream import SourceStream
 from nlray.pipelines.sources import open_source
 from nlray.pipelines.tokenizers import Tokenizer, load_tokenizer
+
+from nlray.config import DataConfig
+from nlray.errors import DataError, NlrayError
 
 _DRAW_AHEAD = 1 << 16
 

@@ -64,11 +64,12 @@ def test_the_state_of_titans_is_bounded_and_that_of_attention_grows(kind, small_
     assert result.losses.shape == (128,) and torch.isfinite(result.losses).all()
 
 
-def test_the_state_stays_small_over_a_long_stream(small_config, random_blocks, vocab_size):
-    """At inner learning rates far above the start (eta about 0.5) and with a slow decay nothing runs away."""
-    model = build_model(small_config("hope", "model.inner_lr_bias=0", "model.decay_bias=7"), vocab_size, seed=0)
-    result = stream_losses(model, random_blocks(4097), piece_length=256)
-    assert result.state_norms.max() < 5
+def test_the_state_settles_in_a_long_stream(small_config, random_blocks, vocab_size):
+    """Also at inner learning rates far above the start (eta about 0.5) the decay bounds the state."""
+    model = build_model(small_config("hope", "model.inner_lr_bias=0"), vocab_size, seed=0)
+    norms = stream_losses(model, random_blocks(4097), piece_length=256).state_norms
+    assert norms.max() < 5
+    assert norms[8:].mean() < 1.5 * norms[2:8].mean()
 
 
 @pytest.mark.parametrize(("tokens", "piece_length"), [((1,), 4), ((2, 5), 4), ((5,), 0)])

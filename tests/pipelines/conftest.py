@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from nlray.pipelines import readers, source_stream, text_reader
 
 from nlray.config import DataConfig, SourceConfig, StreamConfig
-from nlray.pipelines import readers, source_stream, text_reader
 
 WORDS = ["memory", "Gedächtnis", "記憶", "lernt", "slow\nfast", "naïve", "🙂", "x"]
 

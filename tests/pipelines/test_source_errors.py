@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from nlray.pipelines.sources import check_sources
 
 from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError
-from nlray.pipelines.sources import check_sources
 
 
 def message(config: DataConfig) -> str:
@@ -52,6 +52,18 @@ def test_a_text_column_of_another_type_is_named(corpus: Path, data_config: Calla
     for name, column in (("a.parquet", "id"), ("a.jsonl", "n")):
         told = message(data_config(SourceConfig(path=str(corpus / name), text_column=column)))
         assert re.search(rf"text_column: column '{column}' of .*{name} is int64; allowed: a string column \(text, language\)", told)
+
+
+def test_a_text_column_that_is_there_twice_is_named(tmp_path: Path, data_config: Callable) -> None:
+    batch = pa.record_batch([["a"], ["b"]], names=["text", "text"])
+    with pa.ipc.new_file(tmp_path / "t.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    assert "t.arrow has 2 columns 'text'; allowed: one" in message(data_config(tmp_path / "t.arrow"))
+
+
+def test_json_text_that_turns_into_a_number_is_told_when_it_is_read(tmp_path: Path, data_config: Callable) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' * 6000 + '{"text": 1}\n')
+    assert re.search(r"t.jsonl: cannot be read as jsonl: .*/text", message(data_config(tmp_path / "t.jsonl")))
 
 
 def test_a_nested_tag_column_is_named(tmp_path: Path, data_config: Callable) -> None:

@@ -1,6 +1,8 @@
 """Every format gives the same records; units are bounded; paths are files, folders, globs and URLs."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from nlray.config import SourceConfig
 from nlray.pipelines.sources import Source, open_source
 from nlray.pipelines.text_reader import cut_points, piece_bytes
+
+from nlray.config import SourceConfig
 
 TABLES = ["a.parquet", "a.arrow", "stream.arrow", "a.feather", "a.jsonl"]
 
@@ -147,6 +149,11 @@ def test_stdlib_has_code_and_prose_and_no_tests() -> None:
     assert source.read(0).tags["kind"].to_pylist() == ["code"]
     assert source.read(source.num_units - 1).tags["kind"].to_pylist() == ["prose"]
     assert np.all(np.diff(source.sequence) == 1)
+
+
+def test_reading_data_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, nlray.pipelines.stream; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_shared_data_sets_are_read(shared_data: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nlray.pipelines.sources import Source
+from nlray.pipelines.stream import Batch, BlockStream, heldout_blocks
 
 from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError
-from nlray.pipelines.sources import Source
-from nlray.pipelines.stream import Batch, BlockStream, heldout_blocks
 
 END = 256
 SEQ_LEN = 64

@@ -1,0 +1,132 @@
+"""A run that cannot go on ends with a clear line, a usable checkpoint, and no actor left behind."""
+
+import math
+import os
+import signal
+import time
+
+import pytest
+import ray
+import torch
+
+from nlray.actors.conductor import Behaviours, namespace_of
+from nlray.actors.launch import launch
+from nlray.actors.level import LevelRank
+from nlray.checkpoint import load_parameters
+from nlray.config import Config
+from nlray.errors import NonFiniteLossError, UserError
+
+from .conftest import run_to_end
+from .in_process import InProcessRun
+
+
+class BrokenRank(LevelRank):
+    """Fails in its third update."""
+
+    def _apply(self, contributions):
+        if contributions[0].version == 3 and self.rank == 1:
+            raise ArithmeticError("broken on purpose")
+        super()._apply(contributions)
+
+
+def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_level(small):
+    config = small("run.steps=12", "memory.levels.slow=null")
+    run = InProcessRun(config)
+    honest, calls = run.worker.model.token_losses, 0
+
+    def losses(blocks, state=None):
+        nonlocal calls
+        calls += 1
+        found, after = honest(blocks, state)
+        return (found * math.nan if calls in (3, 5, 6, 7, 8) else found), after
+
+    run.worker.model.token_losses = losses
+    run.train()
+    rows = run.worker.poll().rows
+    assert [r["step"] for r in rows if r["loss"] is None] == [3, 5, 6, 7, 8]
+    assert rows[-1]["skipped"] == 5
+    assert all(torch.isfinite(p).all() for p in run.parameters.values())
+    # Steps 5 to 8 are a whole period of `medium`: its version counts on, its optimizer does not.
+    medium = run.ranks["medium"][0]
+    assert medium.version == 3
+    assert {int(v) for k, v in medium.optimizer.state_tensors().items() if k.endswith("/step")} == {2}
+    assert {int(v) for k, v in run.worker.optimizer.state_tensors().items() if k.endswith("/step")} == {7}
+
+
+def test_ten_such_steps_in_a_row_end_the_run(small):
+    run = InProcessRun(small())
+    honest = run.worker.model.token_losses
+    run.worker.model.token_losses = lambda blocks: (honest(blocks)[0] * math.inf, None)
+    with pytest.raises(NonFiniteLossError, match="10 steps in a row, last in step 10"):
+        run.train()
+
+
+def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
+    config = small("recovery.checkpoint_every=2", "sequence.optimizer.lr=1e30", "sequence.optimizer.schedule.warmup=0", "run.steps=60")
+    status, _, events = run_to_end(config)
+    assert status.state == "failed" and status.exit_code == 1
+    assert "not finite for 10 steps in a row" in status.message
+    assert any("the step is skipped" in e for e in events)
+    assert status.summary["skipped_steps"] == 10 and status.summary["digest"] is None
+    assert load_parameters(status.summary["checkpoint"])
+
+
+def test_a_level_rank_that_raises_is_named(small, cluster):
+    config = small("memory.levels.fast.ranks=2")
+    status, _, _ = run_to_end(config, behaviours=Behaviours(level_rank=BrokenRank))
+    assert (status.state, status.exit_code) == ("failed", 1)
+    assert status.message == "level fast rank 1: ArithmeticError: broken on purpose"
+
+
+@pytest.mark.parametrize("victim", ["sequence-0", "slow-0", "conductor"])
+def test_a_killed_actor_ends_the_run_and_nothing_stays(small, cluster, victim):
+    config = small("run.steps=100000", "recovery.checkpoint_every=10", name=f"kill-{victim}")
+    killed = []
+
+    def kill(handle, rows):
+        if not killed and rows and rows[-1]["step"] >= 12:
+            killed.append(pid_of(config, victim))
+            os.kill(killed[0], signal.SIGKILL)
+
+    status, _, _ = run_to_end(config, during=kill)
+    assert killed and (status.state, status.exit_code) == ("failed", 1)
+    assert "\n" not in status.message.strip()
+    deadline = time.monotonic() + 30
+    while alive := ray.util.list_named_actors(all_namespaces=True):
+        assert time.monotonic() < deadline, f"still alive: {alive}"
+        time.sleep(0.5)
+    assert ray.available_resources().get("CPU") == 16
+
+
+def test_stop_ends_the_run_with_a_checkpoint(small, cluster):
+    config = small("run.steps=100000")
+    status, rows, events = run_to_end(config, during=lambda handle, rows: handle.request_stop() if rows else None)
+    assert status.state == "stopped" and status.exit_code == 0
+    assert status.summary["checkpoint"].endswith(f"step_{rows[-1]['step']:09d}")
+    assert load_parameters(status.summary["checkpoint"])
+
+
+def test_more_gpus_than_there_are_is_the_users_mistake(small, cluster, tmp_path):
+    with pytest.raises(UserError, match=r"sequence\.resources asks for 9 GPU on one node; the largest node of the cluster has 8"):
+        launch(small("sequence.resources.gpus=9"))
+    with pytest.raises(UserError, match=r"the run asks for 10 GPU \(memory\.levels\.slow\.resources, sequence\.resources\); the cluster has 8"):
+        launch(small("sequence.resources.gpus=4", "memory.levels.slow.resources.gpus=6"))
+    with pytest.raises(UserError, match=r"memory\.levels\.slow\.resources\.labels is .*no node of the cluster carries these labels"):
+        launch(small("memory.levels.slow.resources.labels={region: moon}"))
+    with pytest.raises(UserError, match=r"memory\.levels\.slow\.ranks is 99; allowed: at most the level's 6 tensors"):
+        launch(small("memory.levels.slow.ranks=99"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_not(small):
+    from nlray.actors.placement import plan_actors
+
+    config = small("memory.levels.slow.ranks=2")
+    assert list(config.levels) == ["fast", "medium", "slow"]
+    for gpus, expected, num_notes in [(8, [1] * 5, 0), (3, [1, 0, 0, 0, 0], 1), (0, [0] * 5, 0)]:
+        actors, notes = plan_actors(config, gpus)
+        assert ([a.gpus for a in actors], len(notes)) == (expected, num_notes)
+
+
+def pid_of(config: Config, name: str) -> int:
+    return ray.get(ray.get_actor(name, namespace_of(config.run.name)).__ray_call__.remote(lambda self: os.getpid()), timeout=20)

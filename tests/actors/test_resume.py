@@ -1,0 +1,96 @@
+"""Checkpoints and resume: one mechanism, exact to the bit, and never fooled by a torn folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nlray.actors.launch import launch, resume_config
+from nlray.errors import CheckpointError, UserError
+
+from .conftest import run_to_end
+from .in_process import InProcessRun
+from .plain_loop import digest_plainly, train_plainly
+
+
+def test_stop_after_and_resume_give_the_digest_of_one_go(small, cluster):
+    delays = ["memory.levels.medium.delay=3", "memory.levels.slow.ranks=2"]
+    stopped, _, _ = run_to_end(small(*delays, "run.stop_after=13"))
+    assert stopped.state == "stopped" and stopped.summary["steps"] == 13
+    config = resume_config(stopped.summary["checkpoint"].split("/checkpoints/")[0], [])
+    assert config.run.stop_after is None
+    status, rows, _ = run_to_end(config, resume=True)
+    assert status.state == "completed" and [r["step"] for r in rows] == list(range(14, 21))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 20)[0])
+    written = [json.loads(line)["step"] for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert written == list(range(1, 21))
+    assert status.summary["loss_first"] == stopped.summary["loss_first"]
+    fast = status.summary["levels"][0]
+    assert fast["bytes_pushed"] == 20 * fast["parameter_bytes"]
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, cluster):
+    config = small("recovery.checkpoint_every=5", "recovery.keep=3")
+    whole, _, events = run_to_end(config)
+    assert [e for e in events if "step_000000015 written" in e]
+    newest = Path(whole.summary["checkpoint"])
+    part = newest / "sequence_0.safetensors"
+    part.write_bytes(part.read_bytes()[:-7])
+    status, rows, events = run_to_end(resume_config(config.run.dir, []), resume=True)
+    assert any("step_000000020: torn checkpoint: sequence_0.safetensors" in e and "step_000000015" in e for e in events)
+    assert [r["step"] for r in rows] == [16, 17, 18, 19, 20]
+    assert status.summary["digest"] == whole.summary["digest"]
+
+
+def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small, cluster):
+    config = small("run.stop_after=10", "memory.levels.slow.ranks=3", "memory.levels.medium.ranks=1", "sequence.workers=2")
+    run_to_end(config)
+    more = resume_config(config.run.dir, ["memory.levels.slow.ranks=1", "memory.levels.medium.ranks=2", "sequence.workers=1"])
+    status, rows, _ = run_to_end(more, resume=True)
+    assert status.state == "completed"
+    _, losses = train_plainly(small(), 20)
+    assert [r["loss"] for r in rows] == pytest.approx(losses[10:], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 8, 11])
+def test_resume_is_exact_wherever_the_run_stopped(small, tmp_path, stop):
+    """Boundaries inside and at the ends of periods, with versions under way, from parts written as a run writes them."""
+    from nlray.checkpoint import write_manifest
+
+    overrides = ["memory.levels.medium.delay=4", "memory.levels.slow.delay=2", "memory.levels.slow.ranks=2", "run.steps=14"]
+    first = InProcessRun(small(*overrides, f"run.stop_after={stop}")).train()
+    url = str(tmp_path / "checkpoint")
+    written = [actor.write(stop, url) for actor in [first.worker, *first.all_ranks]]
+    write_manifest(url, stop, [w.part for w in written], written[0].state)
+    config = small(*overrides, "memory.levels.medium.ranks=2")
+    second = InProcessRun(config)
+    second.load(url)
+    assert digest_plainly(second.train().parameters) == digest_plainly(train_plainly(config, 14)[0])
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(small, tmp_path):
+    config = small()
+    Path(config.run.dir).mkdir()
+    kept = Path(config.run.dir) / "metrics.jsonl"
+    kept.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"already holds a run; use `nlray resume .*`, or run\.overwrite=true"):
+        launch(config)
+    assert kept.read_text() == '{"step": 1}\n'
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
+    config = small("run.stop_after=2")
+    run_to_end(config)
+    for override, key in [("model.dim=16", "model"), ("memory.levels.slow.update_period=16", "memory.levels"), ("run.steps=2", "run.steps")]:
+        with pytest.raises(UserError, match=f"^{key} is "):
+            launch(resume_config(config.run.dir, [override]), resume=True)
+    with pytest.raises(UserError, match="holds no run"):
+        resume_config(config.run.dir + "x", [])
+
+
+def test_a_folder_without_a_whole_checkpoint_cannot_be_resumed(small, cluster):
+    config = small("run.stop_after=2")
+    status, _, _ = run_to_end(config)
+    (Path(status.summary["checkpoint"]) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint; .*step_000000002: torn checkpoint: no manifest.json"):
+        launch(resume_config(config.run.dir, []), resume=True)

@@ -1,0 +1,252 @@
+"""The command line: exit statuses, one-line errors, what a run prints, and Ctrl-C; the runtime is a scripted handle."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nlray.actors.launch
+from nlray.actors.types import RunStatus
+from nlray.clusters.cli import main, split_arguments
+from nlray.config import Config, config_to_yaml, load_config
+from nlray.errors import NlrayError, RemoteTimeoutError, UserError
+
+SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "sequence.global_batch=2", "run.steps=4"]
+SUMMARY = {"steps": 4, "tokens": 256, "loss_first": 5.5, "loss_last": 5.0, "eval_loss": 5.1, "tokens_per_second": 1e4, "stall_fraction": 0.02, "digest": "d1"}
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "tokens": 64 * step, "loss": 6.0 - step, "tokens_per_second": 64.0, "stall_s": 0.1, "levels": {}, **more}
+
+
+@dataclass
+class ScriptedHandle:
+    """A run that gives the scripted statuses; an int among them is a signal that arrives before the next poll."""
+
+    script: list[RunStatus | int]
+    name: str = "scripted"
+    dir: str = "unused"
+    launched: list[tuple[Config, dict[str, Any]]] = field(default_factory=list)
+    num_stop_requests: int = 0
+    is_closed: bool = False
+
+    def launch(self, config: Config, **options: Any) -> "ScriptedHandle":
+        self.launched.append((config, options))
+        return self
+
+    def poll(self) -> RunStatus:
+        while isinstance(self.script[0], int):
+            signal.raise_signal(self.script.pop(0))
+        return self.script.pop(0)
+
+    def request_stop(self) -> None:
+        self.num_stop_requests += 1
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("some text to learn from\n" * 20)
+    return f"data.sources=[{path}]"
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScriptedHandle]:
+    def make(*script: RunStatus | int) -> ScriptedHandle:
+        handle = ScriptedHandle(list(script))
+        monkeypatch.setattr(nlray.actors.launch, "launch", handle.launch)
+        return handle
+
+    return make
+
+
+def only_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from nlray.clusters.cli import main; status = main(['--help']); "
+        "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'tensorboard', 'omegaconf'} & set(sys.modules); print(sorted(heavy)); sys.exit(status)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "train" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_arguments_print_help(capsys):
+    assert main([]) == 0
+    assert "Usage: nlray" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train", "--fast"], ["--fast"]),
+        (["train", "tiny", "small"], ["'tiny'", "'small'", "key=value"]),
+        (["train", "tinny"], ["'tinny'", "'tiny'"]),
+        (["train", "missing.yaml"], ["missing.yaml"]),
+        (["train", "run.stepz=3"], ["run.stepz", "run.steps"]),
+        (["train", "run.steps=0"], ["run.steps", "0", "1 or more"]),
+        (["levels", "memory.levels.slow.delay=99"], ["memory.levels.slow.delay", "99", "0 to"]),
+        (["train", "data.sources=[nothing_here.parquet]"], ["data.sources[0]", "nothing_here.parquet"]),
+        (["train", "data.tokenizer=nothing_here.json"], ["data.tokenizer", "nothing_here.json"]),
+        (["train", "model.vocab_size=100"], ["model.vocab_size", "100", "257"]),
+        (["resume", "nothing_here"], ["nothing_here"]),
+        (["resume"], ["RUN_DIR"]),
+        (["generate", "nothing_here", "prompt"], ["nothing_here", "checkpoint"]),
+        (["generate", "nothing_here", "prompt", "--tokens", "0"], ["--tokens"]),
+    ],
+)
+def test_mistake_of_the_user_is_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith("nlray: error: ")
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == [], "a mistake must leave nothing behind"
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["train", "run.steps=0", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("nlray: error: run.steps")
+
+
+def test_arguments_come_in_any_order():
+    assert split_arguments(["a.b=1", "small", "c=2"]) == ("small", ["a.b=1", "c=2"])
+    assert split_arguments([]) == (None, [])
+    with pytest.raises(UserError, match="one preset or file"):
+        split_arguments(["tiny", "small"])
+
+
+def test_train_prints_plan_lines_events_and_summary(scripted, text, capsys):
+    handle = scripted(
+        RunStatus("starting", [], ["a note"]),
+        RunStatus("running", [row(1), row(2), row(3)], []),
+        RunStatus("completed", [row(4)], ["step 4: held-out loss 5.1000"], summary=SUMMARY),
+    )
+    assert main(["train", "run.log_every=2", "run.dir=some/where", "run.name=mine", text, *SMALL]) == 0
+    config, options = handle.launched[0]
+    assert (config.run.name, config.run.dir, options) == ("mine", "some/where", {"address": None, "resume": False})
+    assert handle.is_closed
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run      mine in some/where"
+    assert [line.split(" |")[0] for line in lines if line.startswith("step ") and "|" in line] == ["step 1/4", "step 2/4", "step 4/4"]
+    assert lines.index("a note") < lines.index("step 4: held-out loss 5.1000")
+    assert "loss     5.5000 -> 5.0000, held-out 5.1000" in lines
+    assert any("digest   d1" in line for line in lines) and any("generate some/where" in line for line in lines)
+    assert not any("resume" in line for line in lines)
+
+
+def test_a_run_without_name_gets_one_and_a_folder(scripted, text):
+    handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
+    assert main(["train", text, *SMALL, "--address", "ray://head:10001"]) == 0
+    config, options = handle.launched[0]
+    assert config.run.name.startswith("tiny-2") and config.run.dir == f"runs/{config.run.name}"
+    assert options["address"] == "ray://head:10001"
+
+
+@pytest.mark.parametrize("exit_code", [1, 2])
+def test_failed_run_is_one_line_and_its_exit_code(exit_code, scripted, text, capsys):
+    handle = scripted(RunStatus("failed", [], [], message="worker 0, step 3:\nout of memory", traceback="Traceback of it", exit_code=exit_code))
+    assert main(["train", text, *SMALL]) == exit_code
+    assert only_line(capsys.readouterr().err) == "nlray: error: worker 0, step 3: out of memory"
+    assert handle.is_closed
+
+
+def test_failed_run_with_debug_shows_the_remote_traceback(scripted, text, capsys):
+    scripted(RunStatus("failed", [], [], message="broken", traceback="Traceback of it", exit_code=1))
+    assert main(["train", text, *SMALL, "--debug"]) == 1
+    assert "Traceback of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("run.dir: holds a run"), 2, "nlray: error: run.dir: holds a run"),
+        (RemoteTimeoutError("waited 3 s"), 1, "nlray: error: waited 3 s"),
+        (NlrayError("two\nlines"), 1, "nlray: error: two lines"),
+        (RuntimeError("odd\nmore"), 1, "nlray: error: RuntimeError: odd (--debug shows where)"),
+        (ValueError("Traceback (most recent call last):\n  x\nKeyError: 'k'\n"), 1, "nlray: error: ValueError: KeyError: 'k' (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "nlray: error: interrupted"),
+    ],
+)
+def test_error_at_launch(error, status, line, monkeypatch, text, capsys):
+    def launch(config: Config, **_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(nlray.actors.launch, "launch", launch)
+    assert main(["train", text, *SMALL]) == status
+    assert only_line(capsys.readouterr().err) == line
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_asks_the_run_to_stop(number, status, scripted, text, capsys):
+    before = signal.getsignal(number)
+    handle = scripted(
+        RunStatus("running", [row(1)], []), int(number), RunStatus("running", [row(2)], []), RunStatus("stopped", [], [], summary={**SUMMARY, "steps": 2})
+    )
+    assert main(["train", text, *SMALL]) == status
+    captured = capsys.readouterr()
+    assert handle.num_stop_requests == 1 and handle.is_closed
+    assert "stopping" in captured.out and "stopped  after 2 of 4 steps" in captured.out and "nlray resume" in captured.out
+    assert captured.err == ""
+    assert signal.getsignal(number) is before
+
+
+def test_second_signal_aborts(scripted, text, capsys):
+    handle = scripted(RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], []))
+    assert main(["train", text, *SMALL]) == 130
+    assert handle.is_closed
+    assert only_line(capsys.readouterr().err) == "nlray: error: interrupted"
+
+
+def test_run_that_ends_in_spite_of_the_signal_is_completed(scripted, text):
+    scripted(int(signal.SIGINT), RunStatus("completed", [row(4)], [], summary=SUMMARY))
+    assert main(["train", text, *SMALL]) == 0
+
+
+def test_stop_after_is_status_0(scripted, text):
+    scripted(RunStatus("stopped", [], [], summary={**SUMMARY, "steps": 2}))
+    assert main(["train", text, *SMALL, "run.stop_after=2"]) == 0
+
+
+def test_resume_takes_the_runs_own_configuration(scripted, text, tmp_path):
+    config = load_config("tiny", [text, *SMALL, "run.name=first", "run.stop_after=2"])
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
+    assert main(["resume", str(tmp_path), "run.steps=9"]) == 0
+    resumed, options = handle.launched[0]
+    assert options == {"address": None, "resume": True}
+    assert (resumed.run.name, resumed.run.steps, resumed.run.stop_after, resumed.run.dir) == ("first", 9, None, str(tmp_path))
+
+
+def test_levels_as_json(capsys):
+    assert main(["levels", "hope-340m", "--json", "sequence.workers=2", "sequence.micro_batch=null"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert set(data) == {"schema", "config", "kind", "vocab_size", "parameters", "tokens_per_step", "sequence", "problems", "levels", "actors"}
+    assert data["schema"] == 1 and data["config"] == "hope-340m" and data["vocab_size"] == 32000
+    assert sum(p["parameters"] for p in data["problems"]) == data["parameters"]
+    slow = next(level for level in data["levels"] if level["name"] == "slow")
+    assert slow["bytes_pushed_per_step"] == 4 * slow["parameters"] / 16
+    assert [actor["name"] for actor in data["actors"]] == ["sequence", "fast", "medium", "slow", "slowest"]
+    assert data["sequence"]["bytes_all_reduced_per_step"] == 4 * data["sequence"]["parameters"]
+
+
+def test_levels_as_tables_name_every_problem(capsys):
+    assert main(["levels", "tiny", "model.kind=hope_attention", "sequence.optimizer.name=muon"]) == 0
+    out = capsys.readouterr().out
+    for name in ("attention", "infinite", "sequence.muon_momentum", "cms.slowest.second_moment", "memory levels", "actors"):
+        assert name in out
