@@ -30,6 +30,7 @@ from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 
 MAX_SKIPPED_IN_A_ROW = 10
+HELDOUT_SEED = 0  # not run.seed: runs of different seeds are compared on the same sequences
 
 
 class SequenceWorker:
@@ -240,6 +241,8 @@ class SequenceWorker:
                 row |= self._evaluation(step)
             with self._lock:
                 self._rows.append(row)
+            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
 
     def train_step(self, step: int) -> tuple[Agreement, dict[str, Any]]:
         """Run one step on all workers and return what they agreed on and the step's line of metrics.
@@ -294,9 +297,8 @@ class SequenceWorker:
     def _count_skipped(self, step: int) -> None:
         self.num_skipped += 1
         self._skipped_in_a_row += 1
-        self._events.append(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
+        with self._lock:
+            self._events.append(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
 
     def hold_snapshot(self, step: int) -> None:
         """Take the snapshot of the boundary after `step` in this worker and, from worker 0, in every level rank."""
@@ -315,7 +317,7 @@ class SequenceWorker:
         sequence, model = self.config.sequence, self.config.model
         if self._eval_blocks is None:
             blocks = heldout_blocks(
-                self.config.data, seq_len=model.seq_len, seed=self.config.run.seed, num_blocks=self.config.eval.sequences
+                self.config.data, seq_len=model.seq_len, seed=HELDOUT_SEED, num_blocks=self.config.eval.sequences
             ).blocks
             self._eval_blocks = torch.from_numpy(blocks)
         mine = self._eval_blocks[self.worker :: sequence.workers].to(self.device)

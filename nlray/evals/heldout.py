@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,11 +60,11 @@ def heldout_losses(
     edges = [length * i // min(num_buckets, length) for i in range(min(num_buckets, length) + 1)]
     by_position = [
         PositionLoss(start=start, end=end, loss=losses_NT[:, start:end].mean().item())
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
+        for start, end in pairwise(edges)
     ]
     per_block = losses_NT.mean(1).tolist()
-    by_tag = {
-        tag: sum(loss for loss, own in zip(per_block, tags, strict=True) if own == tag) / tags.count(tag)
-        for tag in sorted(set(tags or ()))
-    }
+    groups: dict[str, list[float]] = {}
+    for tag, loss in zip(tags or [""] * len(per_block), per_block, strict=True):
+        groups.setdefault(tag, []).append(loss)
+    by_tag = {tag: sum(group) / len(group) for tag, group in sorted(groups.items())} if tags is not None else {}
     return HeldoutResult(loss=losses_NT.mean().item(), num_tokens=losses_NT.numel(), by_tag=by_tag, by_position=by_position)

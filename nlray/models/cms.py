@@ -56,9 +56,7 @@ def delta_linear(x_BTD: Tensor, weight_VD: Tensor, *, dgd_lambda: float, loss_to
 class Level(ParameterModule):
     """One residual MLP of a level: y = x + W_out silu(W_in norm(x))."""
 
-    def __init__(
-        self, dim: int, hidden: int, num_layers: int, *, rule: Literal["gd", "dgd"] = "gd", dgd_lambda: float = 1.0
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, num_layers: int, *, rule: Literal["gd", "dgd"] = "gd", dgd_lambda: float = 1.0) -> None:
         super().__init__()
         self.rule = rule
         self.dgd_lambda = dgd_lambda

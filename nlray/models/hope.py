@@ -5,7 +5,6 @@
 Hope is this layer followed by the continuum memory system in every block (Eq. 94-97).
 """
 
-import math
 from typing import NamedTuple
 
 import torch.nn.functional as F

@@ -18,7 +18,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """How a parameter starts: `mean` times one (constant), plus normal noise, or the identity plus normal noise."""
+    """How a parameter starts: a constant, normal noise, or the identity plus normal noise."""
 
     kind: Literal["constant", "normal", "eye_noise"]
     value: float

@@ -92,10 +92,9 @@ def test_a_killed_actor_ends_the_run_and_nothing_stays(small, cluster, victim):
     assert killed and (status.state, status.exit_code) == ("failed", 1)
     assert "\n" not in status.message.strip()
     deadline = time.monotonic() + 30
-    while alive := ray.util.list_named_actors(all_namespaces=True):
-        assert time.monotonic() < deadline, f"still alive: {alive}"
+    while (alive := ray.util.list_named_actors(all_namespaces=True)) or ray.available_resources().get("CPU") != 16:
+        assert time.monotonic() < deadline, f"still alive: {alive}; free: {ray.available_resources()}"
         time.sleep(0.5)
-    assert ray.available_resources().get("CPU") == 16
 
 
 def test_stop_ends_the_run_with_a_checkpoint(small, cluster):

@@ -18,7 +18,16 @@ from nlray.config import Config, config_to_yaml, load_config
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
 
 SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "sequence.global_batch=2", "run.steps=4"]
-SUMMARY = {"steps": 4, "tokens": 256, "loss_first": 5.5, "loss_last": 5.0, "eval_loss": 5.1, "tokens_per_second": 1e4, "stall_fraction": 0.02, "digest": "d1"}
+SUMMARY = {
+    "steps": 4,
+    "tokens": 256,
+    "loss_first": 5.5,
+    "loss_last": 5.0,
+    "eval_loss": 5.1,
+    "tokens_per_second": 1e4,
+    "stall_fraction": 0.02,
+    "digest": "d1",
+}
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -160,7 +169,9 @@ def test_a_run_without_name_gets_one_and_a_folder(scripted, text):
 
 @pytest.mark.parametrize("exit_code", [1, 2])
 def test_failed_run_is_one_line_and_its_exit_code(exit_code, scripted, text, capsys):
-    handle = scripted(RunStatus("failed", [], [], message="worker 0, step 3:\nout of memory", traceback="Traceback of it", exit_code=exit_code))
+    handle = scripted(
+        RunStatus("failed", [], [], message="worker 0, step 3:\nout of memory", traceback="Traceback of it", exit_code=exit_code)
+    )
     assert main(["train", text, *SMALL]) == exit_code
     assert only_line(capsys.readouterr().err) == "nlray: error: worker 0, step 3: out of memory"
     assert handle.is_closed
@@ -179,7 +190,11 @@ def test_failed_run_with_debug_shows_the_remote_traceback(scripted, text, capsys
         (RemoteTimeoutError("waited 3 s"), 1, "nlray: error: waited 3 s"),
         (NlrayError("two\nlines"), 1, "nlray: error: two lines"),
         (RuntimeError("odd\nmore"), 1, "nlray: error: RuntimeError: odd (--debug shows where)"),
-        (ValueError("Traceback (most recent call last):\n  x\nKeyError: 'k'\n"), 1, "nlray: error: ValueError: KeyError: 'k' (--debug shows where)"),
+        (
+            ValueError("Traceback (most recent call last):\n  x\nKeyError: 'k'\n"),
+            1,
+            "nlray: error: ValueError: KeyError: 'k' (--debug shows where)",
+        ),
         (KeyboardInterrupt(), 130, "nlray: error: interrupted"),
     ],
 )
@@ -196,7 +211,10 @@ def test_error_at_launch(error, status, line, monkeypatch, text, capsys):
 def test_first_signal_asks_the_run_to_stop(number, status, scripted, text, capsys):
     before = signal.getsignal(number)
     handle = scripted(
-        RunStatus("running", [row(1)], []), int(number), RunStatus("running", [row(2)], []), RunStatus("stopped", [], [], summary={**SUMMARY, "steps": 2})
+        RunStatus("running", [row(1)], []),
+        int(number),
+        RunStatus("running", [row(2)], []),
+        RunStatus("stopped", [], [], summary={**SUMMARY, "steps": 2}),
     )
     assert main(["train", text, *SMALL]) == status
     captured = capsys.readouterr()
@@ -207,7 +225,9 @@ def test_first_signal_asks_the_run_to_stop(number, status, scripted, text, capsy
 
 
 def test_second_signal_aborts(scripted, text, capsys):
-    handle = scripted(RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], []))
+    handle = scripted(
+        RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], [])
+    )
     assert main(["train", text, *SMALL]) == 130
     assert handle.is_closed
     assert only_line(capsys.readouterr().err) == "nlray: error: interrupted"
@@ -236,7 +256,18 @@ def test_resume_takes_the_runs_own_configuration(scripted, text, tmp_path):
 def test_levels_as_json(capsys):
     assert main(["levels", "hope-340m", "--json", "sequence.workers=2", "sequence.micro_batch=null"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert set(data) == {"schema", "config", "kind", "vocab_size", "parameters", "tokens_per_step", "sequence", "problems", "levels", "actors"}
+    assert set(data) == {
+        "schema",
+        "config",
+        "kind",
+        "vocab_size",
+        "parameters",
+        "tokens_per_step",
+        "sequence",
+        "problems",
+        "levels",
+        "actors",
+    }
     assert data["schema"] == 1 and data["config"] == "hope-340m" and data["vocab_size"] == 32000
     assert sum(p["parameters"] for p in data["problems"]) == data["parameters"]
     slow = next(level for level in data["levels"] if level["name"] == "slow")

@@ -6,7 +6,16 @@ import pytest
 from rich.console import Console
 
 from nlray.clusters.live import LiveView
-from nlray.clusters.progress import PlainView, Progress, describe_levels, describe_run, format_bytes, format_count, format_seconds, summary_lines
+from nlray.clusters.progress import (
+    PlainView,
+    Progress,
+    describe_levels,
+    describe_run,
+    format_bytes,
+    format_count,
+    format_seconds,
+    summary_lines,
+)
 from nlray.config import load_config
 
 LEVEL = {"version": 3, "lag_steps": 2, "bytes_pushed": 5_720_000, "bytes_pulled": 1_000, "grad_norm": 1.0, "stall_s": 0.0}
@@ -18,7 +27,15 @@ def config():
 
 
 def row(step, seconds=2.0, **more):
-    return {"step": step, "tokens": 2048 * step, "loss": 2.5, "tokens_per_second": 2048 / seconds, "stall_s": 0.5, "levels": {"slow": LEVEL}, **more}
+    return {
+        "step": step,
+        "tokens": 2048 * step,
+        "loss": 2.5,
+        "tokens_per_second": 2048 / seconds,
+        "stall_s": 0.5,
+        "levels": {"slow": LEVEL},
+        **more,
+    }
 
 
 def test_figures_follow_the_rows(config):
@@ -84,7 +101,15 @@ def test_summary_of_a_failed_run_without_figures(config):
 
 
 def test_summary_with_missing_figures(config):
-    summary = {"steps": 0, "tokens": 0, "loss_first": None, "loss_last": None, "eval_loss": None, "tokens_per_second": None, "stall_fraction": None}
+    summary = {
+        "steps": 0,
+        "tokens": 0,
+        "loss_first": None,
+        "loss_last": None,
+        "eval_loss": None,
+        "tokens_per_second": None,
+        "stall_fraction": None,
+    }
     lines = summary_lines("stopped", summary, config)
     assert lines[:2] == ["stopped  after 0 of 100 steps, 0 tokens", "loss     - -> -"]
 

@@ -8,6 +8,7 @@ import torch
 from nlray.config import load_config
 from nlray.models.lm import LanguageModel, build_model, initialize_, level_parameters, parameter_inits, sequence_parameters
 
+
 def test_every_parameter_gets_a_finite_gradient(kind, small_config, random_blocks, vocab_size):
     model = build_model(small_config(kind, "model.tie_head=false"), vocab_size, seed=0)
     losses, state = model.token_losses(random_blocks(3, 13))

@@ -1,0 +1,113 @@
+"""The exchange and the level ranks by themselves: what waits, what is counted, what is refused."""
+
+import math
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from nlray.actors.conductor import RunFailedError
+from nlray.actors.exchange import LevelChannel
+from nlray.actors.level import LevelRank
+from nlray.actors.types import Contribution
+from nlray.config import ExchangeConfig
+from nlray.errors import NlrayError, RemoteTimeoutError
+from nlray.nested_system import level_plans
+
+from .in_process import DirectLink, DirectStore, InProcessRun
+
+
+class LateRank(LevelRank):
+    """Takes half a second for an update."""
+
+    def _apply(self, contributions):
+        time.sleep(0.5)
+        super()._apply(contributions)
+
+
+def open_channel(config, level: str, rank_class=LevelRank):
+    plan = next(p for p in level_plans(config, config.model.vocab_size) if p.name == level)
+    store = DirectStore()
+    ranks = [rank_class(config, plan, i, store=store) for i in range(plan.ranks)]
+    for rank in ranks:
+        rank.start()
+    parameters = {s.name: torch.zeros(s.shape) for s in plan.tensors}
+    channel = LevelChannel(
+        plan, parameters, [DirectLink(r, store) for r in ranks], worker=0, exchange=ExchangeConfig(), timeout_s=config.run.timeout_s
+    )
+    channel.start(0, 0)
+    return channel, ranks, parameters
+
+
+def gradients_like(parameters):
+    return {n: torch.ones_like(p) for n, p in parameters.items()}
+
+
+def test_a_level_moves_its_bytes_once_a_period_in_each_direction(small):
+    rows = (run := InProcessRun(small())).train().worker.poll().rows
+    for name, ranks in run.ranks.items():
+        size, period = ranks[0].layout.size_bytes, ranks[0].plan.update_period
+        assert size >= 4 * ranks[0].plan.num_parameters
+        for row in rows:
+            level = row["levels"][name]
+            assert level["bytes_pushed"] == size * (row["step"] // period)
+            assert level["bytes_pulled"] == size * level["version"]
+
+
+def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(small):
+    channel, ranks, parameters = open_channel(small("memory.levels.medium.delay=4"), "medium", LateRank)
+    for step in (1, 2, 3, 4):
+        channel.take_up(step)
+        channel.accumulate(gradients_like(parameters))
+        channel.end_step(step)
+    started = time.perf_counter()
+    for step in (5, 6, 7, 8):
+        channel.take_up(step)
+    assert channel.visible == 0 and time.perf_counter() - started < 0.3 and channel.stall_s < 0.3
+    channel.take_up(9)
+    assert channel.visible == 1 and channel.stall_s > 0.1
+    assert math.isfinite(channel.grad_norm)
+    for rank in ranks:
+        rank.stop()
+
+
+def test_a_wait_that_reaches_its_limit_says_for_what(small):
+    channel, ranks, _ = open_channel(small("run.timeout_s=0.2"), "fast")
+    with pytest.raises(RemoteTimeoutError, match=r"level fast rank 0: waited 0.2 s for version 5 \(run.timeout_s\)"):
+        ranks[0].pull(5)
+    with pytest.raises(RemoteTimeoutError, match=r"waited 0.2 s for the snapshot of step 3"):
+        ranks[0].write(3, "unused")
+    channel.end_step(1)
+    ranks[0].stop()
+
+
+def test_a_rank_refuses_a_second_contribution(small):
+    config = small("sequence.workers=2")
+    _, ranks, _ = open_channel(config, "fast")
+    contribution = Contribution(1, 0, 1, np.zeros(ranks[0].layout.size, np.float32))
+    ranks[0].push(contribution)
+    with pytest.raises(NlrayError, match="a second contribution of worker 0 to version 1"):
+        ranks[0].push(contribution)
+    ranks[0].stop()
+
+
+def test_contributions_are_summed_in_worker_order_whatever_the_order_they_come_in(small):
+    config = small("sequence.workers=3", "sequence.global_batch=6")
+    results = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        _, ranks, _ = open_channel(config, "fast")
+        buffers = np.random.default_rng(0).standard_normal((3, ranks[0].layout.size)).astype(np.float32) * [[1e4], [1.0], [1e-4]]
+        for worker in order:
+            ranks[0].push(Contribution(1, worker, 1, buffers[worker].astype(np.float32)))
+        results.append(ranks[0].pull(1).data)
+        ranks[0].stop()
+    assert np.array_equal(*results)
+
+
+def test_errors_survive_pickling():
+    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and copy.args[:1] == error.args[:1]
+    assert pickle.loads(pickle.dumps(RunFailedError("a", "b", 2))).exit_code == 2

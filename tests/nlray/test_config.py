@@ -1,0 +1,150 @@
+"""The configuration: presets load, overrides merge, mistakes are one line that names the key, and it goes round through YAML."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nlray.config import PRESETS, Config, config_from_dict, config_to_dict, config_to_yaml, default_run_name, load_config, with_run
+from nlray.errors import UserError
+
+PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "presets").glob("*.yaml"))
+
+
+def test_every_preset_file_is_a_preset():
+    assert {path.stem for path in PRESET_FILES} == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_loads_and_goes_round(preset, tmp_path):
+    config = load_config(preset)
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load_config(str(path)) == config
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_no_source_is_tiny():
+    assert load_config(None) == load_config("tiny")
+    assert load_config(None).model.kind == "hope"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.integers(1, 10**6),
+    period=st.integers(1, 1000),
+    share=st.floats(0, 1, allow_nan=False),
+    lr=st.floats(1e-6, 1, allow_nan=False),
+    workers=st.integers(1, 8),
+    name=st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,10}", fullmatch=True).filter(lambda n: n != "sequence"),
+)
+def test_any_configuration_goes_round(steps, period, share, lr, workers, name):
+    plain = {
+        "run": {"steps": steps},
+        "memory": {"levels": {name: {"update_period": period, "delay": int(share * period), "optimizer": {"lr": lr}}}},
+        "sequence": {"workers": workers, "global_batch": 3 * workers},
+    }
+    config = config_from_dict(plain)
+    assert config_from_dict(config_to_dict(config)) == config
+    assert config.levels[name].visible_delay == int(share * period)
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("run: {steps: 7}\nmodel: {dim: 64}\nmemory: {levels: {a: {update_period: 2}}}\n")
+    config = load_config(str(path), ["run.steps=8", "run.steps=9", "model.objective=l2"])
+    assert (config.run.steps, config.model.dim, config.model.objective, list(config.levels)) == (9, 64, "l2", ["a"])
+
+
+def test_null_removes_a_level_and_a_new_name_adds_one():
+    config = load_config("tiny", ["memory.levels.slow=null", "memory.levels.rare.update_period=100"])
+    assert list(config.levels) == ["fast", "medium", "slowest", "rare"]
+
+
+def test_levels_are_ordered_by_period():
+    assert list(load_config("tiny", ["memory.levels.fast.update_period=32"]).levels) == ["medium", "slow", "fast", "slowest"]
+
+
+def test_defaults_hold_where_a_level_says_nothing():
+    config = load_config("tiny", ["memory.defaults.optimizer.lr=0.5", "memory.defaults.ranks=2", "memory.levels.slow.ranks=3"])
+    assert {level.optimizer.lr for level in config.levels.values()} == {0.5}
+    assert [level.ranks for level in config.levels.values()] == [2, 2, 3, 2]
+
+
+@pytest.mark.parametrize(("period", "delay", "visible"), [(1, None, 0), (4, None, 4), (64, None, 8), (64, 0, 0), (1, 1, 1)])
+def test_delay_in_force(period, delay, visible):
+    config = config_from_dict({"memory": {"levels": {"a": {"update_period": period, "delay": delay}}}})
+    assert config.levels["a"].visible_delay == visible
+
+
+@pytest.mark.parametrize(("kind", "count"), [("hope", 4), ("hope_attention", 4), ("titans", 0), ("transformer", 0)])
+def test_kinds_without_cms_have_no_levels(kind, count):
+    assert len(load_config("tiny", [f"model.kind={kind}"]).levels) == count
+
+
+def test_a_path_alone_is_a_source():
+    assert [s.path for s in load_config("tiny", ["data.sources=[a.parquet,b/]"]).data.sources] == ["a.parquet", "b/"]
+    assert [s.path for s in load_config("tiny", ["data.sources=a.parquet"]).data.sources] == ["a.parquet"]
+
+
+def test_names_of_runs():
+    assert default_run_name(None, "S") == "tiny-S"
+    assert default_run_name("hope-1.3b", "S") == "hope-1.3b-S"
+    assert default_run_name("some/where/mine.yaml", "S") == "mine-S"
+    assert load_config("tiny", default_name="n").run.name == "n"
+    assert load_config("tiny", ["run.name=own"], default_name="n").run.name == "own"
+    assert with_run(Config(memory=load_config("tiny").memory), dir="d").run.dir == "d"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["nonsense"], ["nonsense", "key=value"]),
+        (["modle.dim=3"], ["modle", "model"]),
+        (["model.dims=3"], ["model.dims", "model.dim"]),
+        (["memory.levels.slow.period=3"], ["memory.levels.slow.period"]),
+        (["memory.levels.slow.optimizer.beta=3"], ["memory.levels.slow.optimizer.beta", "betas"]),
+        (["memory.defaults.period=3"], ["memory.defaults.period"]),
+        (["model.dim=wide"], ["model.dim", "wide"]),
+        (["model.kind=mamba"], ["model.kind", "mamba", "transformer"]),
+        (["model.heads=3"], ["model.heads", "3", "128"]),
+        (["memory.levels.slow.update_period=0"], ["memory.levels.slow.update_period", "0", "1 or more"]),
+        (["memory.levels.slow.delay=17"], ["memory.levels.slow.delay", "17", "0 to", "16"]),
+        (["memory.levels.slow.optimizer.lr=0"], ["memory.levels.slow.optimizer.lr", "more than 0"]),
+        (["sequence.optimizer.lr=-1"], ["sequence.optimizer.lr", "-1"]),
+        (["sequence.workers=3"], ["sequence.global_batch", "8", "sequence.workers=3"]),
+        (["sequence.micro_batch=3"], ["sequence.micro_batch", "3", "8"]),
+        (["sequence.resources.gpus=some"], ["sequence.resources.gpus", "some"]),
+        (["data.eval_fraction=1"], ["data.eval_fraction", "1"]),
+        (["data.sources=[]"], ["data.sources", "empty"]),
+        (["data.sources=[{path: a, wieght: 2}]"], ["data.sources[0].wieght", "weight"]),
+        (["memory.levels.sequence.update_period=2"], ["memory.levels.sequence"]),
+        (
+            ["memory.levels.fast=null", "memory.levels.medium=null", "memory.levels.slow=null", "memory.levels.slowest=null"],
+            ["memory.levels"],
+        ),
+    ],
+)
+def test_mistake_is_one_line_that_names_the_key(overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("run: [1, 2", ["mine.yaml", "YAML"]), ("- a\n- b\n", ["mine.yaml", "mapping"]), ("run: 3\n", ["run", "3"])]
+)
+def test_file_that_is_no_configuration(text, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'hope-340m'"):
+        load_config("hope-340")

@@ -1,0 +1,175 @@
+"""The nested system: complete, counted right, in the paper's order, and cheap to build."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from torch import nn
+
+import nlray.nested_system as nested_system
+from nlray.config import PRESETS, LevelConfig, ModelConfig, OptimizerConfig, load_config
+from nlray.errors import NlrayError
+from nlray.models.lm import build_model, level_parameters, sequence_parameters
+from nlray.nested_system import NestedSystem, level_plans, optimizer_problems
+from nlray.optimizers import OuterOptimizer
+
+KINDS = get_args(get_type_hints(ModelConfig)["kind"])
+OPTIMIZERS = get_args(get_type_hints(OptimizerConfig)["name"])
+RULES = get_args(get_type_hints(LevelConfig)["rule"])
+SMALL = ["model.dim=16", "model.layers=3", "model.heads=2", "model.seq_len=32", "model.chunk_size=8", "sequence.global_batch=4"]
+VOCAB = 31
+
+
+def build(*overrides):
+    config = load_config("tiny", [*SMALL, *overrides])
+    return config, NestedSystem.build(config, VOCAB)
+
+
+def of(system, name):
+    return next(p for p in system.problems if p.name == name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_problems_hold_every_parameter_and_optimizer_value_once(kind, name):
+    config, system = build(f"model.kind={kind}", f"sequence.optimizer.name={name}", f"memory.defaults.optimizer.name={name}")
+    model = build_model(config, VOCAB, seed=0)
+    assert sum(p.parameters for p in system.problems) == system.num_parameters == sum(p.numel() for p in model.parameters())
+    owned = {"workers": sequence_parameters(model)} | {f"level {n}": p for n, p in level_parameters(model).items()}
+    for runs_on, parameters in owned.items():
+        optimizer = OuterOptimizer(parameters, config.sequence.optimizer, horizon=1)
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1)
+        held = sum(t.numel() for key, t in optimizer.state_tensors().items() if not key.endswith("/step"))
+        assert sum(p.state_values for p in system.problems if p.runs_on == runs_on and p.context_flow == "gradients") == held
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_its_objective(rule):
+    _, system = build(f"memory.levels.slow.rule={rule}")
+    assert ("Eq. 56" in of(system, "cms.slow").objective) == (rule == "dgd")
+
+
+def test_hope_lists_the_problems_of_the_paper_in_order():
+    _, system = build("memory.levels.medium=null", "memory.levels.slowest=null", "memory.levels.slow.update_period=8")
+    order = [
+        {"memory.mem"},
+        {"memory.k", "memory.v", "memory.eta", "memory.alpha"},
+        {"sequence.momentum", "sequence.second_moment", "cms.fast.momentum", "cms.fast.second_moment"},
+        {"sequence", "sequence.initial_states", "cms.fast"},
+        {"cms.slow.momentum", "cms.slow.second_moment"},
+        {"cms.slow"},
+    ]
+    assert [{p.name for p in system.problems if p.level == i + 1} for i in range(len(order))] == order
+    assert len(system.problems) == sum(map(len, order))
+    assert of(system, "memory.mem").updates_per_token == 1
+    assert of(system, "memory.eta").updates_per_token == 1 / 8
+    assert of(system, "cms.slow").updates_per_token == 1 / (8 * 4 * 32)
+    assert of(system, "cms.slow").runs_on == "level slow" and of(system, "sequence").runs_on == "workers"
+
+
+def test_faster_problems_come_first_and_dependent_ones_later():
+    _, system = build("memory.defaults.optimizer.name=muon")
+    frequencies = [p.updates_per_token for p in system.problems]
+    assert frequencies == sorted(frequencies, reverse=True)
+    for problem in system.problems:
+        assert all(of(system, name).level < problem.level for name in problem.after)
+
+
+def test_attention_has_infinite_frequency():
+    _, system = build("model.kind=transformer")
+    assert system.problems[0].name == "attention" and math.isinf(system.problems[0].updates_per_token)
+    assert system.problems[0].state_values == 3 * 2 * 16 * 32
+    assert system.levels == () and [a.name for a in system.actors] == ["sequence"]
+
+
+@pytest.mark.parametrize("retain", ["init", "zero"])
+def test_state_in_context_is_that_of_the_model(retain):
+    config, system = build(f"model.retain={retain}")
+    state = build_model(config, VOCAB, seed=0).init_state(1)
+    assert sum(p.state_values for p in system.problems if p.name.startswith("memory.")) == sum(layer.matrix.numel() for layer in state)
+
+
+def test_initial_states_are_those_of_the_five_memories():
+    config, system = build()
+    model = build_model(config, VOCAB, seed=0)
+    boxes = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in ("m_k", "m_v", "m_eta", "m_alpha", "m_mem")]
+    assert of(system, "sequence.initial_states").parameters == sum(p.numel() for p in boxes) and len(boxes) == 15
+
+
+def test_level_plans_name_the_models_tensors_in_order():
+    config, system = build("memory.levels.slow.ranks=3", "memory.levels.slow.delay=2")
+    plans = level_plans(config, VOCAB)
+    assert plans == system.levels
+    parameters = level_parameters(build_model(config, VOCAB, seed=0))
+    assert [p.name for p in plans] == list(parameters) == ["fast", "medium", "slow", "slowest"]
+    for plan in plans:
+        assert [(t.name, t.shape) for t in plan.tensors] == [(n, tuple(p.shape)) for n, p in parameters[plan.name].items()]
+    slow = plans[2]
+    assert (slow.update_period, slow.delay, slow.ranks, len(slow.shards)) == (16, 2, 3, 3)
+    assert [t.name for t in system.sequence] == list(sequence_parameters(build_model(config, VOCAB, seed=0)))
+
+
+def test_bytes_of_actors_and_wire():
+    _, system = build("memory.levels.slow.ranks=2", "sequence.workers=2")
+    worker, *ranks = system.actors
+    level_size = sum(plan.num_parameters for plan in system.levels)
+    assert worker.count == 2 and worker.parameters == worker.gradients == 4 * system.num_parameters
+    assert worker.buffers == 2 * 4 * level_size and worker.optimizer == 2 * system.sequence_bytes
+    slow, plan = ranks[2], system.levels[2]
+    assert slow.count == 2 and slow.parameters == 4 * max(sum(t.numel for t in shard) for shard in plan.shards)
+    assert slow.optimizer == 2 * slow.parameters and slow.total == 6 * slow.parameters
+    assert plan.bytes_per_step == 4 * plan.num_parameters / 16
+
+
+def test_optimizer_that_contributes_nothing_is_an_error():
+    class Lion:
+        name = "lion"
+
+    with pytest.raises(NlrayError, match="'lion' contributes no optimization problem"):
+        optimizer_problems("sequence", Lion(), [], 1.0, "workers")
+
+
+def test_module_that_contributes_nothing_is_an_error(monkeypatch):
+    class Novelty(nn.Module):
+        pass
+
+    def build_with_novelty(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        model.novelty = Novelty()
+        return model
+
+    monkeypatch.setattr(nested_system, "build_model", build_with_novelty)
+    with pytest.raises(NlrayError, match="module Novelty"):
+        build()
+
+
+def test_problems_are_frozen():
+    _, system = build()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        system.problems[0].level = 7
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_size_of_their_name(preset):
+    config = load_config(preset)
+    size = NestedSystem.build(config, config.model.vocab_size or 257).num_parameters
+    if preset.startswith("hope-"):
+        number, unit = float(preset[5:-1]), {"m": 1e6, "b": 1e9}[preset[-1]]
+        assert size == pytest.approx(number * unit, rel=0.02)
+        assert len(config.levels) == 4
+    assert config.cms_hidden % 64 == 0
+
+
+def test_the_largest_preset_needs_no_memory():
+    code = (
+        "import resource; from nlray.clusters.cli import main; assert main(['levels', 'hope-1.3b']) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert int(result.stdout.splitlines()[-1]) * 1024 < 2e9

@@ -1,0 +1,29 @@
+"""The associative recall task: its batches, and that only inner updates solve it."""
+
+import pytest
+import torch
+
+from nlray.evals.recall import RecallTask, recall_accuracy, recall_batch, recall_config, train_recall
+
+
+def test_every_question_has_the_value_of_its_pair():
+    task = RecallTask(num_pairs=5)
+    tokens, answers = recall_batch(task, 20, torch.Generator().manual_seed(0))
+    assert tokens.shape == (20, 15) and answers.shape == (20, 5)
+    for row, values in zip(tokens.tolist(), answers.tolist(), strict=True):
+        pairs = dict(zip(row[:10:2], row[1:10:2], strict=True))
+        assert len(pairs) == 5 and sorted(row[10:]) == sorted(pairs)
+        assert [pairs[key] for key in row[10:]] == values
+        assert all(key < task.num_keys <= value < task.vocab_size for key, value in pairs.items())
+
+
+def test_an_untrained_model_is_at_chance():
+    task = RecallTask(steps=0)
+    assert recall_accuracy(train_recall(recall_config(), task), task) < 0.1
+
+
+@pytest.mark.slow
+def test_inner_updates_solve_recall_and_without_them_it_stays_near_chance():
+    task = RecallTask()
+    assert recall_accuracy(train_recall(recall_config(), task), task) > 0.95
+    assert recall_accuracy(train_recall(recall_config(), task, inner_updates=False), task) < 0.3
