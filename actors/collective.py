@@ -11,9 +11,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from nlray.actors.types import Command
 from torch import Tensor, nn
 
+from nlray.actors.types import Command
 from nlray.flat import FlatLayout
 from nlray.levels import TensorSpec
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
+
 from nlray.actors.level import LevelRank
 from nlray.actors.placement import ActorPlan, Placement
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import ObjectStore, RankClient, wait_for
 from nlray.actors.types import ENDED, Command, PartWritten, RunState, RunStatus, WorkerReport
-from ray.exceptions import RayActorError, RayTaskError
-
 from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, write_manifest
 from nlray.config import Config
 from nlray.errors import NlrayError, UserError

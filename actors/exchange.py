@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from nlray.actors.types import Contribution, Version
 from torch import Tensor
 
+from nlray.actors.types import Contribution, Version
 from nlray.config import ExchangeConfig
 from nlray.errors import RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor

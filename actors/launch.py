@@ -10,18 +10,18 @@ from typing import Any
 
 import ray
 from fsspec.core import url_to_fs
+
 from nlray.actors.conductor import Behaviours, Conductor, explain, namespace_of
 from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
-from nlray.pipelines.tokenizers import load_tokenizer
-
 from nlray.checkpoint import latest_checkpoint, read_manifest
 from nlray.config import Config, config_to_yaml, parse_config, with_run
 from nlray.errors import NlrayError, UserError
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter
 from nlray.nested_system import level_plans
+from nlray.pipelines.tokenizers import load_tokenizer
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints")
 
@@ -35,6 +35,7 @@ FIXED_ON_RESUME: dict[str, Callable[[Config], Any]] = {
     "data.tokenizer": lambda c: c.data.tokenizer,
     "data.eval_fraction": lambda c: c.data.eval_fraction,
     "data.stream.shuffle": lambda c: c.data.stream.shuffle,
+    "data.stream.shuffle_tokens": lambda c: c.data.stream.shuffle_tokens,
 }
 
 

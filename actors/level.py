@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import torch
+
 from nlray.actors.recovery import Shelf, Snapshot
 from nlray.actors.transports import Store
 from nlray.actors.types import Contribution, PartWritten, Version
-
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.errors import NlrayError, RemoteTimeoutError

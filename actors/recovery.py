@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nlray.actors.types import PartWritten
 from torch import Tensor
 
+from nlray.actors.types import PartWritten
 from nlray.checkpoint import write_part
 from nlray.errors import RemoteTimeoutError
 

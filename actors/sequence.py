@@ -14,13 +14,12 @@ from typing import Any
 
 import ray
 import torch
+from torch import Tensor
+
 from nlray.actors.collective import Agreement, WorkerGroup
 from nlray.actors.exchange import LevelChannel, RankLink
 from nlray.actors.recovery import Shelf, Snapshot
 from nlray.actors.types import Command, PartWritten, WorkerReport
-from nlray.pipelines.stream import BlockStream, PrefetchStream, heldout_blocks
-from torch import Tensor
-
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.errors import NonFiniteLossError
@@ -28,6 +27,7 @@ from nlray.flat import device_for
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
+from nlray.pipelines.stream import BlockStream, PrefetchStream, heldout_blocks
 
 MAX_SKIPPED_IN_A_ROW = 10
 HELDOUT_SEED = 0  # not run.seed: runs of different seeds are compared on the same sequences

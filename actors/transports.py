@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
-from nlray.actors.types import Contribution, Version
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from nlray.actors.types import Contribution, Version
 from nlray.errors import NlrayError, RemoteTimeoutError
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from nlray.pipelines.stream import BlockStream
 
 from nlray.config import DataConfig, SourceConfig, StreamConfig
+from nlray.pipelines.stream import BlockStream
 
 REPEATS = 5
 BATCH = 64

@@ -82,10 +82,13 @@ class StreamConfig:
 
     shuffle: bool = True
     """Shuffle files, row groups and records within a row group by `run.seed`; false: the order of the files."""
+    shuffle_tokens: int = 1 << 20
+    """Tokens of a source whose blocks are shuffled together; less than two blocks: blocks of a document stay in order."""
     prefetch: int = 4
     """Batches prepared ahead in the background; 0: none."""
 
     def __post_init__(self) -> None:
+        _require(self.shuffle_tokens >= 0, f"data.stream.shuffle_tokens is {self.shuffle_tokens}; allowed: 0 or more")
         _require(self.prefetch >= 0, f"data.stream.prefetch is {self.prefetch}; allowed: 0 or more")
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_DRAW, _UNITS, _RECORDS = 1, 2, 3
+_DRAW, _UNITS, _RECORDS, _BLOCKS = 1, 2, 3, 4
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -59,6 +59,11 @@ def unit_order(sequence: np.ndarray, *, seed: int, source: int, epoch: int) -> n
 def record_order(count: int, *, seed: int, source: int, epoch: int, unit: int) -> np.ndarray:
     """Return the order of `count` records of a unit in an epoch, int64 [count]."""
     return np.argsort(_hash_counters((seed, _RECORDS, source, epoch, unit), count), kind="stable")
+
+
+def block_order(count: int, *, seed: int, source: int, window: int) -> np.ndarray:
+    """Return the order of `count` blocks of a source's window, int64 [count]."""
+    return np.argsort(_hash_counters((seed, _BLOCKS, source, window), count), kind="stable")
 
 
 def is_held_out(text: pa.LargeBinaryArray, fraction: float) -> np.ndarray:

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
-from nlray.pipelines.files import File, one_line
 
 from nlray.config import SourceConfig
 from nlray.errors import DataError
+from nlray.pipelines.files import File, one_line
 
 RANGE_BYTES = 8 << 20
 """Size of a byte range of JSON lines or text."""

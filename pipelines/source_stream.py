@@ -5,12 +5,12 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+
+from nlray.errors import DataError
 from nlray.pipelines.order import is_held_out, offsets, record_order, unit_order
 from nlray.pipelines.packing import append_ends, block_view, main_records
 from nlray.pipelines.sources import Source
 from nlray.pipelines.tokenizers import Tokenizer
-
-from nlray.errors import DataError
 
 SLICE_BYTES = 1 << 20
 """Text that is tokenized at once (at least one record)."""

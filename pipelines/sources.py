@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from nlray.config import DataConfig, SourceConfig
+from nlray.errors import DataError
 from nlray.pipelines.files import File, list_files
 from nlray.pipelines.readers import ArrowReader, JsonlReader, ParquetReader, Reader, Records
 from nlray.pipelines.stdlib import TAG, StdlibReader
 from nlray.pipelines.text_reader import TextReader
 from nlray.pipelines.tokenizers import load_tokenizer
-
-from nlray.config import DataConfig, SourceConfig
-from nlray.errors import DataError
 
 STDLIB = "stdlib:"
 _READERS: dict[str, Callable[..., Reader]] = {"parquet": ParquetReader, "arrow": ArrowReader, "jsonl": JsonlReader, "text": TextReader}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from nlray.pipelines.readers import Records
 
 from nlray.errors import DataError
+from nlray.pipelines.readers import Records
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 TAG = "kind"

@@ -4,8 +4,8 @@
     batch = stream.take(8)            # Batch of 8 blocks of 257 tokens
     stream.load_state_dict(state)     # exact to the token
 
-The global order is a function of (sources, tokenizer, seq_len, seed, eval_fraction, shuffle) alone: block i's source is drawn
-by a hash of (seed, i), and each source is a packed stream of its own. So it does not matter how many blocks are taken at a time
+The global order is a function of (sources, tokenizer, seq_len, seed, eval_fraction, shuffle, shuffle_tokens) alone: block i's source is drawn
+by a hash of (seed, i), and each source is a packed stream of its own, in shuffled windows. So it does not matter how many blocks are taken at a time
 nor how the rows are split over workers; every worker passes over all blocks and copies out its own rows.
 """
 
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+
+from nlray.config import DataConfig, SourceConfig
+from nlray.errors import DataError, NlrayError
 from nlray.pipelines.order import draw_sources
+from nlray.pipelines.shuffle import ShuffledBlocks
 from nlray.pipelines.source_stream import SourceStream
 from nlray.pipelines.sources import open_source
 from nlray.pipelines.tokenizers import Tokenizer, load_tokenizer
-
-from nlray.config import DataConfig
-from nlray.errors import DataError, NlrayError
 
 _DRAW_AHEAD = 1 << 16
 
@@ -65,21 +66,25 @@ class BlockStream:
         weights = np.array([source.weight for source in config.sources], np.float64)
         self._cumulative_weights = np.cumsum(weights / weights.sum())
         self._cumulative_weights[-1] = 1.0
-        self._streams = [
-            SourceStream(
-                open_source(source, index=index),
-                self.tokenizer,
-                index=index,
-                seq_len=seq_len,
-                seed=seed,
-                eval_fraction=config.eval_fraction,
-                shuffle=config.stream.shuffle,
-                split=split,
-            )
-            for index, source in enumerate(config.sources)
-        ]
+        self._streams = [self._open(config, source, index, split) for index, source in enumerate(config.sources)]
         self._block = 0
         self._is_live = np.ones(len(self._streams), bool)
+
+    def _open(
+        self, config: DataConfig, source: SourceConfig, index: int, split: Literal["train", "heldout"]
+    ) -> "SourceStream | ShuffledBlocks":
+        stream = SourceStream(
+            open_source(source, index=index),
+            self.tokenizer,
+            index=index,
+            seq_len=self.seq_len,
+            seed=self._seed,
+            eval_fraction=config.eval_fraction,
+            shuffle=config.stream.shuffle,
+            split=split,
+        )
+        window = config.stream.shuffle_tokens // self.seq_len if config.stream.shuffle else 1
+        return ShuffledBlocks(stream, window=window, seed=self._seed, index=index) if window > 1 else stream
 
     def take(self, num_blocks: int, *, start: int = 0, stop: int | None = None) -> Batch:
         """Advance the global order by `num_blocks` and return rows start .. stop - 1 of them (fewer at the end of one pass).

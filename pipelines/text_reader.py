@@ -6,11 +6,11 @@ without an end of document as long as the stream keeps them together (`first_rec
 
 import numpy as np
 import pyarrow as pa
-from nlray.pipelines.files import File
-from nlray.pipelines.readers import Records, range_bounds, reading
 
 from nlray.config import SourceConfig
 from nlray.errors import DataError
+from nlray.pipelines.files import File
+from nlray.pipelines.readers import Records, range_bounds, reading
 
 _WINDOW = 1 << 16
 """Bytes after the end of a range that are searched for a newline."""

@@ -8,10 +8,10 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import tokenizers
-from nlray.pipelines.files import one_line
-from nlray.pipelines.order import offsets
 
 from nlray.errors import DataError
+from nlray.pipelines.files import one_line
+from nlray.pipelines.order import offsets
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
 """Names of the end-of-document token, in the order they are looked for."""

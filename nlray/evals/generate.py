@@ -1,6 +1,6 @@
 """Sampling: token ids one by one, with a state of constant size (attention kinds: with their growing cache).
 
-    for token in generate(model, prompt, max_tokens=200, temperature=0.8, top_k=50, seed=0): ...
+for token in generate(model, prompt, max_tokens=200, temperature=0.8, top_k=50, seed=0): ...
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """Held-out loss: the mean over given blocks, broken down by tag and by position in the block.
 
-    result = heldout_losses(model, blocks, tags=tags)
-    result.loss, result.by_tag["python"], result.by_position[0].loss
+result = heldout_losses(model, blocks, tags=tags)
+result.loss, result.by_tag["python"], result.by_position[0].loss
 """
 
 from collections.abc import Sequence
@@ -58,10 +58,7 @@ def heldout_losses(
     losses_NT = torch.cat([model.token_losses(batch)[0] for batch in blocks.split(batch_size)]).double().cpu()
     length = losses_NT.shape[1]
     edges = [length * i // min(num_buckets, length) for i in range(min(num_buckets, length) + 1)]
-    by_position = [
-        PositionLoss(start=start, end=end, loss=losses_NT[:, start:end].mean().item())
-        for start, end in pairwise(edges)
-    ]
+    by_position = [PositionLoss(start=start, end=end, loss=losses_NT[:, start:end].mean().item()) for start, end in pairwise(edges)]
     per_block = losses_NT.mean(1).tolist()
     groups: dict[str, list[float]] = {}
     for tag, loss in zip(tags or [""] * len(per_block), per_block, strict=True):

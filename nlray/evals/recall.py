@@ -27,7 +27,7 @@ class RecallTask:
     num_values: int = 24
     batch_size: int = 64
     steps: int = 400
-    lr: float = 1e-2
+    lr: float = 3e-3
 
     @property
     def vocab_size(self) -> int:
@@ -46,9 +46,10 @@ def recall_batch(task: RecallTask, batch_size: int, generator: torch.Generator) 
 def recall_config(*, objective: Literal["dot", "l2"] = "dot", retain: Literal["init", "zero"] = "init") -> Config:
     """Return the small model of the task: Titans in chunks of 4 tokens, 2 layers of width 64, 2 heads.
 
-    The inner learning rate starts at half its maximum: there are 24 tokens to learn from, not a long text.
+    The inner learning rate starts at half its maximum: there are 24 tokens to learn from, not a long text. The convolution
+    is as wide as a pair, which is learned soonest.
     """
-    sizes = {"dim": 64, "layers": 2, "heads": 2, "seq_len": 24, "chunk_size": 4}
+    sizes = {"dim": 64, "layers": 2, "heads": 2, "seq_len": 24, "chunk_size": 4, "conv_width": 2}
     return Config(model=ModelConfig(kind="titans", inner_lr_bias=0.0, objective=objective, retain=retain, **sizes))
 
 

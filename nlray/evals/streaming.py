@@ -1,7 +1,7 @@
 """Streaming: one long token sequence through the model in pieces, with the state carried from piece to piece.
 
-    result = stream_losses(model, tokens, piece_length=256)
-    result.losses[:256].mean(), result.losses[-256:].mean()
+result = stream_losses(model, tokens, piece_length=256)
+result.losses[:256].mean(), result.losses[-256:].mean()
 """
 
 from dataclasses import dataclass

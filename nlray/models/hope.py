@@ -29,7 +29,11 @@ class TitansState(NamedTuple):
 
 
 class Titans(ParameterModule):
-    """The layer; the residual is the caller's. `inner_lr` may be set to 0 to turn the inner updates off."""
+    """The layer; the residual is the caller's. `inner_lr` may be set to 0 to turn the inner updates off.
+
+    Departs from Eq. 89, 91: the memories are matrices without a residual, not residual MLPs, so that one matrix per head holds the
+    state of all five (see nlray/memories/delta/README.md).
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
 """The language models: embedding, blocks, head. Every kind is built of the same pieces.
 
-    hope            Titans    + continuum memory system
-    hope_attention  attention + continuum memory system
-    titans          Titans    + one MLP
-    transformer     attention + SwiGLU MLP
+hope            Titans    + continuum memory system
+hope_attention  attention + continuum memory system
+titans          Titans    + one MLP
+transformer     attention + SwiGLU MLP
 
-    model = build_model(config, vocab_size=256, seed=0)
-    losses, state = model.token_losses(blocks)
+model = build_model(config, vocab_size=256, seed=0)
+losses, state = model.token_losses(blocks)
 """
 
 import torch

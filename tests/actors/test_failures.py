@@ -108,7 +108,9 @@ def test_stop_ends_the_run_with_a_checkpoint(small, cluster):
 def test_more_gpus_than_there_are_is_the_users_mistake(small, cluster, tmp_path):
     with pytest.raises(UserError, match=r"sequence\.resources asks for 9 GPU on one node; the largest node of the cluster has 8"):
         launch(small("sequence.resources.gpus=9"))
-    with pytest.raises(UserError, match=r"the run asks for 10 GPU \(memory\.levels\.slow\.resources, sequence\.resources\); the cluster has 8"):
+    with pytest.raises(
+        UserError, match=r"the run asks for 10 GPU \(memory\.levels\.slow\.resources, sequence\.resources\); the cluster has 8"
+    ):
         launch(small("sequence.resources.gpus=4", "memory.levels.slow.resources.gpus=6"))
     with pytest.raises(UserError, match=r"memory\.levels\.slow\.resources\.labels is .*no node of the cluster carries these labels"):
         launch(small("memory.levels.slow.resources.labels={region: moon}"))

@@ -81,7 +81,11 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(small, tmp_path):
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
     config = small("run.stop_after=2")
     run_to_end(config)
-    for override, key in [("model.dim=16", "model"), ("memory.levels.slow.update_period=16", "memory.levels"), ("run.steps=2", "run.steps")]:
+    for override, key in [
+        ("model.dim=16", "model"),
+        ("memory.levels.slow.update_period=16", "memory.levels"),
+        ("run.steps=2", "run.steps"),
+    ]:
         with pytest.raises(UserError, match=f"^{key} is "):
             launch(resume_config(config.run.dir, [override]), resume=True)
     with pytest.raises(UserError, match="holds no run"):

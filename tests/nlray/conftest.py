@@ -7,6 +7,9 @@ import torch
 
 from nlray.config import Config, load_config
 
+# Small tensors gain nothing from a second thread, and lose much when the cores are busy.
+torch.set_num_threads(1)
+
 SIZES = ["model.dim=16", "model.layers=2", "model.heads=2", "model.seq_len=12", "model.chunk_size=4", "memory.hidden=24"]
 
 

@@ -12,7 +12,12 @@ from nlray.optimizers import OuterOptimizer, clip_factor, clip_gradients_, has_d
 
 def make_parameters(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"embedding.weight": (7, 4), "blocks.0.cms.fast.w_in": (6, 4), "blocks.0.cms.fast.norm": (4,), "blocks.0.memory.m_k": (2, 3, 3)}
+    shapes = {
+        "embedding.weight": (7, 4),
+        "blocks.0.cms.fast.w_in": (6, 4),
+        "blocks.0.cms.fast.norm": (4,),
+        "blocks.0.memory.m_k": (2, 3, 3),
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -95,7 +100,9 @@ def test_clipping_in_parts_is_clipping_of_the_whole():
     gradients = [p.grad for p in parameters.values()]
     whole = torch.cat([g.flatten() for g in gradients]).norm().item()
     assert total_norm(tensor_norms(gradients).tolist()) == pytest.approx(whole, rel=1e-6)
-    assert total_norm(tensor_norms(gradients[2:]).tolist() + tensor_norms(gradients[:2]).tolist()) == total_norm(tensor_norms(gradients).tolist())
+    assert total_norm(tensor_norms(gradients[2:]).tolist() + tensor_norms(gradients[:2]).tolist()) == total_norm(
+        tensor_norms(gradients).tolist()
+    )
     assert clip_factor(4.0, 1.0) == 0.25 and clip_factor(0.5, 1.0) == 1.0 and clip_factor(4.0, 0.0) == 1.0
     before = [g.clone() for g in gradients]
     assert clip_gradients_(gradients, 0.5).item() == pytest.approx(whole, rel=1e-6)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from nlray.pipelines import readers, source_stream, text_reader
 
 from nlray.config import DataConfig, SourceConfig, StreamConfig
+from nlray.pipelines import readers, source_stream, text_reader
 
 WORDS = ["memory", "Gedächtnis", "記憶", "lernt", "slow\nfast", "naïve", "🙂", "x"]
 
@@ -77,9 +77,12 @@ def with_small_limits(patch: pytest.MonkeyPatch) -> None:
 def data_config() -> Callable[..., DataConfig]:
     """Build a DataConfig from paths or SourceConfigs: not shuffled and nothing held out unless asked for."""
 
-    def build(*sources: object, shuffle: bool = False, eval_fraction: float = 0.0, tokenizer: str = "bytes") -> DataConfig:
+    def build(
+        *sources: object, shuffle: bool = False, shuffle_tokens: int = 0, eval_fraction: float = 0.0, tokenizer: str = "bytes"
+    ) -> DataConfig:
         configs = [s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources]
-        return DataConfig(sources=configs, eval_fraction=eval_fraction, tokenizer=tokenizer, stream=StreamConfig(shuffle=shuffle))
+        stream = StreamConfig(shuffle=shuffle, shuffle_tokens=shuffle_tokens)
+        return DataConfig(sources=configs, eval_fraction=eval_fraction, tokenizer=tokenizer, stream=stream)
 
     return build
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nlray.pipelines.order import draw_sources, is_held_out, record_order, unit_order
 
 WEIGHTS = np.array([0.25, 0.5, 1.0])

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nlray.pipelines.packing import append_ends, block_view, main_records
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=20)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nlray.pipelines.stream import BlockStream, PrefetchStream
 
 from nlray.config import DataConfig
 from nlray.errors import DataError, NlrayError
+from nlray.pipelines.stream import BlockStream, PrefetchStream
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from nlray.pipelines.sources import check_sources
 
 from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError
+from nlray.pipelines.sources import check_sources
 
 
 def message(config: DataConfig) -> str:

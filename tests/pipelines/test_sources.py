@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nlray.pipelines.sources import Source, open_source
-from nlray.pipelines.text_reader import cut_points, piece_bytes
 
 from nlray.config import SourceConfig
+from nlray.pipelines.sources import Source, open_source
+from nlray.pipelines.text_reader import cut_points, piece_bytes
 
 TABLES = ["a.parquet", "a.arrow", "stream.arrow", "a.feather", "a.jsonl"]
 

@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nlray.pipelines.sources import Source
-from nlray.pipelines.stream import Batch, BlockStream, heldout_blocks
 
 from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError
+from nlray.pipelines.sources import Source
+from nlray.pipelines.stream import Batch, BlockStream, heldout_blocks
 
 END = 256
 SEQ_LEN = 64
@@ -41,8 +41,8 @@ def same(a: Batch, b: Batch) -> bool:
     return np.array_equal(a.blocks, b.blocks) and a.tags == b.tags and np.array_equal(a.sources, b.sources)
 
 
-@pytest.fixture(scope="module")
-def mixed(module_small_limits: None, corpus: Path, data_config: Callable) -> DataConfig:
+@pytest.fixture(scope="module", params=[0, 37 * SEQ_LEN, 1 << 20], ids=["no windows", "windows", "windows of an epoch"])
+def mixed(request: pytest.FixtureRequest, module_small_limits: None, corpus: Path, data_config: Callable) -> DataConfig:
     """Four sources of different formats and weights, shuffled, with records held out."""
     return data_config(
         SourceConfig(path=str(corpus / "a.parquet"), weight=2.0, tag_columns=["language"]),
@@ -50,6 +50,7 @@ def mixed(module_small_limits: None, corpus: Path, data_config: Callable) -> Dat
         SourceConfig(path=str(corpus / "notes"), weight=0.5),
         SourceConfig(path=str(corpus / "a.jsonl"), weight=1.5, tag_columns=["language", "n"]),
         shuffle=True,
+        shuffle_tokens=request.param,
         eval_fraction=0.2,
     )
 
@@ -189,7 +190,36 @@ def test_state_is_small_and_resume_reads_one_unit_per_source(mixed: DataConfig, 
     monkeypatch.setattr(Source, "read", lambda source, unit: reads.append(source.path) or read(source, unit))
     resumed.load_state_dict(state)
     resumed.take(40)
+    if mixed.stream.shuffle_tokens > 0:  # the windows are read again, an epoch at the most
+        assert len(set(reads)) == 4
+        return
     assert len(set(reads)) == 4 and max(Counter(path for path in reads if "notes" not in path).values()) <= 2
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_windows_hold_the_blocks_of_the_source_in_another_order(
+    small_limits: None, corpus: Path, data_config: Callable, split: str
+) -> None:
+    take = {"seq_len": 16, "seed": 5, "split": split}
+    plain = BlockStream(data_config(corpus / "a.parquet", shuffle=True, eval_fraction=0.3), **take).take(500)
+    config = data_config(corpus / "a.parquet", shuffle=True, shuffle_tokens=100 * 16, eval_fraction=0.3)
+    shuffled = BlockStream(config, **take).take(500)
+    assert len(shuffled.blocks) == len(plain.blocks)
+    for start in (0, 100):
+        rows = slice(start, start + 100)
+        assert not np.array_equal(shuffled.blocks[rows], plain.blocks[rows])
+        assert sorted(map(bytes, shuffled.blocks[rows])) == sorted(map(bytes, plain.blocks[rows]))
+
+
+def test_a_window_is_an_epoch_at_the_most(corpus: Path, data_config: Callable) -> None:
+    config = data_config(corpus / "notes", shuffle=True, shuffle_tokens=1 << 20)
+    stream = BlockStream(config, seq_len=8, seed=0)
+    size = len(expected_tokens([p.read_text() for p in (corpus / "notes").rglob("*.md")])) // 8
+    length = 0
+    while stream.state_dict()["sources"][0]["window"] == 0:
+        stream.take(1)
+        length += 1
+    assert size <= length - 1 <= size + 64
 
 
 def test_a_state_of_other_sources_is_refused(mixed: DataConfig, corpus: Path, data_config: Callable) -> None:

@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nlray.pipelines.tokenizers import ByteTokenizer, HFTokenizer, load_tokenizer
 
 from nlray.errors import DataError
+from nlray.pipelines.tokenizers import ByteTokenizer, HFTokenizer, load_tokenizer
 
 
 def train_tokenizer(texts: list[str], special: list[str]) -> tokenizers.Tokenizer:

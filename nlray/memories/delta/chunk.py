@@ -10,6 +10,7 @@ Here d is the head width; R_, W_ and A_ names follow the README.
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UNIT_EPS = 1e-6
@@ -92,43 +93,43 @@ def titans_memory(
         ValueError: shapes that do not fit, or chunk_size < 1.
     """
     _check(u_BHTd, q_BHTd, parameters, chunk_size)
-    if state is None:
-        state = initial_state(u_BHTd.shape[0], parameters, retain=retain)
-    with torch.autocast(u_BHTd.device.type, enabled=False):
-        return _scan(u_BHTd, q_BHTd, parameters, state, chunk_size, objective, retain, read, inner_lr)
-
-
-def _scan(u_BHTd, q_BHTd, parameters, state, chunk_size, objective, retain, read, inner_lr):
-    """Run the chunks. The heads come first inside, so that the projections of all sequences are one product per head."""
     batch, heads, length, width = u_BHTd.shape
+    if state is None:
+        state = initial_state(batch, parameters, retain=retain)
     num_open = state.open_inputs.shape[2]
-    dtype = parameters.m_k.dtype
-    u_BHTd = torch.cat([state.open_inputs, u_BHTd.to(dtype)], dim=2)
-    # The tokens of the open chunk were read before: their queries are not needed again.
-    q_BHTd = torch.nn.functional.pad(unit(q_BHTd.to(dtype)), (0, 0, num_open, 0))
-    # X: the H B pairs of head and sequence.
-    u_XTd, q_XTd = (x.transpose(0, 1).reshape(heads * batch, -1, width) for x in (u_BHTd, q_BHTd))
-    s_Xdd = state.matrix.transpose(0, 1).reshape(-1, width, width)
+    with torch.autocast(u_BHTd.device.type, enabled=False):
+        dtype = parameters.m_k.dtype
+        u_BHTd = torch.cat([state.open_inputs, u_BHTd.to(dtype)], dim=2)
+        # The tokens of the open chunk were read before: their queries are not needed again.
+        q_BHTd = F.pad(unit(q_BHTd.to(dtype)), (0, 0, num_open, 0))
+        # X: the pairs of head and sequence, heads first, so that the projections of all sequences are one product per head.
+        u_XTd, q_XTd, s_Xdd = (x.transpose(0, 1).flatten(0, 1) for x in (u_BHTd, q_BHTd, state.matrix))
+        weights_HdP, bias_H12 = _stack(parameters)
+
+        reads, boundary_Xdd = [], s_Xdd
+        for u_XCd, q_XCd in zip(u_XTd.split(chunk_size, dim=1), q_XTd.split(chunk_size, dim=1), strict=True):
+            k_XCd, v_XCd, eta_XC1, log_alpha_XC1 = _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain)
+            nq_XCd, s_Xdd = _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective=objective, retain=retain, read=read)
+            reads.append(nq_XCd)
+            if u_XCd.shape[1] == chunk_size:
+                boundary_Xdd = s_Xdd
+        nq_HNd = torch.cat(reads, dim=1)[:, num_open:].reshape(heads, batch * length, width)
+        y_BHTd = torch.bmm(nq_HNd, parameters.m_mem.mT).view(heads, batch, length, width).transpose(0, 1)
+    matrix = boundary_Xdd.unflatten(0, (heads, batch)).transpose(0, 1)
+    first_open = u_BHTd.shape[2] - u_BHTd.shape[2] % chunk_size
+    return y_BHTd, MemoryState(matrix, u_BHTd[:, :, first_open:])
+
+
+def _stack(parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
+    """Return the memories that a chunk's start is read with as columns k, v, eta, alpha of one weight, [H, d, 2 d + 2], and the biases."""
     gates_Hd2 = torch.stack([parameters.m_eta, parameters.m_alpha], dim=-1)
     weights_HdP = torch.cat([parameters.m_k.mT, parameters.m_v.mT, gates_Hd2], dim=-1)
-    bias_H12 = torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None]
-
-    reads, boundary_Xdd = [], s_Xdd
-    for u_XCd, q_XCd in zip(u_XTd.split(chunk_size, dim=1), q_XTd.split(chunk_size, dim=1), strict=True):
-        boundary_Xdd = s_Xdd
-        k_XCd, v_XCd, eta_XC1, log_alpha_XC1 = _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain)
-        nq_XCd, s_Xdd = _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective, retain, read)
-        reads.append(nq_XCd)
-    num_left = u_XTd.shape[1] % chunk_size
-    if num_left == 0:
-        boundary_Xdd = s_Xdd
-    nq_HNd = torch.cat(reads, dim=1)[:, num_open:].reshape(heads, batch * length, width)
-    y_BHTd = torch.bmm(nq_HNd, parameters.m_mem.mT).view(heads, batch, length, width).transpose(0, 1)
-    matrix = boundary_Xdd.view(heads, batch, width, width).transpose(0, 1)
-    return y_BHTd, MemoryState(matrix, u_BHTd[:, :, u_BHTd.shape[2] - num_left :])
+    return weights_HdP, torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None]
 
 
-def _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain):
+def _project(
+    u_XCd: Tensor, s_Xdd: Tensor, weights_HdP: Tensor, bias_H12: Tensor, inner_lr: float, retain: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return k, v, eta and log alpha of a chunk from the memories at its start (Eq. 83, 87)."""
     heads, width, _ = weights_HdP.shape
     chunk = u_XCd.shape[1]
@@ -138,11 +139,23 @@ def _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain):
     gates_XC2 = (out_HNP[..., 2 * width :] + bias_H12).view(-1, chunk, 2)
     # Departs from Eq. 83: v has length 1 as k has; otherwise v grows with the memory that makes it.
     k_XCd, v_XCd = kv_XC2d.unbind(2)
+    # Departs from Eq. 83: the gates have biases and eta a bound; eta must start small, alpha near 1.
     eta_XC1, log_alpha_XC1 = gates_XC2.split(1, dim=-1)
-    return k_XCd, v_XCd, inner_lr * torch.sigmoid(eta_XC1), torch.nn.functional.logsigmoid(log_alpha_XC1)
+    return k_XCd, v_XCd, inner_lr * torch.sigmoid(eta_XC1), F.logsigmoid(log_alpha_XC1)
 
 
-def _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective, retain, read):
+def _chunk(
+    q_XCd: Tensor,
+    k_XCd: Tensor,
+    v_XCd: Tensor,
+    eta_XC1: Tensor,
+    log_alpha_XC1: Tensor,
+    s_Xdd: Tensor,
+    *,
+    objective: str,
+    retain: str,
+    read: str,
+) -> tuple[Tensor, Tensor]:
     """Return N q of a chunk's tokens and the state at its end (README, 'A chunk with matrix products')."""
     chunk = k_XCd.shape[1]
     g_XC1 = log_alpha_XC1.cumsum(1)
@@ -153,6 +166,7 @@ def _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective, retain
 
     targets_XCd = v_XCd if objective == "dot" else v_XCd - k_XCd
     outgoing_XCd = targets_XCd - gp_XC1.exp() * k_XCd
+    # Departs from Eq. 88 with retain "init": alpha acts on the change since the initial memory, not on the whole memory.
     if retain == "init":
         r_XCd = torch.baddbmm(targets_XCd - k_XCd, outgoing_XCd, s_Xdd.mT)
     else:
@@ -160,6 +174,7 @@ def _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective, retain
     # The solve takes what is below the diagonal of A and no more.
     w_XCd = torch.linalg.solve_triangular(a_XCC, eta_XC1 * r_XCd, upper=False, unitriangular=True)
 
+    # Departs from Eq. 90 with read "token": Eq. 90 reads at the chunk's start, so that a token never sees its own chunk.
     if read == "token":
         past_CC = torch.ones(chunk, chunk, dtype=k_XCd.dtype, device=k_XCd.device).tril()
         nq_XCd = torch.baddbmm(torch.bmm(g_XC1.exp() * q_XCd, s_Xdd.mT), reads_XCC * past_CC, w_XCd)
@@ -182,7 +197,7 @@ def _decays(rows_XE1: Tensor, g_XC1: Tensor) -> Tensor:
     return exponents_XEC.exp()
 
 
-def _check(u_BHTd, q_BHTd, parameters, chunk_size) -> None:
+def _check(u_BHTd: Tensor, q_BHTd: Tensor, parameters: MemoryParameters, chunk_size: int) -> None:
     heads, width = parameters.m_eta.shape
     if u_BHTd.shape != q_BHTd.shape or u_BHTd.dim() != 4 or u_BHTd.shape[1] != heads or u_BHTd.shape[3] != width or u_BHTd.shape[2] < 1:
         raise ValueError(f"u_BHTd is {tuple(u_BHTd.shape)} and q_BHTd {tuple(q_BHTd.shape)}; expected both [B, {heads}, T >= 1, {width}]")
