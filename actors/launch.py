@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import posixpath
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -174,16 +175,30 @@ def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
+        check_address(address)
         try:
             ray.init(address=address, **common)
-        except ConnectionError as error:
-            raise UserError(f"--address {address}: no Ray cluster answers there") from error
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"--address {address}: {' '.join(str(error).split())[:200]}") from error
         return False
     cores, needed = os.cpu_count() or 1, cpus_needed(config)
     if needed > cores:
         notes.append(f"the run asks for {needed} CPUs on a machine with {cores}: its actors share them")
     ray.init(num_cpus=max(cores, needed), include_dashboard=False, **common)
     return True
+
+
+def check_address(address: str) -> None:
+    """Raise UserError at once where nothing listens at HOST:PORT: ray.init would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        if address in ("auto", "local"):
+            return
+        raise UserError(f"--address {address}: allowed: HOST:PORT, ray://HOST:PORT, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
 
 
 def prepare_dir(config: Config, checkpoint: str | None) -> None:

@@ -284,6 +284,10 @@ class SequenceWorker:
             loss = losses.sum() / self.step_tokens
             loss.backward()
             total += loss.detach()
+        for parameter in self.model.parameters():
+            # A parameter that the loss does not reach, such as a memory that no token reads back within one chunk.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return total
 
     def _autocast(self) -> Any:

@@ -99,7 +99,7 @@ def test_a_killed_actor_ends_the_run_and_nothing_stays(small, cluster, victim):
 
 def test_stop_ends_the_run_with_a_checkpoint(small, cluster):
     config = small("run.steps=100000")
-    status, rows, events = run_to_end(config, during=lambda handle, rows: handle.request_stop() if rows else None)
+    status, rows, _ = run_to_end(config, during=lambda handle, rows: handle.request_stop() if rows else None)
     assert status.state == "stopped" and status.exit_code == 0
     assert status.summary["checkpoint"].endswith(f"step_{rows[-1]['step']:09d}")
     assert load_parameters(status.summary["checkpoint"])
