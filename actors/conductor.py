@@ -195,8 +195,18 @@ class Conductor:
         if self.checkpoint is not None:
             calls += [h.load.remote(self.checkpoint) for h in [*self._workers, *self._all_ranks]]
         wait_for(calls, "the actors to start", self.timeout_s)
+        self._note_devices()
         wait_for([h.start.remote() for h in self._all_ranks], "the level ranks to start", self.timeout_s)
         wait_for([w.start.remote() for w in self._workers], "the sequence workers to start", self.timeout_s)
+
+    def _note_devices(self) -> None:
+        """Say once which actors were given GPUs that torch does not see."""
+        handles = [*self._workers, *self._all_ranks]
+        devices = wait_for([h.device_type.remote() for h in handles], "the actors to say where they run", self.timeout_s)
+        # Both lists have the workers first and the levels in their order.
+        blind = [a.name for a, device in zip(self.actors, devices, strict=True) if a.gpus > 0 and device == "cpu"]
+        if blind:
+            self._add_event(f"{', '.join(blind)}: given a GPU, but torch sees none there; running on the CPU")
 
     @property
     def _all_ranks(self) -> list[Any]:
@@ -215,7 +225,7 @@ class Conductor:
                 is_stop_sent = True
                 wait_for(self._workers[0].command.remote(Command.STOP), "sequence worker 0 to take the command to stop", self.timeout_s)
                 self._add_event("stopping after the step under way, with a checkpoint")
-            self._finish_writes()
+            self._finish_writes(metrics)
             if all(report.state == "ended" for report in reports):
                 self._set_state("finishing")
                 if not self._writing:
@@ -236,7 +246,7 @@ class Conductor:
             owners |= {f"level {n} rank {i}": h for n, handles in self._ranks.items() for i, h in enumerate(handles)}
             self._writing[step] = {handle.write.remote(step, url): owner for owner, handle in owners.items()}
 
-    def _finish_writes(self) -> None:
+    def _finish_writes(self, metrics: MetricsWriter) -> None:
         """Write the manifest of each checkpoint whose parts are all on storage."""
         for step, parts in list(self._writing.items()):
             ready, late = ray.wait(list(parts), num_returns=len(parts), timeout=0)
@@ -247,6 +257,7 @@ class Conductor:
             written: list[PartWritten] = ray.get(list(parts), timeout=self.timeout_s)
             state = next(w.state for w in written if w.part.file == "sequence_0.safetensors")
             url = checkpoint_dir(self.config.run.dir, step)
+            metrics.flush()  # A resumed run finds every row up to its checkpoint.
             self._digest = write_manifest(url, step, [w.part for w in written], state).digest
             self._last_checkpoint = url
             del self._writing[step]

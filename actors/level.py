@@ -46,7 +46,7 @@ class LevelRank:
         self.num_workers = config.sequence.workers
         self.version = 0
         self._store = store
-        device = device_for(gpus)
+        self.device = device = device_for(gpus)
         torch.set_num_threads(self.level.resources.num_threads)
         inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
         self.parameters = {s.name: torch.empty(s.shape, dtype=torch.float32, device=device) for s in self.layout.specs}
@@ -82,6 +82,10 @@ class LevelRank:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout=10)
+
+    def device_type(self) -> str:
+        """Return `cpu` or `cuda`: where the tensors live."""
+        return self.device.type
 
     def failure(self) -> str | None:
         """Return the traceback of what ended the update thread, None while well."""

@@ -83,6 +83,10 @@ class SequenceWorker:
 
     # What the conductor calls.
 
+    def device_type(self) -> str:
+        """Return `cpu` or `cuda`: where the model lives."""
+        return self.device.type
+
     def open_store(self) -> tuple[str, int]:
         """Worker 0: open the store through which the workers find each other; return its address and port."""
         host = ray.util.get_node_ip_address()
@@ -212,7 +216,7 @@ class SequenceWorker:
             self._state = "failed"
 
     def train(self) -> None:
-        """Run the steps from where the state is to `run.steps`, `run.stop_after` or a command to stop; then evaluate."""
+        """Run the steps from where the state is to `run.steps` or `run.stop_after`, and evaluate; or to a command to stop."""
         run, every, workers = self.config.run, self.config.recovery.checkpoint_every, self.config.sequence.workers
         last = min(run.steps, run.stop_after or run.steps)
         self.group.watch(self.parameters)
@@ -234,10 +238,10 @@ class SequenceWorker:
             is_stopping = step >= last or Command.STOP in agreement.command
             if is_stopping or Command.CHECKPOINT in agreement.command or (every > 0 and step % every == 0):
                 self.hold_snapshot(step)
-            if is_stopping:
+            if step >= last:
                 for channel in self.channels:
                     channel.take_newest(step)
-            if is_stopping or (self.config.eval.every > 0 and step % self.config.eval.every == 0):
+            if step >= last or (self.config.eval.every > 0 and step % self.config.eval.every == 0):
                 row |= self._evaluation(step)
             with self._lock:
                 self._rows.append(row)

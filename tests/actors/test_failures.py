@@ -129,5 +129,23 @@ def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_n
         assert ([a.gpus for a in actors], len(notes)) == (expected, num_notes)
 
 
+def test_the_fit_is_checked_per_node_and_per_label(small):
+    from nlray.actors.placement import check_fit, plan_actors
+
+    def node(labels=None, **resources):
+        return {"Alive": True, "Resources": resources, "Labels": labels or {}}
+
+    config = small("memory.levels.slow.resources={cpus: 1, labels: {region: west}}", "memory.levels.fast.resources.custom={far: 1}")
+    actors, _ = plan_actors(config, 0)
+    check_fit(actors, [node(CPU=2, far=1), node({"region": "west"}, CPU=1)])
+    with pytest.raises(UserError, match=r"memory.levels.fast.resources asks for 1 far on one node; the largest node of the cluster has 0"):
+        check_fit(actors, [node(CPU=2), node({"region": "west"}, CPU=1)])
+    with pytest.raises(UserError, match=r"memory.levels.slow.resources asks for 1 CPU on one node; the largest node of the cluster has 0.5"):
+        check_fit(actors, [node(CPU=2, far=1), node({"region": "west"}, CPU=0.5)])
+    dead = {**node(CPU=9), "Alive": False}
+    with pytest.raises(UserError, match=r"the run asks for 2.2 CPU \(.*\); the cluster has 2"):
+        check_fit(actors, [node(CPU=1, far=1), node({"region": "west"}, CPU=1), dead])
+
+
 def pid_of(config: Config, name: str) -> int:
     return ray.get(ray.get_actor(name, namespace_of(config.run.name)).__ray_call__.remote(lambda self: os.getpid()), timeout=20)

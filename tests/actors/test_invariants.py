@@ -100,7 +100,8 @@ def test_under_ray_the_digest_is_the_plain_loops(small, cluster):
 
 def test_under_ray_late_ranks_of_groups_of_two_change_no_bit(small, cluster):
     config = small("memory.levels.fast.ranks=2", "memory.levels.slow.ranks=2")
-    status, _, _ = run_to_end(config, behaviours=Behaviours(level_rank=SleepyRank))
+    status, _, events = run_to_end(config, behaviours=Behaviours(level_rank=SleepyRank))
+    assert any("given a GPU, but torch sees none there" in e for e in events) != torch.cuda.is_available()
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 20)[0])
 
 

@@ -1,0 +1,138 @@
+"""The documents describe today's code: the paths, functions, commands and configuration keys that they name exist."""
+
+import ast
+import re
+import shlex
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import typer
+
+from nlray.clusters.cli import app, split_arguments
+from nlray.config import PRESETS, Config, LevelConfig, load_config, parse_config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("architecture", "paper_map", "glossary"))]
+PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
+KEY = re.compile(r"(?:run|data|model|memory|sequence|exchange|recovery|eval)(?:\.\w+)+")
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
+def quoted(document: str) -> list[str]:
+    """Return what stands in backticks outside of code blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(document), flags=re.M | re.S))
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(document), flags=re.M | re.S)
+
+
+@cache
+def names_in(file: Path) -> frozenset[str]:
+    """Return the functions, classes and variables of a module, those of a class as CLASS.NAME."""
+    names: set[str] = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+
+    collect(ast.parse(file.read_text()).body, "")
+    return frozenset(names)
+
+
+def missing_names(reference: str) -> list[str]:
+    """Return which names of `path.py: name, name` the file does not define."""
+    path, _, names = reference.partition(": ")
+    return [name for name in names.split(", ") if name not in names_in(ROOT / path)]
+
+
+def test_every_document_is_tested():
+    assert sorted(DOCUMENTS) == ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_exists(document):
+    paths = [found.group() for text in quoted(document) if (found := PATH.fullmatch(text.partition(": ")[0]))]
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/paper_map.md"])
+def test_every_named_function_exists(document):
+    references = [text for text in quoted(document) if ".py: " in text and text != "file.py: name"]
+    assert len(references) > 20 and {text: missing for text in references if (missing := missing_names(text))} == {}
+
+
+def test_a_name_that_is_not_there_is_found():
+    assert missing_names("nlray/levels.py: newest_version, LevelPlan.shards, LevelPlan.nothing, shards") == ["LevelPlan.nothing", "shards"]
+
+
+def test_every_departure_in_the_code_is_in_the_paper_map():
+    rows = [line for line in text_of("docs/paper_map.md").partition("\n## Departures")[2].splitlines() if line.startswith("| Eq.")]
+    found = 0
+    for folder in ("nlray", "pipelines", "actors", "clusters"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for equation in re.findall(r"Departs from (Eq\. \d+(?:[,-] ?\d+)*)", file.read_text()):
+                found += 1
+                path = file.relative_to(ROOT).as_posix()
+                assert any(row.startswith(f"| {equation} |") and f"`{path}: " in row for row in rows), f"{path}: {equation}"
+    assert found > 0
+
+
+def key_exists(key: str) -> bool:
+    """Return whether the schema has a dotted key; any name may stand for a level."""
+    schema: type | None = Config
+    for part in key.split("."):
+        if schema is dict:
+            schema = LevelConfig
+            continue
+        hints = get_type_hints(schema) if schema is not None and is_dataclass(schema) else {}
+        if part not in hints:
+            return False
+        kind = hints[part]
+        schema = kind if is_dataclass(kind) else dict if LevelConfig in get_args(kind) else None
+    return True
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_quoted_key_exists(document):
+    keys = [found.group() for text in quoted(document) if (found := KEY.fullmatch(text.partition("=")[0]))]
+    assert [key for key in keys if not key_exists(key)] == []
+    assert key_exists("memory.levels.any.resources.gpus") and not key_exists("memory.levels.any.gpus") and not key_exists("run.step")
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    lines = [line for block in code_blocks("README.md", "sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("nlray ")]
+
+
+def test_commands_of_the_readme_exist_and_their_configuration_loads():
+    commands = typer.main.get_command(app).commands
+    assert {words[0] for words in commands_of_the_readme()} == set(commands)
+    for words in commands_of_the_readme():
+        command, overrides = commands[words[0]], [word for word in words[1:] if re.match(r"[a-z]+\.[\w.]+=", word)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert [word for word in words[1:] if word.startswith("--") and word not in options] == [], words
+        source = None
+        if words[0] in ("train", "levels"):
+            end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+            source, given = split_arguments(words[1:end])
+            assert given == overrides and (source is None or source in PRESETS or source == "my.yaml"), words
+        load_config(source if source in PRESETS else None, overrides)
+
+
+def test_the_example_file_of_the_readme_loads():
+    (example,) = code_blocks("README.md", "yaml")
+    config = parse_config("README.md", example)
+    assert [source.path for source in config.data.sources] == ["a.parquet", "b/"]
+    assert list(config.levels) == ["fast", "slow"] and config.levels["slow"].ranks == 2
