@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from nlray.actors.level import LevelRank
+from nlray.actors.locks import RunLock
 from nlray.actors.placement import ActorPlan, Placement
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import ObjectStore, RankClient, wait_for
@@ -29,6 +30,8 @@ from nlray.levels import LevelPlan, newest_version
 from nlray.metrics import MetricsWriter
 
 POLL_S = 0.2
+LEVEL_TOTALS = ("bytes_pushed", "bytes_pulled", "stall_s", "skipped_updates")
+MAX_ROWS_HELD = 10_000  # for askers; metrics.jsonl has them all
 logger = logging.getLogger(__name__)
 
 
@@ -91,6 +94,7 @@ class Conductor:
         self._lock = threading.Lock()
         self._state: RunState = "starting"
         self._rows: list[dict[str, Any]] = []
+        self._num_dropped_rows = 0
         self._events: list[str] = list(notes)
         self._failure: RunFailedError | None = None
         self._summary: dict[str, Any] | None = None
@@ -116,12 +120,14 @@ class Conductor:
             failure = self._failure
             return RunStatus(
                 self._state,
-                self._rows[rows_from:],
+                self._rows[max(0, rows_from - self._num_dropped_rows) :],
                 self._events[events_from:],
                 message=None if failure is None else str(failure),
                 traceback=None if failure is None else failure.details,
                 exit_code=0 if failure is None else failure.exit_code,
                 summary=self._summary,
+                next_row=self._num_dropped_rows + len(self._rows),
+                next_event=len(self._events),
             )
 
     def request_stop(self) -> None:
@@ -131,8 +137,10 @@ class Conductor:
     # The run.
 
     def _supervised_run(self) -> None:
-        metrics = None
+        metrics, lock = None, None
         try:
+            if "://" not in self.config.run.dir:
+                lock = RunLock(self.config.run.dir)
             metrics = MetricsWriter(self.config.run.dir)
             self._place()
             self._connect()
@@ -149,6 +157,8 @@ class Conductor:
                 self._set_state("failed")
         finally:
             self._tear_down()
+            if lock is not None:
+                lock.close()
 
     def _place(self) -> None:
         """Reserve resources, create every actor and wait until it stands."""
@@ -238,6 +248,8 @@ class Conductor:
         metrics.write_rows(first.rows)
         with self._lock:
             self._rows += first.rows
+            surplus = max(0, len(self._rows) - MAX_ROWS_HELD)
+            self._rows, self._num_dropped_rows = self._rows[surplus:], self._num_dropped_rows + surplus
         for event in first.events:
             self._add_event(event)
         for step in first.held:
@@ -303,7 +315,7 @@ class Conductor:
                 "ranks": plan.ranks,
                 "version": newest_version(self._step, plan.update_period),
                 "parameter_bytes": 4 * plan.num_parameters,
-                **{k: totals.get("levels", {}).get(plan.name, {}).get(k, 0) for k in ("bytes_pushed", "bytes_pulled", "stall_s")},
+                **{k: totals.get("levels", {}).get(plan.name, {}).get(k, 0) for k in LEVEL_TOTALS},
             }
             for plan in self.plans
         ]
@@ -315,6 +327,7 @@ class Conductor:
             "loss_first": totals.get("loss_first"),
             "loss_last": totals.get("loss_last"),
             "eval_loss": totals.get("eval_loss") if status != "failed" else None,
+            "eval_loss_by_tag": totals.get("eval_loss_by_tag", {}) if status != "failed" else {},
             "tokens_per_second": self._step * step_tokens / seconds if seconds else None,
             "stall_fraction": totals["stall_s"] / seconds if seconds else None,
             "train_seconds": seconds,

@@ -78,6 +78,7 @@ class LevelChannel:
         self.bytes_pushed = 0
         self.bytes_pulled = 0
         self.stall_s = 0.0
+        self.skipped_updates = 0
 
     def start(self, visible: int, newest: int) -> None:
         """Take up version `visible` now and ask for those after it that are under way, up to `newest`."""
@@ -89,8 +90,7 @@ class LevelChannel:
     def take_up(self, step: int) -> None:
         """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there."""
         if self._holding is not None and self._holding.done():
-            self._holding.result()
-            self._holding = None
+            self.settle()
         due = visible_version(step, self.plan.update_period, self.plan.delay)
         if self.exchange.mode == "eager":
             there = [v for v, f in self._arriving.items() if f.done()]
@@ -134,7 +134,14 @@ class LevelChannel:
 
     def hold_snapshots(self, step: int) -> None:
         """Worker 0 only: have every rank snapshot the boundary after `step`, between this worker's pushes."""
+        self.settle()
         self._holding = self._sender.submit(lambda: [rank.hold_snapshot(step) for rank in self.ranks])
+
+    def settle(self) -> None:
+        """Wait until the ranks have taken the snapshots asked for; raise what went wrong with them."""
+        if self._holding is not None:
+            self._holding.result(self.timeout_s)
+            self._holding = None
 
     def accumulators(self) -> dict[str, Tensor]:
         """Return copies of the open period's sums by parameter name; none if no step is in it yet."""
@@ -152,9 +159,9 @@ class LevelChannel:
             view.copy_(sums[name]) if sums else view.zero_()
         self._num_steps = num_steps
 
-    def resume_counters(self, bytes_pushed: int, bytes_pulled: int) -> None:
+    def resume_counters(self, bytes_pushed: int, bytes_pulled: int, stall_s: float, skipped_updates: int) -> None:
         """Count on from an earlier part of the run."""
-        self.bytes_pushed, self.bytes_pulled = bytes_pushed, bytes_pulled
+        self.bytes_pushed, self.bytes_pulled, self.stall_s, self.skipped_updates = bytes_pushed, bytes_pulled, stall_s, skipped_updates
 
     def close(self) -> None:
         for pool in (self._sender, self._receiver):
@@ -195,6 +202,7 @@ class LevelChannel:
             torch._foreach_copy_(self._parameters, views)
         self.visible = version
         self.grad_norm = received[0][0].grad_norm
+        self.skipped_updates += received[0][0].is_skipped
         self.bytes_pulled += sum(array.nbytes for _, array in received)
 
     def _views(self, buffers: list[Tensor]) -> list[Tensor]:

@@ -5,14 +5,14 @@ import logging
 import os
 import posixpath
 import socket
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from fsspec.core import url_to_fs
 
 from nlray.actors.conductor import Behaviours, Conductor, explain, namespace_of
+from nlray.actors.locks import RunLock
 from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
@@ -22,22 +22,31 @@ from nlray.errors import NlrayError, UserError
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter
 from nlray.nested_system import level_plans
-from nlray.pipelines.tokenizers import load_tokenizer
+from nlray.pipelines.tokenizers import checked_vocab_size
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints")
 
-FIXED_ON_RESUME: dict[str, Callable[[Config], Any]] = {
-    "run.seed": lambda c: c.run.seed,
-    "model": lambda c: c.model,
-    "memory.hidden": lambda c: c.memory.hidden,
-    "memory.levels": lambda c: {n: {"update_period": v.update_period, "delay": v.visible_delay} for n, v in c.levels.items()},
-    "sequence.global_batch": lambda c: c.sequence.global_batch,
-    "data.sources": lambda c: c.data.sources,
-    "data.tokenizer": lambda c: c.data.tokenizer,
-    "data.eval_fraction": lambda c: c.data.eval_fraction,
-    "data.stream.shuffle": lambda c: c.data.stream.shuffle,
-    "data.stream.shuffle_tokens": lambda c: c.data.stream.shuffle_tokens,
-}
+
+def fixed_on_resume(config: Config) -> dict[str, Any]:
+    """Return what a resumed run must keep, by key: anything else may change."""
+    keys: dict[str, Any] = {
+        "run.seed": config.run.seed,
+        "memory.hidden": config.memory.hidden,
+        "sequence.global_batch": config.sequence.global_batch,
+        "sequence.optimizer.name": config.sequence.optimizer.name,
+        "data.tokenizer": config.data.tokenizer,
+        "data.eval_fraction": config.data.eval_fraction,
+        "data.stream.shuffle": config.data.stream.shuffle,
+        "data.stream.shuffle_tokens": config.data.stream.shuffle_tokens,
+        "data.sources": [asdict(source) for source in config.data.sources],
+        "memory.levels": list(config.levels),
+    }
+    keys |= {f"model.{key}": value for key, value in asdict(config.model).items()}
+    for name, level in config.levels.items():
+        keys[f"memory.levels.{name}.update_period"] = level.update_period
+        keys[f"memory.levels.{name}.delay"] = level.visible_delay
+        keys[f"memory.levels.{name}.optimizer.name"] = level.optimizer.name
+    return keys
 
 
 class RunHandle:
@@ -47,17 +56,16 @@ class RunHandle:
         self.name, self.dir = config.run.name, config.run.dir
         self._conductor, self._owns_ray = conductor, owns_ray
         self._timeout_s = config.run.timeout_s
-        self._num_rows = self._num_events = 0
+        self._next_row = self._next_event = 0
 
     def poll(self) -> RunStatus:
         """Return the state, and the rows and events since the last poll."""
         try:
             what = "the conductor's report"
-            status: RunStatus = wait_for(self._conductor.poll.remote(self._num_rows, self._num_events), what, self._timeout_s)
+            status: RunStatus = wait_for(self._conductor.poll.remote(self._next_row, self._next_event), what, self._timeout_s)
         except NlrayError as error:
             return RunStatus("failed", [], [], message=str(error), traceback=explain(error)[1], exit_code=1)
-        self._num_rows += len(status.rows)
-        self._num_events += len(status.events)
+        self._next_row, self._next_event = status.next_row, status.next_event
         return status
 
     def request_stop(self) -> None:
@@ -101,6 +109,9 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         nodes = ray.nodes()
         actors, gpu_notes = plan_actors(config, sum(n["Resources"].get("GPU", 0.0) for n in nodes if n["Alive"]))
         check_fit(actors, nodes)
+        check_not_running(config)
+        if len(nodes) > 1 and "://" not in config.run.dir:
+            notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
         prepare_dir(config, checkpoint)
         actor = ray.remote(num_cpus=0, max_concurrency=8)(Conductor)
         conductor = actor.options(name="conductor", namespace=namespace_of(config.run.name), lifetime="detached").remote(
@@ -116,16 +127,19 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
 
 def resolve(config: Config) -> Config:
     """Return the configuration with what depends on the machine or the tokenizer written out."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {vocab_size}; allowed: at least the {tokenizer.vocab_size} of data.tokenizer={config.data.tokenizer}"
-        )
-    run_dir = config.run.dir or posixpath.join("runs", config.run.name)
-    if "://" not in run_dir:
-        run_dir = os.path.abspath(run_dir)
-    return resolve_threads(with_run(replace(config, model=replace(config.model, vocab_size=vocab_size)), dir=run_dir))
+    vocab_size = checked_vocab_size(config)
+    # Absolute, so that a resume from another folder, and an actor in another one, find them.
+    sources = [replace(source, path=absolute(source.path)) for source in config.data.sources]
+    tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else absolute(config.data.tokenizer)
+    config = replace(
+        config, model=replace(config.model, vocab_size=vocab_size), data=replace(config.data, sources=sources, tokenizer=tokenizer)
+    )
+    return resolve_threads(with_run(config, dir=absolute(config.run.dir)))
+
+
+def absolute(path: str) -> str:
+    """Return a local path as an absolute one; URLs and `stdlib:` stay."""
+    return path if "://" in path or path.startswith("stdlib:") else os.path.abspath(path)
 
 
 def check_ranks(plans: list[LevelPlan]) -> None:
@@ -157,10 +171,10 @@ def check_resume(config: Config, checkpoint: str) -> None:
     step = read_manifest(checkpoint, verify=False).step
     if step >= config.run.steps:
         raise UserError(f"run.steps is {config.run.steps}; the run has done {step}: nothing to resume")
-    before = resume_config(config.run.dir, [])
-    for key, of in FIXED_ON_RESUME.items():
-        if of(before) != of(config):
-            raise UserError(f"{key} is {of(config)}; a resumed run keeps {of(before)}")
+    now = fixed_on_resume(config)
+    for key, before in fixed_on_resume(resume_config(config.run.dir, [])).items():
+        if now.get(key) != before:
+            raise UserError(f"{key} is {now.get(key)}; a resumed run keeps {before}")
 
 
 def holds_run(run_dir: str) -> bool:
@@ -184,7 +198,8 @@ def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
     cores, needed = os.cpu_count() or 1, cpus_needed(config)
     if needed > cores:
         notes.append(f"the run asks for {needed} CPUs on a machine with {cores}: its actors share them")
-    ray.init(num_cpus=max(cores, needed), include_dashboard=False, **common)
+    # Not the cluster that RAY_ADDRESS or a local `ray start` offers: that is joined with --address.
+    ray.init(address="local", num_cpus=max(cores, needed), include_dashboard=False, **common)
     return True
 
 
@@ -201,6 +216,14 @@ def check_address(address: str) -> None:
         raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
 
 
+def check_not_running(config: Config) -> None:
+    """Raise UserError where a run is going on in `run.dir`, or one of this name in this cluster."""
+    if any(actor["namespace"] == namespace_of(config.run.name) for actor in ray.util.list_named_actors(all_namespaces=True)):
+        raise UserError(f"run.name: a run {config.run.name} is going on in this cluster")
+    if "://" not in config.run.dir and os.path.isdir(config.run.dir):
+        RunLock(config.run.dir).close()
+
+
 def prepare_dir(config: Config, checkpoint: str | None) -> None:
     """Make the run's folder ready: fresh, replaced, or cut back to the checkpoint that is resumed."""
     fs, path = url_to_fs(config.run.dir)
@@ -211,5 +234,7 @@ def prepare_dir(config: Config, checkpoint: str | None) -> None:
     else:
         with MetricsWriter(config.run.dir) as metrics:
             metrics.truncate_after(read_manifest(checkpoint, verify=False).step)
+        if fs.exists(posixpath.join(path, "summary.json")):
+            fs.rm(posixpath.join(path, "summary.json"))
     fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(posixpath.join(path, "config.yaml"), config_to_yaml(config).encode())
+    fs.pipe_file(posixpath.join(path, "config.yaml"), config_to_yaml(with_run(config, overwrite=False)).encode())

@@ -17,10 +17,12 @@ from nlray.actors.transports import Store
 from nlray.actors.types import Contribution, PartWritten, Version
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
+from nlray.device import device_for
 from nlray.errors import NlrayError, RemoteTimeoutError
-from nlray.flat import FlatLayout, as_tensor, device_for
+from nlray.flat import FlatLayout, as_tensor
 from nlray.levels import LevelPlan, newest_version
-from nlray.models.lm import build_model, initialize_, parameter_inits
+from nlray.models.layers import initialize_, parameter_inits
+from nlray.models.lm import build_model
 from nlray.optimizers import OuterOptimizer, clip_factor, tensor_norms, total_norm
 
 SendNorms = Callable[[int, dict[str, float]], None]
@@ -203,6 +205,8 @@ class LevelRank:
             self._gradient.copy_(as_tensor(contributions[0].buffer))
             for contribution in contributions[1:]:
                 self._gradient.add_(as_tensor(contribution.buffer))
+            # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
+            # changes how often a level learns and not how far it goes at a time.
             self._gradient.div_(num_steps)
             norm = self._level_norm(version)
             is_skipped = not math.isfinite(norm)

@@ -44,11 +44,6 @@ class Shelf:
             self._held = snapshot
             self._changed.notify_all()
 
-    @property
-    def held_step(self) -> int | None:
-        held = self._held
-        return None if held is None else held.step
-
     def write(self, step: int, url: str, file: str) -> PartWritten:
         """Write the snapshot of `step` as `url/file`, waiting for it to be taken, and let go of it."""
         with self._changed:

@@ -22,12 +22,13 @@ from nlray.actors.recovery import Shelf, Snapshot
 from nlray.actors.types import Command, PartWritten, WorkerReport
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
+from nlray.device import device_for
 from nlray.errors import NonFiniteLossError
-from nlray.flat import device_for
+from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
-from nlray.pipelines.stream import BlockStream, PrefetchStream, heldout_blocks
+from nlray.pipelines.stream import Batch, BlockStream, PrefetchStream, heldout_blocks
 
 MAX_SKIPPED_IN_A_ROW = 10
 HELDOUT_SEED = 0  # not run.seed: runs of different seeds are compared on the same sequences
@@ -64,6 +65,7 @@ class SequenceWorker:
             start=first,
             stop=first + sequence.worker_batch,
             prefetch=config.data.stream.prefetch,
+            timeout_s=config.run.timeout_s,
         )
         self.step = 0
         self.num_skipped = 0
@@ -79,7 +81,7 @@ class SequenceWorker:
         self._state = "starting"
         self._error: tuple[str, str] | None = None
         self._shelf = Shelf(self.label, config.run.timeout_s)
-        self._eval_blocks: Tensor | None = None
+        self._heldout: Batch | None = None
 
     # What the conductor calls.
 
@@ -212,7 +214,7 @@ class SequenceWorker:
             self.train()
             self._state = "ended"
         except Exception as error:
-            self._error = (f"{self.label}, step {self.step}: {type(error).__name__}: {error}", traceback.format_exc())
+            self._error = (f"{self.label}, step {self.step + 1}: {type(error).__name__}: {error}", traceback.format_exc())
             self._state = "failed"
 
     def train(self) -> None:
@@ -228,7 +230,8 @@ class SequenceWorker:
                 channel.load_accumulators(*self._open.pop(name))
             moved = self._totals.get("levels", {}).get(name)
             if moved is not None:
-                channel.resume_counters(moved["bytes_pushed"] // workers, moved["bytes_pulled"] // workers)
+                pushed, pulled = moved["bytes_pushed"] // workers, moved["bytes_pulled"] // workers
+                channel.resume_counters(pushed, pulled, moved["stall_s"], moved["skipped_updates"])
         self._state = "running"
         is_stopping = self.step >= last
         while not is_stopping:
@@ -236,7 +239,7 @@ class SequenceWorker:
             agreement, row = self.train_step(step)
             self.step = step
             is_stopping = step >= last or Command.STOP in agreement.command
-            if is_stopping or Command.CHECKPOINT in agreement.command or (every > 0 and step % every == 0):
+            if is_stopping or (every > 0 and step % every == 0):
                 self.hold_snapshot(step)
             if step >= last:
                 for channel in self.channels:
@@ -247,15 +250,21 @@ class SequenceWorker:
                 self._rows.append(row)
             if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
+        for channel in self.channels:
+            channel.settle()
 
     def train_step(self, step: int) -> tuple[Agreement, dict[str, Any]]:
         """Run one step on all workers and return what they agreed on and the step's line of metrics.
 
-        A step whose loss or gradient is not finite changes nothing but the data position.
+        A step whose loss or gradient (of the sequence parameters, which all others reach) is not finite changes nothing but the
+        data position.
         """
         started, stalled_before = time.perf_counter(), self._stall_s()
         for channel in self.channels:
+            skipped_before = channel.skipped_updates
             channel.take_up(step)
+            if channel.skipped_updates > skipped_before:
+                self._add_event(f"step {step}: update {channel.visible} of level {channel.plan.name} was skipped: no finite gradient")
         blocks = torch.from_numpy(self.stream.next().blocks).to(self.device)
         loss_share = self._forward_backward(blocks)
         self.group.finish_gradients()
@@ -305,12 +314,14 @@ class SequenceWorker:
     def _count_skipped(self, step: int) -> None:
         self.num_skipped += 1
         self._skipped_in_a_row += 1
-        with self._lock:
-            self._events.append(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
+        self._add_event(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
 
     def hold_snapshot(self, step: int) -> None:
         """Take the snapshot of the boundary after `step` in this worker and, from worker 0, in every level rank."""
+        started = time.perf_counter()
         self._shelf.put(self.snapshot(step))
+        with self._lock:
+            self._totals = {**self._totals, "seconds": self._totals["seconds"] + time.perf_counter() - started}
         if self.worker == 0:
             for channel in self.channels:
                 channel.hold_snapshots(step)
@@ -319,32 +330,45 @@ class SequenceWorker:
 
     # Evaluation and reports.
 
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Return the mean held-out loss in nats per token, over the same sequences every time, shared by the workers."""
+    def evaluate(self) -> tuple[float, dict[str, float]]:
+        """Return the mean held-out loss in nats per token, and that of each tag value (`column=value`).
+
+        The sequences are the same every time; the workers share them.
+        """
         sequence, model = self.config.sequence, self.config.model
-        if self._eval_blocks is None:
-            blocks = heldout_blocks(
-                self.config.data, seq_len=model.seq_len, seed=HELDOUT_SEED, num_blocks=self.config.eval.sequences
-            ).blocks
-            self._eval_blocks = torch.from_numpy(blocks)
-        mine = self._eval_blocks[self.worker :: sequence.workers].to(self.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for blocks in mine.split(sequence.micro_batch_size):
+        if self._heldout is None:
+            num_blocks = self.config.eval.sequences
+            self._heldout = heldout_blocks(self.config.data, seq_len=model.seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks)
+        tags = [[f"{column}={value}" for column, value in block.items()] for block in self._heldout.tags]
+        names = sorted({name for of_block in tags for name in of_block})
+        mine = slice(self.worker, None, sequence.workers)
+        blocks = torch.from_numpy(self._heldout.blocks[mine]).to(self.device)
+        sums = dict.fromkeys(["", *names], 0.0)
+        counts = dict(sums)
+        if len(blocks) > 0:
             with self._autocast():
-                losses, _ = self.model.token_losses(blocks)
-            total += losses.double().sum()
-        loss_sum, num_tokens = self.group.sum([total.item(), mine.shape[0] * model.seq_len])
-        return loss_sum / num_tokens
+                losses = block_losses(self.model, blocks, batch_size=sequence.micro_batch_size).sum(1).tolist()
+            for loss, of_block in zip(losses, tags[mine], strict=True):
+                for name in ("", *of_block):
+                    sums[name] += loss
+                    counts[name] += model.seq_len
+        totals = self.group.sum([*sums.values(), *counts.values()])
+        means = {name: total / count for name, total, count in zip(sums, totals, totals[len(sums) :], strict=False)}
+        return means.pop(""), means
 
     def _evaluation(self, step: int) -> dict[str, float]:
         if self.config.eval.sequences == 0 or self.config.data.eval_fraction == 0:
             return {}
-        loss = self.evaluate()
-        self._totals["eval_loss"] = loss
+        loss, by_tag = self.evaluate()
         with self._lock:
-            self._events.append(f"step {step}: held-out loss {loss:.4f}")
+            self._totals = {**self._totals, "eval_loss": loss, "eval_loss_by_tag": by_tag}
+        details = f" ({', '.join(f'{name} {value:.4f}' for name, value in by_tag.items())})" if 1 < len(by_tag) <= 8 else ""
+        self._add_event(f"step {step}: held-out loss {loss:.4f}{details}")
         return {"eval_loss": loss}
+
+    def _add_event(self, event: str) -> None:
+        with self._lock:
+            self._events.append(event)
 
     def _stall_s(self) -> float:
         return sum(channel.stall_s for channel in self.channels)
@@ -384,4 +408,5 @@ class SequenceWorker:
             "bytes_pulled": channel.bytes_pulled * workers,
             "grad_norm": channel.grad_norm if channel.grad_norm == channel.grad_norm else None,
             "stall_s": channel.stall_s,
+            "skipped_updates": channel.skipped_updates,
         }

@@ -4,6 +4,7 @@ A transport moves numpy arrays, never tensors: a torch.Tensor through Ray's obje
 numpy view of its memory.
 """
 
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,4 +78,14 @@ def wait_for(ref: Any, what: str, timeout_s: float) -> Any:
     except GetTimeoutError as error:
         raise RemoteTimeoutError(f"waited {timeout_s:g} s for {what} (run.timeout_s)") from error
     except RayActorError as error:
-        raise NlrayError(f"while waiting for {what}: {' '.join(str(error).split())[:300]}") from error
+        raise NlrayError(f"{describe_death(error)} (seen while waiting for {what})") from error
+
+
+def describe_death(error: RayActorError) -> str:
+    """Return one line with the actor's name and the reason that Ray gives."""
+    text = " ".join(str(error).split())
+    name = re.search(r"\bname: (\S+)", text)
+    reason = re.search(r"is dead because (.+?)(?:\.|$)", text)
+    if name is None or reason is None:
+        return text[:300]
+    return f"actor {name[1]} died: {reason[1]}"

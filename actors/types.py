@@ -17,7 +17,6 @@ class Command(IntFlag):
 
     NONE = 0
     STOP = 1
-    CHECKPOINT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,8 @@ class Version:
     """A published version of one rank's share. Producer: level rank; consumer: exchange.
 
     data: what the rank's store returned for the flat parameters, [layout.size] float32. grad_norm: norm of the mean gradient
-    of the whole level before clipping, NaN for version 0. is_skipped: the update was left out (no good step).
+    of the whole level before clipping, NaN for version 0. is_skipped: the update was left out: no good step in the period, or a
+    gradient that is not finite.
     """
 
     version: int
@@ -75,7 +75,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """What the conductor tells the command line: rows and events since the asker's last position."""
+    """What the conductor tells the command line: rows and events from the asker's position on, and the position after them."""
 
     state: RunState
     rows: list[dict[str, Any]]
@@ -84,3 +84,5 @@ class RunStatus:
     traceback: str | None = None
     exit_code: int = 0
     summary: dict[str, Any] | None = None
+    next_row: int = 0
+    next_event: int = 0

@@ -77,9 +77,8 @@ def endless(config: Config, model: LanguageModel) -> None:
     print(f"state: {min(result.state_values)}..{max(result.state_values)} values; process grew by {grown / 1e6:.1f} MB")
     rows = [0, len(result.state_norms) // 100, len(result.state_norms) // 10, len(result.state_norms) - 1]
     for row in rows:
-        print(
-            f"|state| / sqrt(d) per block after {(row + 1) * length:>6} tokens: {' '.join(f'{v:.3f}' for v in result.state_norms[row].tolist())}"
-        )
+        norms = " ".join(f"{v:.3f}" for v in result.state_norms[row].tolist())
+        print(f"|state| / sqrt(d) per block after {(row + 1) * length:>6} tokens: {norms}")
     print(f"all norms finite: {bool(torch.isfinite(result.state_norms).all())}, largest {result.state_norms.max():.3f}")
 
 
@@ -95,9 +94,8 @@ def generation(config: Config, model: LanguageModel) -> None:
         if count == 1000:
             before = process.memory_info().rss
     grown = process.memory_info().rss - before
-    print(
-        f"\ngenerated {count} tokens: {count / (time.perf_counter() - started):.0f} tokens/s; from 1,000 on the process grew by {grown / 1e6:.1f} MB"
-    )
+    speed = count / (time.perf_counter() - started)
+    print(f"\ngenerated {count} tokens: {speed:.0f} tokens/s; from 1,000 on the process grew by {grown / 1e6:.1f} MB")
     print(repr(tokenizer.decode(ids[-200:])))
 
 

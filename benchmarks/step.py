@@ -78,19 +78,16 @@ def main() -> None:
         own = [f"run.dir={folder}/run", "run.overwrite=true", f"run.stop_after={args.steps}", "eval.sequences=0"]
         config = resolve(load_config(preset, [*own, *overrides], default_name="benchmark"))
         model, sequence = config.model, config.sequence
-        print(
-            f"torch {torch.__version__}; {model.kind}, dim {model.dim}, {model.layers} layers, {sequence.global_batch} x {model.seq_len} tokens a step"
-        )
+        shape = f"dim {model.dim}, {model.layers} layers, {sequence.global_batch} x {model.seq_len} tokens a step"
+        print(f"torch {torch.__version__}; {model.kind}, {shape}")
         print(f"{sequence.workers} worker(s) of {sequence.resources.num_threads} thread(s), levels: {', '.join(config.levels) or 'none'}")
         runs, loops = [], []
         for turn in range(args.turns):
             loops.append(bare_loop(config, args.steps))
             speed, stall = trained(config)
             runs.append((speed, stall))
-            print(
-                f"turn {turn + 1}: bare loop {loops[-1]:.0f} tokens/s, nlray train {speed:.0f} tokens/s, stall {stall:.1%}, ratio {speed / loops[-1]:.3f}",
-                flush=True,
-            )
+            speeds = f"bare loop {loops[-1]:.0f} tokens/s, nlray train {speed:.0f} tokens/s"
+            print(f"turn {turn + 1}: {speeds}, stall {stall:.1%}, ratio {speed / loops[-1]:.3f}", flush=True)
     ratios = [speed / loop for (speed, _), loop in zip(runs, loops, strict=True)]
     print(f"bare loop   median {statistics.median(loops):.0f} ({min(loops):.0f}..{max(loops):.0f}) tokens/s")
     speeds = [speed for speed, _ in runs]

@@ -1,6 +1,7 @@
 """The command line `nlray`: parse, check the configuration, call the one function that does the work.
 
-Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the user, 130 after Ctrl-C. Mistakes and
+Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the user, 130 after Ctrl-C
+(143 after SIGTERM). Mistakes and
 failures are one line on stderr; `--debug` adds the traceback. Everything slow to import is imported inside the commands,
 so that `nlray --help` is instant.
 """

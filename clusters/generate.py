@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import fsspec
 import yaml
 
-from nlray.checkpoint import latest_checkpoint, load_parameters
+from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config, config_from_dict
 from nlray.errors import CheckpointError, UserError
 
@@ -35,7 +35,7 @@ def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_
 
     checkpoint = latest_checkpoint(path)
     config = checkpoint_config(checkpoint)
-    parameters = load_parameters(checkpoint)
+    parameters = load_parameters(checkpoint, read_manifest(checkpoint, verify=False))
     tokenizer = load_tokenizer(config.data.tokenizer)
     ids = tokenizer.encode(prompt).tolist()
     if not ids:

@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from nlray.clusters.progress import format_bytes, format_count
-from nlray.clusters.train import checked_vocab_size
 from nlray.config import Config
 from nlray.nested_system import NestedSystem, Problem
+from nlray.pipelines.tokenizers import checked_vocab_size
 
 _SCHEMA = 1
 _WIDE = 150

@@ -10,20 +10,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from nlray.clusters.progress import View, describe_levels, describe_run, format_count, open_view, summary_lines
-from nlray.config import Config, with_run
-from nlray.errors import UserError
+from nlray.config import Config
 
 if TYPE_CHECKING:
     from nlray.actors.launch import RunHandle
     from nlray.actors.types import RunStatus
 
-_ENDED = ("completed", "stopped", "failed")
-
 
 def train_run(config: Config, *, address: str | None, debug: bool = False) -> int:
     """Run a configuration from its first step to its end; return the exit status."""
-    if config.run.dir is None:
-        config = with_run(config, dir=f"runs/{config.run.name}")
     return _run(config, address=address, resume=False, debug=debug)
 
 
@@ -34,25 +29,13 @@ def resume_run(run_dir: str, overrides: list[str], *, address: str | None, debug
     return _run(resume_config(run_dir, overrides), address=address, resume=True, debug=debug)
 
 
-def checked_vocab_size(config: Config) -> int:
-    """Return the rows of the embedding; raise UserError where the tokenizer has more tokens than the model."""
-    from nlray.pipelines.tokenizers import load_tokenizer
-
-    tokens = load_tokenizer(config.data.tokenizer).vocab_size
-    rows = config.model.vocab_size
-    if rows is not None and rows < tokens:
-        raise UserError(
-            f"model.vocab_size is {rows}; allowed: {tokens} (the tokens of data.tokenizer={config.data.tokenizer}) or more, or null"
-        )
-    return rows if rows is not None else tokens
-
-
 def _run(config: Config, *, address: str | None, resume: bool, debug: bool) -> int:
     print(describe_run(config, resume=resume), flush=True)
     if config.levels:
         print(describe_levels(config), flush=True)
 
     from nlray.pipelines.sources import check_sources
+    from nlray.pipelines.tokenizers import checked_vocab_size
 
     check_sources(config.data)
     vocab_size = checked_vocab_size(config)
@@ -104,6 +87,8 @@ class StopSignals:
 
 def follow(handle: "RunHandle", view: View, signals: StopSignals, *, poll_s: float = 0.2) -> "RunStatus":
     """Show the run's progress until it has ended; a noted signal asks it to stop."""
+    from nlray.actors.types import ENDED
+
     asked = False
     while True:
         if signals.received and not asked:
@@ -112,6 +97,6 @@ def follow(handle: "RunHandle", view: View, signals: StopSignals, *, poll_s: flo
             handle.request_stop()
         status = handle.poll()
         view.update(status.rows, status.events, state=status.state)
-        if status.state in _ENDED:
+        if status.state in ENDED:
             return status
         time.sleep(poll_s)

@@ -187,9 +187,12 @@ def load_tensors(url: str, wanted: Callable[[str], bool], manifest: Manifest | N
     return found
 
 
-def load_parameters(url: str) -> dict[str, Any]:
-    """Return every parameter of a checkpoint by name: the sequence model's, and each level's newest version."""
-    tensors = load_tensors(url, lambda name: name.startswith("param/"))
+def load_parameters(url: str, manifest: Manifest | None = None) -> dict[str, Any]:
+    """Return every parameter of a checkpoint by name: the sequence model's, and each level's newest version.
+
+    manifest: where it was read, and the files verified, before; None: do both.
+    """
+    tensors = load_tensors(url, lambda name: name.startswith("param/"), manifest)
     return {name.removeprefix("param/"): tensor for name, tensor in tensors.items()}
 
 

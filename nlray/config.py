@@ -119,6 +119,7 @@ class ModelConfig:
     dim: int = 128
     """Model width D."""
     layers: int = 4
+    """Blocks."""
     heads: int = 4
     """Heads H of the memory or the attention; the head width is dim / heads."""
     seq_len: int = 256
@@ -177,14 +178,15 @@ class ScheduleConfig:
     """Learning rate over the steps of the run: a linear warm-up, then `kind` down to `final` times the peak."""
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the way from the peak to `final`; constant stays at the peak."""
     warmup: int = 0
     """Steps (not updates) of the linear warm-up."""
     final: float = 0.1
     """Learning rate at the last step, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        _require(self.warmup >= 0, f"schedule.warmup is {self.warmup}; allowed: 0 or more")
-        _require(0 <= self.final <= 1, f"schedule.final is {self.final}; allowed: 0 to 1")
+        _require(self.warmup >= 0, f"warmup is {self.warmup}; allowed: 0 or more")
+        _require(0 <= self.final <= 1, f"final is {self.final}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,10 +194,13 @@ class OptimizerConfig:
     """An outer optimizer. `muon` takes the matrices and AdamW the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the weight matrices with AdamW for everything else."""
     lr: float = 3e-3
     """Peak learning rate (for Muon's matrices scaled to AdamW's update size, so one number serves both)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; vectors have none."""
     momentum: float = 0.95
@@ -205,13 +210,13 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; allowed: more than 0")
+        _require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}; allowed: more than 0")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            f"optimizer.betas is {list(self.betas)}; allowed: two numbers from 0 to below 1",
+            f"betas is {list(self.betas)}; allowed: two numbers from 0 to below 1",
         )
-        _require(self.clip >= 0, f"optimizer.clip is {self.clip}; allowed: 0 or more")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; allowed: 0 or more")
+        _require(self.clip >= 0, f"clip is {self.clip}; allowed: 0 or more")
+        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; allowed: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,10 +235,10 @@ class ResourcesConfig:
     """Ray node labels the actor's node must carry, for example `{region: west}`."""
 
     def __post_init__(self) -> None:
-        _require(self.cpus >= 0, f"resources.cpus is {self.cpus}; allowed: 0 or more")
+        _require(self.cpus >= 0, f"cpus is {self.cpus}; allowed: 0 or more")
         gpus_ok = self.gpus == "auto" if isinstance(self.gpus, str) else self.gpus >= 0
-        _require(gpus_ok, f"resources.gpus is {self.gpus!r}; allowed: auto, or 0 or more")
-        _require(self.threads is None or self.threads >= 1, f"resources.threads is {self.threads}; allowed: 1 or more, or null")
+        _require(gpus_ok, f"gpus is {self.gpus!r}; allowed: auto, or 0 or more")
+        _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; allowed: 1 or more, or null")
 
     @property
     def num_threads(self) -> int:
@@ -255,7 +260,9 @@ class LevelConfig:
     dgd_lambda: float = 1.0
     """Weight of the layer's own output in the delta rule's error; 1 is the paper."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the level; its clipping is over the whole level."""
     resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(cpus=0.1))
+    """Of each rank."""
 
     def __post_init__(self) -> None:
         _require(self.update_period >= 1, f"update_period is {self.update_period}; allowed: 1 or more")
@@ -278,6 +285,7 @@ class MemoryConfig:
     """The continuum memory system: a chain of residual MLP levels in every layer (Eq. 70)."""
 
     variant: Literal["sequential"] = "sequential"
+    """How the levels are joined: a chain, fastest first (Eq. 70, 73)."""
     hidden: int | None = None
     """Hidden width of each level's MLP; null: 2 dim."""
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -304,14 +312,17 @@ class SequenceConfig:
     """The data-parallel sequence workers."""
 
     workers: int = 1
+    """Data-parallel workers W."""
     global_batch: int = 8
     """Sequences of one step, over all workers."""
     micro_batch: int | None = None
     """Sequences of one forward and backward pass in a worker; null: the worker's whole share."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the sequence parameters: all that is not a level's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; parameters, gates, memory states, accumulators and optimizer state stay float32."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    """Of each worker."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, f"sequence.workers is {self.workers}; allowed: 1 or more")
@@ -343,6 +354,7 @@ class ExchangeConfig:
     """delayed: a version is taken up exactly at its step (deterministic); eager: as soon as it is there, at the latest
     at that step (the one mode whose result may differ from run to run)."""
     transport: Literal["object_store"] = "object_store"
+    """How contributions and versions travel: Ray's object store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -406,7 +418,7 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
     Args:
         source: a preset's name, a path of a YAML file, or None for the preset `tiny`.
         overrides: `key=value` strings with dotted keys; values are YAML.
-        default_name: `run.name` where neither file nor overrides set it.
+        default_name: `run.name` where neither file nor overrides set it; `run.dir` is then filled in too.
 
     Raises:
         UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
@@ -432,8 +444,9 @@ def parse_config(name: str, text: str, overrides: list[str] | None = None, *, de
     _expand_shorthands(plain)
     if default_name is not None:
         run = plain.setdefault("run", {})
-        if isinstance(run, dict) and run.get("name") is None:
-            run["name"] = default_name
+        if isinstance(run, dict):
+            run["name"] = run.get("name") or default_name
+            run["dir"] = run.get("dir") or f"runs/{run['name']}"
     return config_from_dict(plain, where=name)
 
 
@@ -453,11 +466,6 @@ def config_from_dict(plain: dict[str, Any], *, where: str = "config") -> Config:
 def config_to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML; `load_config` of it gives an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain JSON-able mappings; `config_from_dict` reverses it."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 def default_run_name(source: str | None, stamp: str) -> str:
@@ -522,16 +530,28 @@ def _check_keys(value: Any, schema: type, *, prefix: str) -> None:
 
 
 def _locate(message: str, plain: dict[str, Any]) -> str:
-    """Prefix a level's or optimizer's message with the level it is about."""
-    if message.startswith(("run.", "data.", "model.", "memory.", "sequence.", "recovery.", "eval.", "exchange.")):
+    """Prefix the message of a nested section, such as an optimizer's, with the key of that section."""
+    if message.startswith(tuple(f"{f.name}." for f in fields(Config))):
         return message
-    for name, level in (plain.get("memory", {}).get("levels") or {}).items():
-        try:
-            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LevelConfig), OmegaConf.create(level)))
-        except UserError as error:
-            if str(error) == message:
-                return f"memory.levels.{name}.{message}"
-    return f"sequence.{message}"
+    return f"{_section_of(message, plain, Config, '')}{message}"
+
+
+def _section_of(message: str, plain: Any, schema: type, prefix: str) -> str:
+    """Return the key, with a dot, of the deepest section whose own check gives `message`."""
+    for f in fields(schema):
+        value = plain.get(f.name) if isinstance(plain, dict) else None
+        sections = {f.name: (f.type, value)} if is_dataclass(f.type) else {}
+        if schema is MemoryConfig and f.name == "levels" and isinstance(value, dict):
+            sections = {f"levels.{name}": (LevelConfig, level) for name, level in value.items()}
+        for name, (section, content) in sections.items():
+            try:
+                OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), OmegaConf.create(content or {})))
+            except UserError as error:
+                if str(error) == message:
+                    return _section_of(message, content, section, f"{prefix}{name}.")
+            except OmegaConfBaseException:
+                continue
+    return prefix
 
 
 def _first_line(error: Exception) -> str:

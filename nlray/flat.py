@@ -45,8 +45,3 @@ class FlatLayout:
 def as_tensor(array: np.ndarray) -> Tensor:
     """Return a tensor over a received array's memory, without a copy; only to be read."""
     return torch.from_numpy(array)
-
-
-def device_for(gpus: float) -> torch.device:
-    """Return the GPU of an actor that was given one and sees it, else the CPU."""
-    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")

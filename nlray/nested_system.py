@@ -65,7 +65,8 @@ class ActorCost:
     gradients: int
     optimizer: int
     buffers: int
-    """Of a worker: two gradient accumulators per level. Of a level rank: the two newest published versions."""
+    """Of a worker: two gradient accumulators per level and, beside others, the all-reduce's buckets. Of a level rank: the two
+    newest published versions."""
 
     @property
     def total(self) -> int:
@@ -353,7 +354,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         parameters=_VALUE_BYTES * total,
         gradients=_VALUE_BYTES * total,
         optimizer=_optimizer_bytes(config.sequence.optimizer, sequence),
-        buffers=2 * _VALUE_BYTES * level_size,
+        buffers=_VALUE_BYTES * (2 * level_size + (_size(sequence) if config.sequence.workers > 1 else 0)),
     )
     ranks = []
     for plan in levels:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nlray.config import DataConfig, SourceConfig
-from nlray.errors import DataError, NlrayError
+from nlray.errors import DataError, NlrayError, RemoteTimeoutError
 from nlray.pipelines.order import draw_sources
 from nlray.pipelines.shuffle import ShuffledBlocks
 from nlray.pipelines.source_stream import SourceStream
@@ -107,7 +107,7 @@ class BlockStream:
         return {"block": self._block, "sources": [stream.state_dict() for stream in self._streams]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position; only the unit it is in is read again.
+        """Continue from a position; of each source only the shuffled window it is in is read again (without windows: the unit).
 
         Raises:
             DataError: the position was saved with other sources.
@@ -185,8 +185,14 @@ def heldout_blocks(config: DataConfig, *, seq_len: int, seed: int, num_blocks: i
 class PrefetchStream:
     """A `BlockStream` whose next batches a background thread prepares. Use it as a context manager, or call `close`."""
 
-    def __init__(self, stream: BlockStream, num_blocks: int, *, start: int = 0, stop: int | None = None, prefetch: int = 4) -> None:
-        """Each batch is rows start .. stop - 1 of the next `num_blocks` blocks; prefetch=0 prepares each when it is asked for."""
+    def __init__(
+        self, stream: BlockStream, num_blocks: int, *, start: int = 0, stop: int | None = None, prefetch: int = 4, timeout_s: float = 300.0
+    ) -> None:
+        """Each batch is rows start .. stop - 1 of the next `num_blocks` blocks; prefetch=0 prepares each when it is asked for.
+
+        timeout_s: limit of the wait for a batch.
+        """
+        self._timeout_s = timeout_s
         self._stream, self._prefetch = stream, prefetch
         self._num_blocks, self._start, self._stop = num_blocks, start, stop
         self._state = stream.state_dict()
@@ -195,12 +201,15 @@ class PrefetchStream:
         self._start_thread()
 
     def next(self) -> Batch:
-        """Return the next batch; raise what the thread raised, or NlrayError after `close`."""
+        """Return the next batch; raise what the thread raised, RemoteTimeoutError, or NlrayError after `close`."""
         if self._is_closed:
             raise NlrayError("PrefetchStream.next() after close()")
         if self._error is not None:
             raise self._error
-        item = self._queue.get() if self._thread is not None else self._prepare()
+        try:
+            item = self._queue.get(timeout=self._timeout_s) if self._thread is not None else self._prepare()
+        except queue.Empty as error:
+            raise RemoteTimeoutError(f"waited {self._timeout_s:g} s for the next batch of data.sources (run.timeout_s)") from error
         if isinstance(item, BaseException):
             self._error = item
             raise item

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
-from nlray.errors import DataError
+from nlray.config import Config
+from nlray.errors import DataError, UserError
 from nlray.pipelines.files import one_line
 from nlray.pipelines.order import offsets
 
@@ -119,3 +120,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"data.tokenizer: {name}: not a tokenizers JSON file: {one_line(error)}; {allowed}") from error
     return HFTokenizer(tokenizer, name=name)
+
+
+def checked_vocab_size(config: Config) -> int:
+    """Return the rows of the embedding; raise UserError where the tokenizer has more tokens than the model."""
+    tokens = load_tokenizer(config.data.tokenizer).vocab_size
+    rows = config.model.vocab_size
+    if rows is not None and rows < tokens:
+        raise UserError(
+            f"model.vocab_size is {rows}; allowed: {tokens} (the tokens of data.tokenizer={config.data.tokenizer}) or more, or null"
+        )
+    return rows if rows is not None else tokens

@@ -36,6 +36,11 @@ class HeldoutResult:
 
 
 @torch.no_grad()
+def block_losses(model: LanguageModel, blocks: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Return the loss of every token of the blocks, each from a fresh state, [N, T], float64, on the CPU."""
+    return torch.cat([model.token_losses(batch)[0].double().cpu() for batch in blocks.split(batch_size)])
+
+
 def heldout_losses(
     model: LanguageModel, blocks: Tensor, *, tags: Sequence[str] | None = None, batch_size: int = 16, num_buckets: int = 8
 ) -> HeldoutResult:
@@ -55,7 +60,7 @@ def heldout_losses(
         raise ValueError(f"blocks is {tuple(blocks.shape)}; expected [N >= 1, T + 1 >= 2]")
     if tags is not None and len(tags) != blocks.shape[0]:
         raise ValueError(f"{len(tags)} tags for {blocks.shape[0]} blocks; expected one each")
-    losses_NT = torch.cat([model.token_losses(batch)[0] for batch in blocks.split(batch_size)]).double().cpu()
+    losses_NT = block_losses(model, blocks, batch_size=batch_size)
     length = losses_NT.shape[1]
     edges = [length * i // min(num_buckets, length) for i in range(min(num_buckets, length) + 1)]
     by_position = [PositionLoss(start=start, end=end, loss=losses_NT[:, start:end].mean().item()) for start, end in pairwise(edges)]

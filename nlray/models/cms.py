@@ -54,7 +54,10 @@ def delta_linear(x_BTD: Tensor, weight_VD: Tensor, *, dgd_lambda: float, loss_to
 
 
 class Level(ParameterModule):
-    """One residual MLP of a level: y = x + W_out silu(W_in norm(x))."""
+    """One residual MLP of a level: y = x + W_out silu(W_in norm(x)).
+
+    Departs from Eq. 70: each MLP has a norm and a residual of its own, so that a level that has learned little yet passes its input on.
+    """
 
     def __init__(self, dim: int, hidden: int, num_layers: int, *, rule: Literal["gd", "dgd"] = "gd", dgd_lambda: float = 1.0) -> None:
         super().__init__()

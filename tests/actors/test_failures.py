@@ -12,6 +12,7 @@ import torch
 from nlray.actors.conductor import Behaviours, namespace_of
 from nlray.actors.launch import launch
 from nlray.actors.level import LevelRank
+from nlray.actors.locks import RunLock
 from nlray.checkpoint import load_parameters
 from nlray.config import Config
 from nlray.errors import NonFiniteLossError, UserError
@@ -91,6 +92,7 @@ def test_a_killed_actor_ends_the_run_and_nothing_stays(small, cluster, victim):
     status, _, _ = run_to_end(config, during=kill)
     assert killed and (status.state, status.exit_code) == ("failed", 1)
     assert "\n" not in status.message.strip()
+    assert status.message.startswith(f"actor {victim} died: "), status.message
     deadline = time.monotonic() + 30
     while (alive := ray.util.list_named_actors(all_namespaces=True)) or ray.available_resources().get("CPU") != 16:
         assert time.monotonic() < deadline, f"still alive: {alive}; free: {ray.available_resources()}"
@@ -129,6 +131,15 @@ def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_n
         assert ([a.gpus for a in actors], len(notes)) == (expected, num_notes)
 
 
+def test_a_folder_that_a_run_is_writing_to_is_refused(small, tmp_path):
+    config = small("run.overwrite=true")
+    lock = RunLock(config.run.dir)
+    with pytest.raises(UserError, match="a run is going on in"):
+        RunLock(config.run.dir)
+    lock.close()
+    RunLock(config.run.dir).close()
+
+
 def test_the_fit_is_checked_per_node_and_per_label(small):
     from nlray.actors.placement import check_fit, plan_actors
 
@@ -140,7 +151,7 @@ def test_the_fit_is_checked_per_node_and_per_label(small):
     check_fit(actors, [node(CPU=2, far=1), node({"region": "west"}, CPU=1)])
     with pytest.raises(UserError, match=r"memory.levels.fast.resources asks for 1 far on one node; the largest node of the cluster has 0"):
         check_fit(actors, [node(CPU=2), node({"region": "west"}, CPU=1)])
-    with pytest.raises(UserError, match=r"memory.levels.slow.resources asks for 1 CPU on one node; the largest node of the cluster has 0.5"):
+    with pytest.raises(UserError, match=r"memory.levels.slow.resources asks for 1 CPU on one node; the largest .* has 0.5"):
         check_fit(actors, [node(CPU=2, far=1), node({"region": "west"}, CPU=0.5)])
     dead = {**node(CPU=9), "Alive": False}
     with pytest.raises(UserError, match=r"the run asks for 2.2 CPU \(.*\); the cluster has 2"):

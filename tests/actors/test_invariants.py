@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nlray.actors.conductor import Behaviours
+from nlray.actors.launch import resume_config
 from nlray.actors.level import LevelRank
 from nlray.checkpoint import load_parameters
 
@@ -114,3 +115,16 @@ def test_under_ray_two_workers_agree_to_summation_order(small, cluster):
     for name, tensor in plain.items():
         error = torch.linalg.vector_norm(found[name] - tensor) / torch.linalg.vector_norm(tensor)
         assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+def test_two_workers_repeat_their_bits_and_resume_to_them(small, cluster):
+    overrides = ["sequence.workers=2", "memory.levels.slow.ranks=2", "run.steps=12"]
+    whole, _, _ = run_to_end(small(*overrides, name="whole"))
+    run_to_end(small(*overrides, "run.stop_after=7", name="parts"))
+    resumed, _, _ = run_to_end(resume_config(small(name="parts").run.dir, []), resume=True)
+    assert resumed.summary["steps"] == 12 and resumed.summary["digest"] == whole.summary["digest"]
+
+
+def test_eager_mode_trains_with_two_workers(small, cluster):
+    status, rows, _ = run_to_end(small("exchange.mode=eager", "sequence.workers=2", "run.steps=30"))
+    assert status.state == "completed" and rows[-1]["loss"] < rows[0]["loss"] - 0.5

@@ -81,11 +81,15 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(small, tmp_path):
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
     config = small("run.stop_after=2")
     run_to_end(config)
-    for override, key in [
-        ("model.dim=16", "model"),
-        ("memory.levels.slow.update_period=16", "memory.levels"),
-        ("run.steps=2", "run.steps"),
-    ]:
+    changes = {
+        "model.dim": 16,
+        "memory.levels.slow.update_period": 16,
+        "memory.levels.fast.optimizer.name": "muon",
+        "data.eval_fraction": 0.1,
+        "run.steps": 2,
+    }
+    for key, value in changes.items():
+        override = f"{key}={value}"
         with pytest.raises(UserError, match=f"^{key} is "):
             launch(resume_config(config.run.dir, [override]), resume=True)
     with pytest.raises(UserError, match="holds no run"):

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlray.config import PRESETS, Config, config_from_dict, config_to_dict, config_to_yaml, default_run_name, load_config, with_run
+from nlray.config import PRESETS, Config, config_from_dict, config_to_yaml, default_run_name, load_config, with_run
 from nlray.errors import UserError
 
 PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "presets").glob("*.yaml"))
@@ -22,7 +23,7 @@ def test_preset_loads_and_goes_round(preset, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(config_to_yaml(config))
     assert load_config(str(path)) == config
-    assert config_from_dict(config_to_dict(config)) == config
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
 
 
 def test_no_source_is_tiny():
@@ -46,7 +47,7 @@ def test_any_configuration_goes_round(steps, period, share, lr, workers, name):
         "sequence": {"workers": workers, "global_batch": 3 * workers},
     }
     config = config_from_dict(plain)
-    assert config_from_dict(config_to_dict(config)) == config
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
     assert config.levels[name].visible_delay == int(share * period)
 
 
@@ -112,6 +113,9 @@ def test_names_of_runs():
         (["memory.levels.slow.update_period=0"], ["memory.levels.slow.update_period", "0", "1 or more"]),
         (["memory.levels.slow.delay=17"], ["memory.levels.slow.delay", "17", "0 to", "16"]),
         (["memory.levels.slow.optimizer.lr=0"], ["memory.levels.slow.optimizer.lr", "more than 0"]),
+        (["sequence.optimizer.schedule.warmup=-1"], ["sequence.optimizer.schedule.warmup is -1"]),
+        (["memory.levels.slow.optimizer.schedule.final=2"], ["memory.levels.slow.optimizer.schedule.final is 2"]),
+        (["memory.levels.medium.resources.cpus=-1"], ["memory.levels.medium.resources.cpus is -1"]),
         (["sequence.optimizer.lr=-1"], ["sequence.optimizer.lr", "-1"]),
         (["sequence.workers=3"], ["sequence.global_batch", "8", "sequence.workers=3"]),
         (["sequence.micro_batch=3"], ["sequence.micro_batch", "3", "8"]),
