@@ -29,9 +29,7 @@ class RankLink(Protocol):
 
     def push(self, contribution: Contribution) -> Any: ...
 
-    def confirm(self, receipt: Any) -> None: ...
-
-    def pull(self, version: int) -> tuple[Version, np.ndarray]: ...
+    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]: ...
 
     def hold_snapshot(self, step: int) -> None: ...
 
@@ -83,7 +81,7 @@ class LevelChannel:
     def start(self, visible: int, newest: int) -> None:
         """Take up version `visible` now and ask for those after it that are under way, up to `newest`."""
         for version in range(visible, newest + 1):
-            self._arriving[version] = self._receiver.submit(self._receive, version, [])
+            self._arriving[version] = self._receiver.submit(self._receive, version, None)
         self._take(visible)
         self.bytes_pulled, self.stall_s = 0, 0.0
 
@@ -178,11 +176,9 @@ class LevelChannel:
         finally:
             self._free.put(buffers)
 
-    def _receive(self, version: int, sent: Future | list) -> list[tuple[Version, np.ndarray]]:
-        receipts = sent.result(self.timeout_s) if isinstance(sent, Future) else sent
-        for rank, receipt in zip(self.ranks, receipts, strict=False):
-            rank.confirm(receipt)
-        return [rank.pull(version) for rank in self.ranks]
+    def _receive(self, version: int, sent: Future | None) -> list[tuple[Version, np.ndarray]]:
+        receipts = [None] * len(self.ranks) if sent is None else sent.result(self.timeout_s)
+        return [rank.pull(version, receipt) for rank, receipt in zip(self.ranks, receipts, strict=True)]
 
     # The training thread's side.
 

@@ -49,16 +49,16 @@ class RankClient:
         self.timeout_s = timeout_s
 
     def push(self, contribution: Contribution) -> Any:
-        """Send a contribution; its buffer may be reused on return. The result is for `confirm`."""
+        """Send a contribution; its buffer may be reused on return. The result is a receipt for `pull`."""
         return self.handle.push.remote(contribution)
 
-    def confirm(self, receipt: Any) -> None:
-        """Wait until the rank has taken a push; raise what it raised."""
-        wait_for(receipt, f"{self.label} to take a push", self.timeout_s)
+    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
+        """Wait for a version and return it with its flat parameters, on this node.
 
-    def pull(self, version: int) -> tuple[Version, np.ndarray]:
-        """Wait for a version and return it with its flat parameters, on this node."""
-        published = wait_for(self.handle.pull.remote(version), f"version {version} of {self.label}", self.timeout_s)
+        The request leaves at once; `receipt` is that of the push it answers, whose error is raised here (None: there was none).
+        """
+        refs = [self.handle.pull.remote(version), *([] if receipt is None else [receipt])]
+        published, *_ = wait_for(refs, f"version {version} of {self.label}", self.timeout_s)
         return published, self.store.get(published.data)
 
     def hold_snapshot(self, step: int) -> None:

@@ -53,7 +53,7 @@ def summary_lines(state: str, summary: dict[str, Any] | None, config: Config) ->
     run_dir = config.run.dir
     folder = shlex.quote(run_dir)
     lines.append(f"run      {run_dir}")
-    if state != "completed" and (summary or {}).get("checkpoint"):
+    if state != "completed" and (summary is None or summary.get("checkpoint")):
         lines.append(f"  nlray resume {folder}")
     if state != "failed":
         lines.append(f'  nlray generate {folder} "def main"')

@@ -29,10 +29,7 @@ class DirectLink:
         copy = contribution.buffer.copy()
         self.rank.push(Contribution(contribution.version, contribution.worker, contribution.num_steps, copy))
 
-    def confirm(self, receipt: Any) -> None:
-        pass
-
-    def pull(self, version: int) -> tuple[Version, np.ndarray]:
+    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
         published = self.rank.pull(version)
         return published, self.store.get(published.data)
 

@@ -27,6 +27,7 @@ SUMMARY = {
     "tokens_per_second": 1e4,
     "stall_fraction": 0.02,
     "digest": "d1",
+    "checkpoint": "runs/scripted/checkpoints/step_000000004",
 }
 
 

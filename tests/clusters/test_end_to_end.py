@@ -1,0 +1,74 @@
+"""The real thing, as a user types it: train, Ctrl-C, resume, generate, in processes of their own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+TINY = [
+    "model.dim=32",
+    "model.layers=1",
+    "model.heads=2",
+    "model.seq_len=32",
+    "model.chunk_size=16",
+    "memory.hidden=32",
+    "memory.levels={medium: null, slowest: null, slow: {update_period: 4}}",
+    "sequence.global_batch=4",
+    "eval.sequences=4",
+    "run.log_every=1",
+]
+
+
+def nlray(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "nlray.clusters.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text to learn from, {i * i % 97}\n" for i in range(3000)))
+    return f"data.sources=[{tmp_path}/text.txt]"
+
+
+def test_train_is_interrupted_resumed_and_generates(data, tmp_path):
+    run_dir = tmp_path / "run"
+    first = nlray("train", "tiny", *TINY, data, f"run.dir={run_dir}", "run.steps=100000")
+    printed, family = [], []
+    for line in first.stdout:
+        printed.append(line)
+        if line.startswith("step 20/"):
+            family = psutil.Process(first.pid).children(recursive=True)
+            first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=60) == 130, first.stderr.read()
+    assert len(family) > 5 and any("checkpoint" in line and "written" in line for line in printed), printed
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, [p.cmdline()[:2] for p in alive]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    stopped_at = summary["steps"]
+    assert summary["status"] == "stopped" and 20 <= stopped_at < 100000
+    assert (Path(summary["checkpoint"]) / "manifest.json").is_file()
+
+    second = nlray("resume", str(run_dir), f"run.steps={stopped_at + 5}", cwd=tmp_path.parent)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert out.rstrip().splitlines()[-1].strip().startswith("tensorboard") and f"completed after {stopped_at + 5} of" in out
+    rows = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, stopped_at + 6))
+
+    third = nlray("generate", str(run_dir), "line 7", "--tokens", "20", "--seed", "1")
+    out, err = third.communicate(timeout=60)
+    assert third.returncode == 0 and out.startswith("line 7") and len(out) > len("line 7") + 5, err
+
+
+def test_a_cluster_address_that_nobody_answers_is_told_at_once(data, tmp_path):
+    started = time.monotonic()
+    process = nlray("train", *TINY, data, f"run.dir={tmp_path / 'run'}", "--address", "127.0.0.1:9")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and time.monotonic() - started < 60
+    assert err.startswith("nlray: error: --address 127.0.0.1:9: no Ray cluster answers there") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
