@@ -202,6 +202,7 @@ class Conductor:
         if len(self._workers) > 1:
             host, port = wait_for(self._workers[0].open_store.remote(), "sequence worker 0 to open the group's store", self.timeout_s)
             calls += [w.join.remote(host, port) for w in self._workers]
+        calls += [w.load_heldout.remote() for w in self._workers]
         if self.checkpoint is not None:
             calls += [h.load.remote(self.checkpoint) for h in [*self._workers, *self._all_ranks]]
         wait_for(calls, "the actors to start", self.timeout_s)

@@ -17,7 +17,8 @@ from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
 from nlray.checkpoint import latest_checkpoint, read_manifest
-from nlray.config import Config, config_to_yaml, parse_config, with_run
+from nlray.config import Config
+from nlray.config_loading import config_to_yaml, parse_config, with_run
 from nlray.errors import NlrayError, UserError
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter

@@ -204,7 +204,7 @@ class LevelRank:
         if not is_skipped:
             self._gradient.copy_(as_tensor(contributions[0].buffer))
             for contribution in contributions[1:]:
-                self._gradient.add_(as_tensor(contribution.buffer))
+                self._gradient.add_(as_tensor(contribution.buffer).to(self.device))
             # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
             # changes how often a level learns and not how far it goes at a time.
             self._gradient.div_(num_steps)

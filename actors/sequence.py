@@ -115,6 +115,16 @@ class SequenceWorker:
             for plan in self.plans
         ]
 
+    def load_heldout(self) -> None:
+        """Read the held-out sequences, once; raise DataError where there are none, before a step is done rather than after."""
+        if self._heldout is None and self._is_evaluating:
+            num_blocks, seq_len = self.config.eval.sequences, self.config.model.seq_len
+            self._heldout = heldout_blocks(self.config.data, seq_len=seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks)
+
+    @property
+    def _is_evaluating(self) -> bool:
+        return self.config.eval.sequences > 0 and self.config.data.eval_fraction > 0
+
     def start(self) -> None:
         """Begin to train, in a thread of its own."""
         self._thread = threading.Thread(target=self._supervised_train, name="train", daemon=True)
@@ -336,9 +346,7 @@ class SequenceWorker:
         The sequences are the same every time; the workers share them.
         """
         sequence, model = self.config.sequence, self.config.model
-        if self._heldout is None:
-            num_blocks = self.config.eval.sequences
-            self._heldout = heldout_blocks(self.config.data, seq_len=model.seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks)
+        self.load_heldout()
         tags = [[f"{column}={value}" for column, value in block.items()] for block in self._heldout.tags]
         names = sorted({name for of_block in tags for name in of_block})
         mine = slice(self.worker, None, sequence.workers)
@@ -357,7 +365,7 @@ class SequenceWorker:
         return means.pop(""), means
 
     def _evaluation(self, step: int) -> dict[str, float]:
-        if self.config.eval.sequences == 0 or self.config.data.eval_fraction == 0:
+        if not self._is_evaluating:
             return {}
         loss, by_tag = self.evaluate()
         with self._lock:

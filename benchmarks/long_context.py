@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from nlray.checkpoint import latest_checkpoint, load_parameters
-from nlray.config import Config, parse_config
+from nlray.config import Config
+from nlray.config_loading import parse_config
 from nlray.evals.generate import generate
 from nlray.evals.streaming import stream_losses
 from nlray.models.lm import LanguageModel, build_model

@@ -13,7 +13,8 @@ import torch
 
 from nlray.actors.launch import launch, resolve
 from nlray.actors.types import ENDED
-from nlray.config import Config, load_config
+from nlray.config import Config
+from nlray.config_loading import load_config
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream

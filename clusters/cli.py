@@ -106,7 +106,7 @@ def root(
 def train(arguments: _Arguments = None, address: _Address = None, debug: _Debug = False) -> int:
     """Train a model, here or on a Ray cluster, to the end."""
     from nlray.clusters.train import train_run
-    from nlray.config import default_run_name, load_config
+    from nlray.config_loading import default_run_name, load_config
 
     source, overrides = split_arguments(arguments or [])
     name = default_run_name(source, datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -130,7 +130,7 @@ def resume(
 def levels(arguments: _Arguments = None, as_json: _Json = False, debug: _Debug = False) -> None:
     """List every optimization problem of a model, where it runs and what it costs."""
     from nlray.clusters.levels import print_levels
-    from nlray.config import load_config
+    from nlray.config_loading import load_config
 
     source, overrides = split_arguments(arguments or [])
     print_levels(load_config(source, overrides), title=source or "tiny", as_json=as_json)

@@ -9,7 +9,8 @@ import fsspec
 import yaml
 
 from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
-from nlray.config import Config, config_from_dict
+from nlray.config import Config
+from nlray.config_loading import config_from_dict
 from nlray.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from nlray.clusters.cli import app, split_arguments
-from nlray.config import PRESETS, Config, LevelConfig, load_config, parse_config
+from nlray.config import Config, LevelConfig
+from nlray.config_loading import PRESETS, load_config, parse_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("architecture", "paper_map", "glossary"))]

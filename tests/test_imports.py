@@ -67,6 +67,7 @@ def test_pipelines_never_import_torch_distributed():
     ("module", "unwanted"),
     [
         ("nlray.config", {"torch", "ray", "numpy", "pyarrow"}),
+        ("nlray.config_loading", {"torch", "ray", "numpy", "pyarrow"}),
         ("nlray.errors", {"torch", "ray", "omegaconf"}),
         ("nlray.levels", {"torch", "ray"}),
         ("nlray.metrics", {"torch", "ray", "tensorflow"}),

@@ -10,7 +10,8 @@ import ray
 
 from nlray.actors.launch import launch, resolve
 from nlray.actors.types import ENDED
-from nlray.config import Config, load_config
+from nlray.config import Config
+from nlray.config_loading import load_config
 
 SMALL = [
     "run.steps=20",

@@ -131,6 +131,13 @@ def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_n
         assert ([a.gpus for a in actors], len(notes)) == (expected, num_notes)
 
 
+def test_too_little_held_out_text_is_told_before_the_first_step(small, cluster, tmp_path):
+    (tmp_path / "short.txt").write_text("a text that is shorter than one sequence\n")
+    status, rows, _ = run_to_end(small(f"data.sources=[{tmp_path}/short.txt]"))
+    assert (status.state, status.exit_code, rows) == ("failed", 2, [])
+    assert status.message.startswith("data.eval_fraction is 0.2: the records held out do not fill one sequence of 32 tokens")
+
+
 def test_a_folder_that_a_run_is_writing_to_is_refused(small, tmp_path):
     config = small("run.overwrite=true")
     lock = RunLock(config.run.dir)

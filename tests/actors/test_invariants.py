@@ -81,6 +81,13 @@ def test_late_level_ranks_change_no_bit(small):
     assert digest_plainly(InProcessRun(config, SleepyRank).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
+def test_bf16_trains_beside_float32_with_float32_parameters(small):
+    full, half = (InProcessRun(small(f"sequence.precision={p}")).train() for p in ("fp32", "bf16"))
+    losses = [[row["loss"] for row in run.worker.poll().rows] for run in (full, half)]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert {p.dtype for p in half.parameters.values()} == {torch.float32}
+
+
 def test_eager_mode_trains_and_never_runs_past_the_delay(small):
     config = small("exchange.mode=eager", "run.steps=30")
     run = InProcessRun(config, SleepyRank).train()

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nlray.config import Config, load_config
+from nlray.config import Config
+from nlray.config_loading import load_config
 
 # Small tensors gain nothing from a second thread, and lose much when the cores are busy.
 torch.set_num_threads(1)

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlray.config import PRESETS, Config, config_from_dict, config_to_yaml, default_run_name, load_config, with_run
+from nlray.config import Config
+from nlray.config_loading import PRESETS, config_from_dict, config_to_yaml, default_run_name, load_config, with_run
 from nlray.errors import UserError
 
 PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "presets").glob("*.yaml"))

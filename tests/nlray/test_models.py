@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from nlray.config import load_config
+from nlray.config_loading import load_config
 from nlray.models.lm import LanguageModel, build_model, initialize_, level_parameters, parameter_inits, sequence_parameters
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import nlray.nested_system as nested_system
-from nlray.config import PRESETS, LevelConfig, ModelConfig, OptimizerConfig, load_config
+from nlray.config import LevelConfig, ModelConfig, OptimizerConfig
+from nlray.config_loading import PRESETS, load_config
 from nlray.errors import NlrayError
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.nested_system import NestedSystem, level_plans, optimizer_problems
