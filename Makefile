@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels bench
+.PHONY: help install train test test-fast check doctor levels bench bench-long
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,13 @@ doctor: $(INSTALLED)  ## report versions, GPUs, memory, Ray, disk
 levels: $(INSTALLED)  ## print a model's nested system and what it costs
 	$(VENV)/bin/nlray levels $(ARGS)
 
-bench: $(INSTALLED)  ## measure the data stream
-	$(VENV)/bin/python -m benchmarks.stream $(ARGS)
+bench: $(INSTALLED)  ## measure the data stream, and nlray train beside the bare loop of the same model
+	$(VENV)/bin/python -m benchmarks.stream
+	$(VENV)/bin/python -m benchmarks.step $(ARGS)
+
+bench-long: $(INSTALLED)  ## measure a trained model far beyond its training length: make bench-long RUN=runs/NAME
+	@test -n "$(RUN)" || { echo 'say which run: make bench-long RUN=runs/NAME' >&2; exit 2; }
+	$(VENV)/bin/python -m benchmarks.long_context $(RUN) $(ARGS)
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
