@@ -16,7 +16,7 @@ from nlray.config import Config, LevelConfig
 from nlray.config_loading import PRESETS, load_config, parse_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("architecture", "paper_map", "glossary"))]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("architecture", "paper_map", "glossary", "lab_notes"))]
 PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
 KEY = re.compile(r"(?:run|data|model|memory|sequence|exchange|recovery|eval)(?:\.\w+)+")
 
