@@ -390,7 +390,7 @@ class SequenceWorker:
                 **totals,
                 "seconds": totals["seconds"] + seconds,
                 "stall_s": totals["stall_s"] + stall_s,
-                "loss_first": totals.get("loss_first", loss),
+                "loss_first": loss if totals.get("loss_first") is None else totals["loss_first"],
                 "loss_last": loss,
                 "num_skipped": self.num_skipped,
                 "levels": levels,
