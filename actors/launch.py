@@ -206,11 +206,11 @@ def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
 
 def check_address(address: str) -> None:
     """Raise UserError at once where nothing listens at HOST:PORT: ray.init would try for many minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        if address in ("auto", "local"):
-            return
-        raise UserError(f"--address {address}: allowed: HOST:PORT, ray://HOST:PORT, or auto")
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "//" in host:
+        raise UserError(f"--address {address}: allowed: HOST:PORT of the cluster's head, or auto")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:

@@ -1,7 +1,9 @@
 """The real thing, as a user types it: train, Ctrl-C, resume, generate, in processes of their own."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +65,37 @@ def test_train_is_interrupted_resumed_and_generates(data, tmp_path):
     third = nlray("generate", str(run_dir), "line 7", "--tokens", "20", "--seed", "1")
     out, err = third.communicate(timeout=60)
     assert third.returncode == 0 and out.startswith("line 7") and len(out) > len("line 7") + 5, err
+
+
+def test_train_joins_a_cluster_that_asks_for_a_token(data, tmp_path):
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    options = [f"--port={port}", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            arguments = [*TINY, data, f"run.dir={tmp_path}/run", "run.steps=3", "--address", f"127.0.0.1:{port}"]
+            out, err = nlray("train", *arguments, env=environment).communicate(timeout=120)
+            if "no Ray cluster answers" not in err:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        assert "completed after 3 of 3 steps" in out, err
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        psutil.wait_procs([head, *family], timeout=20)
+        for process in family:
+            if process.is_running():
+                process.kill()
 
 
 def test_a_cluster_address_that_nobody_answers_is_told_at_once(data, tmp_path):
