@@ -57,7 +57,7 @@ def small(text_file: Path, tmp_path: Path) -> Callable[..., Config]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A local Ray cluster with 16 logical CPUs and 8 logical GPUs that all tests of a module share."""
-    ray.init(num_cpus=16, num_gpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=16, num_gpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -67,7 +69,14 @@ def test_train_is_interrupted_resumed_and_generates(data, tmp_path):
     assert third.returncode == 0 and out.startswith("line 7") and len(out) > len("line 7") + 5, err
 
 
-def test_train_joins_a_cluster_that_asks_for_a_token(data, tmp_path):
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A short path of its own (sockets), so that the file which names this machine's current cluster is left alone."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_train_joins_a_cluster_that_asks_for_a_token(data, tmp_path, ray_folder):
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
@@ -75,7 +84,7 @@ def test_train_joins_a_cluster_that_asks_for_a_token(data, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray = Path(sys.executable).with_name("ray")
-    options = [f"--port={port}", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
+    options = [f"--port={port}", "--num-cpus=4", f"--temp-dir={ray_folder}", "--include-dashboard=false", "--disable-usage-stats"]
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
