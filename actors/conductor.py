@@ -2,48 +2,57 @@
 
 A plain class; `nlray.actors.launch` makes it an actor named `conductor` in the namespace `nlray-RUN`. Its methods only look and leave
 wishes; the run is supervised in a thread of its own. It moves no tensors: parts of a checkpoint go from their owners to
-storage, and the conductor writes the manifest.
+storage, and the conductor writes the manifest. If its process dies, Ray starts it again, and it goes on with the actors it finds.
 """
 
 import logging
-import posixpath
+import os
 import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from nlray.actors.level import LevelRank
+from nlray.actors.changes import Changes
+from nlray.actors.faults import MAX_SAME_FAULTS, Fault, Recovery, RepeatGuard, root_causes
+from nlray.actors.journal import Journal
+from nlray.actors.lineup import Lineup
 from nlray.actors.locks import RunLock
-from nlray.actors.placement import ActorPlan, Placement
-from nlray.actors.sequence import SequenceWorker
-from nlray.actors.transports import ObjectStore, RankClient, wait_for
-from nlray.actors.types import ENDED, Command, PartWritten, RunState, RunStatus, WorkerReport
-from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, write_manifest
+from nlray.actors.members import CONDUCTOR, Members, SeatLostError
+from nlray.actors.placement import ActorPlan
+from nlray.actors.recovery import Vault
+from nlray.actors.rescale import check_sizes
+from nlray.actors.seat import Behaviours
+from nlray.actors.storage import Checkpoints
+from nlray.actors.summary import make_summary
+from nlray.actors.types import (
+    ENDED,
+    SEQUENCE,
+    Command,
+    MemberStatus,
+    PartWritten,
+    PieceCopy,
+    PieceKey,
+    Role,
+    RunDescription,
+    RunState,
+    RunStatus,
+    WorkerReport,
+)
 from nlray.config import Config
-from nlray.errors import NlrayError, UserError
-from nlray.levels import LevelPlan, newest_version
-from nlray.metrics import MetricsWriter
+from nlray.errors import NlrayError, RemoteTimeoutError, UserError
+from nlray.levels import LevelPlan
 
 POLL_S = 0.2
-LEVEL_TOTALS = ("bytes_pushed", "bytes_pulled", "stall_s", "skipped_updates")
-MAX_ROWS_HELD = 10_000  # for askers; metrics.jsonl has them all
+URGENT_POLL_S = 0.01
+SYMPTOM_S = 0.5  # an error is often seen before the death that explains it
+LINGER_S = 60.0  # a run that nobody follows keeps its conductor so long after its end
+MAX_TRIES = 10  # starts in a row that a further fault may cut short
 logger = logging.getLogger(__name__)
-
-
-class PeerNorms:
-    """Sends a rank's gradient norms to the other ranks of its level."""
-
-    def __init__(self, peers: Sequence[Any]) -> None:
-        self.peers = list(peers)
-
-    def __call__(self, version: int, norms: dict[str, float]) -> None:
-        for peer in self.peers:
-            peer.receive_norms.remote(version, norms)
 
 
 class RunFailedError(NlrayError):
@@ -58,14 +67,6 @@ class RunFailedError(NlrayError):
         return RunFailedError, (str(self), self.details, self.exit_code)
 
 
-@dataclass(frozen=True, slots=True)
-class Behaviours:
-    """The plain classes that become a run's actors: a fault injector puts its own subclasses here."""
-
-    sequence_worker: type[SequenceWorker] = SequenceWorker
-    level_rank: type[LevelRank] = LevelRank
-
-
 class Conductor:
     """Runs one run.
 
@@ -75,7 +76,7 @@ class Conductor:
         actors: every actor with its resources.
         checkpoint: URL of the checkpoint to start from, or None.
         notes: events of the launch, for the log.
-        behaviours: the classes of the actors.
+        behaviours: the classes of the roles.
     """
 
     def __init__(
@@ -86,27 +87,36 @@ class Conductor:
         *,
         checkpoint: str | None,
         notes: Sequence[str],
-        behaviours: "Behaviours",
+        behaviours: Behaviours,
     ) -> None:
-        self.behaviours = behaviours
-        self.config, self.plans, self.actors, self.checkpoint = config, list(plans), list(actors), checkpoint
-        self.timeout_s = config.run.timeout_s
+        self.run, self.recovery = config.run, config.recovery
+        self.notes, self.timeout_s = list(notes), config.run.timeout_s
+        self.vault = Vault(CONDUCTOR, self.timeout_s)
+        self.members = Members(
+            namespace_of(config.run.name),
+            timeout_s=self.timeout_s,
+            hang_timeout_s=config.recovery.hang_timeout_s,
+            behaviours=behaviours,
+        )
+        self.lineup = Lineup(config, plans, actors, self.members, self.vault, self._note)
+        self.changes = Changes(self.lineup, self._note)
+        self.checkpoints = Checkpoints(self.lineup, checkpoint, lambda: self.journal.flush(), self._note)
+        self.journal: Journal | None = None
         self._lock = threading.Lock()
         self._state: RunState = "starting"
-        self._rows: list[dict[str, Any]] = []
-        self._num_dropped_rows = 0
-        self._events: list[str] = list(notes)
         self._failure: RunFailedError | None = None
         self._summary: dict[str, Any] | None = None
-        self._is_stop_requested = False
-        self._placement = Placement(namespace_of(config.run.name), self.timeout_s)
-        self._workers: list[Any] = []
-        self._ranks: dict[str, list[Any]] = {}
-        self._writing: dict[int, dict[Any, str]] = {}
-        self._last_checkpoint = checkpoint
-        self._digest: str | None = None
-        self._totals: dict[str, Any] = {}
+        self._asked_s = time.monotonic()
+        self._is_stop_requested = self._is_stop_sent = False
+        self._committed = (0, -1)
         self._step = 0
+        self._totals: dict[str, Any] = {}
+        self._recoveries: list[Recovery] = []
+        self._repeats = RepeatGuard()
+        self._started_at = time.time()
+        self._saved_config = config
+        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
+            self.start()
 
     # What the command line calls.
 
@@ -114,241 +124,448 @@ class Conductor:
         """Begin the run, in a thread of its own."""
         threading.Thread(target=self._supervised_run, name="run", daemon=True).start()
 
-    def poll(self, rows_from: int, events_from: int) -> RunStatus:
-        """Return the state and the rows and events since the asker's last position."""
+    def poll(self, rows_after: int, events_from: int) -> RunStatus:
+        """Return the state, the rows after a step, and the events since the asker's last position."""
+        self._asked_s = time.monotonic()
+        rows, events, next_event = ([], [], events_from) if self.journal is None else self.journal.since(rows_after, events_from)
         with self._lock:
             failure = self._failure
             return RunStatus(
                 self._state,
-                self._rows[max(0, rows_from - self._num_dropped_rows) :],
-                self._events[events_from:],
+                rows,
+                events,
                 message=None if failure is None else str(failure),
                 traceback=None if failure is None else failure.details,
                 exit_code=0 if failure is None else failure.exit_code,
                 summary=self._summary,
-                next_row=self._num_dropped_rows + len(self._rows),
-                next_event=len(self._events),
+                next_event=next_event,
             )
+
+    def describe(self) -> RunDescription:
+        """Return the run as it is now."""
+        members = tuple(
+            MemberStatus(
+                str(m.assigned or m.plan.group),
+                n,
+                0 if m.report is None else m.report.pid,
+                "" if m.report is None else m.report.node,
+                m.report is not None,
+            )
+            for n, m in sorted(self.members.all.items())
+        )
+        last = self.journal.since(self.journal.last_step - 1, 0)[0] if self.journal is not None else []
+        return RunDescription(
+            self.run.name,
+            self.run.dir,
+            self._state,
+            self._step,
+            self.run.steps,
+            self._committed[1] if self._committed[1] >= 0 else None,
+            self.lineup.sizes,
+            self.changes.wanted,
+            members,
+            tuple(r.as_dict() for r in self._recoveries),
+            last[-1] if last else None,
+            os.getpid(),
+            ray.get_runtime_context().get_node_id(),
+        )
 
     def request_stop(self) -> None:
         """Have the run stop after the step under way, with a checkpoint."""
         self._is_stop_requested = True
 
+    def request_scale(self, sizes: dict[str, int]) -> None:
+        """Have groups change their sizes at the next recovery point.
+
+        Raises:
+            UserError: a size that is not allowed, or the run is ending.
+        """
+        if self._state in (*ENDED, "finishing"):
+            raise UserError(f"the run is {self._state}")
+        check_sizes(self.lineup.config, self.lineup.plans, sizes)
+        self.changes.request(sizes)
+
+    # The copies of a run with a single actor.
+
+    def keep(self, copy: PieceCopy) -> bool:
+        return self.vault.keep(copy)
+
+    def names(self, key: PieceKey) -> list[str]:
+        return self.vault.names(key)
+
+    def fetch(self, key: PieceKey, wanted: Sequence[str] | None = None) -> PieceCopy:
+        return self.vault.fetch(key, wanted)
+
+    def write(self, key: PieceKey, url: str, file: str, with_shared: bool) -> PartWritten:
+        return self.vault.write(key, url, file, with_shared=with_shared)
+
     # The run.
 
     def _supervised_run(self) -> None:
-        metrics, lock = None, None
+        lock = None
         try:
-            if "://" not in self.config.run.dir:
-                lock = RunLock(self.config.run.dir)
-            metrics = MetricsWriter(self.config.run.dir)
-            self._place()
-            self._connect()
-            self._set_state("running")
-            self._supervise(metrics)
-            self._finish(metrics, "completed" if self._step >= self.config.run.steps else "stopped")
-        except Exception as error:
-            failure = error if isinstance(error, RunFailedError) else RunFailedError(*explain(error))
-            with self._lock:
-                self._failure = failure
-            if metrics is not None:
-                self._finish(metrics, "failed")
+            if "://" not in self.run.dir:
+                lock = RunLock(self.run.dir)
+            self.journal = Journal(self.run.dir)
+            state = self.journal.load_state()
+            if state is not None and state["status"] in ENDED:
+                self.members.find(self.lineup.plan_of)
+                self.members.remove_all()
+                self._summary = state["summary"]
+                self._set_state(state["status"])
             else:
-                self._set_state("failed")
+                if state is None:
+                    for note in self.notes:
+                        self._note(note)
+                    self._start_again([])
+                else:
+                    self._come_back(state)
+                self._supervise()
+                self._finish("completed" if self._step >= self.run.steps else "stopped")
+        except Exception as error:
+            logger.exception("the run failed")
+            self._fail(error if isinstance(error, RunFailedError) else RunFailedError(*explain(error)))
         finally:
-            self._tear_down()
             if lock is not None:
                 lock.close()
+            self._linger()
 
-    def _place(self) -> None:
-        """Reserve resources, create every actor and wait until it stands."""
-        self._placement.reserve(self.actors)
-        config, store = self.config, ObjectStore(self.timeout_s)
-        plans = {plan.name: plan for plan in self.plans}
-        for actor in self.actors:
-            if actor.level is None:
-                handle = self._placement.create(
-                    actor, self.behaviours.sequence_worker, config, self.plans, actor.index, gpus=actor.gpus, max_concurrency=4
-                )
-                self._workers.append(handle)
-            else:
-                plan = plans[actor.level]
-                # Calls that may wait inside a rank at one time: two pushes and two pulls a worker, the other ranks' norms, and a few.
-                concurrency = 4 * config.sequence.workers + plan.ranks + 8
-                handle = self._placement.create(
-                    actor,
-                    self.behaviours.level_rank,
-                    config,
-                    plan,
-                    actor.index,
-                    store=store,
-                    gpus=actor.gpus,
-                    max_concurrency=concurrency,
-                )
-                self._ranks.setdefault(actor.level, []).append(handle)
-
-    def _connect(self) -> None:
-        """Give the actors each other, restore them, and start them: ranks first, so that version 0 is there to pull."""
-        links = {
-            plan.name: [
-                RankClient(handle, f"level {plan.name} rank {i}", ObjectStore(self.timeout_s), self.timeout_s)
-                for i, handle in enumerate(self._ranks[plan.name])
-            ]
-            for plan in self.plans
-        }
-        calls = [w.connect.remote(links) for w in self._workers]
-        for handles in self._ranks.values():
-            calls += [h.connect.remote(PeerNorms([p for p in handles if p is not h])) for h in handles]
-        if len(self._workers) > 1:
-            host, port = wait_for(self._workers[0].open_store.remote(), "sequence worker 0 to open the group's store", self.timeout_s)
-            calls += [w.join.remote(host, port) for w in self._workers]
-        calls += [w.load_heldout.remote() for w in self._workers]
-        if self.checkpoint is not None:
-            calls += [h.load.remote(self.checkpoint) for h in [*self._workers, *self._all_ranks]]
-        wait_for(calls, "the actors to start", self.timeout_s)
-        self._note_devices()
-        wait_for([h.start.remote() for h in self._all_ranks], "the level ranks to start", self.timeout_s)
-        wait_for([w.start.remote() for w in self._workers], "the sequence workers to start", self.timeout_s)
-
-    def _note_devices(self) -> None:
-        """Say once which actors were given GPUs that torch does not see."""
-        handles = [*self._workers, *self._all_ranks]
-        devices = wait_for([h.device_type.remote() for h in handles], "the actors to say where they run", self.timeout_s)
-        # Both lists have the workers first and the levels in their order.
-        blind = [a.name for a, device in zip(self.actors, devices, strict=True) if a.gpus > 0 and device == "cpu"]
-        if blind:
-            self._add_event(f"{', '.join(blind)}: given a GPU, but torch sees none there; running on the CPU")
-
-    @property
-    def _all_ranks(self) -> list[Any]:
-        return [h for handles in self._ranks.values() for h in handles]
-
-    def _supervise(self, metrics: MetricsWriter) -> None:
-        """Poll the actors until every worker has ended and every checkpoint is written."""
-        is_stop_sent = False
+    def _supervise(self) -> None:
+        """Poll the actors until every worker has ended and every checkpoint is written; meet every fault on the way."""
         while True:
-            reports: list[WorkerReport] = wait_for(
-                [w.poll.remote() for w in self._workers], "the sequence workers' reports", self.timeout_s
-            )
-            self._take_reports(reports, metrics)
-            self._raise_failures([r.error for r in reports if r.error is not None])
-            if self._is_stop_requested and not is_stop_sent:
-                is_stop_sent = True
-                wait_for(self._workers[0].command.remote(Command.STOP), "sequence worker 0 to take the command to stop", self.timeout_s)
-                self._add_event("stopping after the step under way, with a checkpoint")
-            self._finish_writes(metrics)
-            if all(report.state == "ended" for report in reports):
-                self._set_state("finishing")
-                if not self._writing:
-                    return
-            time.sleep(POLL_S)
+            try:
+                faults = self._look()
+                if not faults:
+                    self._note_commit()
+                    self._advance_checkpoints()
+                    self._send_stop()
+                    if self.changes.advance(self._committed):
+                        self._begin_resized()
+                    if self.changes.has_changed:
+                        self._save_state()
+                    if self._is_over():
+                        return
+            except SeatLostError as error:
+                faults = [self._named(error.fault)]
+            if faults:
+                self._recover(faults)
+            time.sleep(URGENT_POLL_S if self.changes.is_urgent else POLL_S)
 
-    def _take_reports(self, reports: Sequence[WorkerReport], metrics: MetricsWriter) -> None:
-        first = reports[0]
-        self._step, self._totals = first.step, first.totals
-        metrics.write_rows(first.rows)
-        with self._lock:
-            self._rows += first.rows
-            surplus = max(0, len(self._rows) - MAX_ROWS_HELD)
-            self._rows, self._num_dropped_rows = self._rows[surplus:], self._num_dropped_rows + surplus
-        for event in first.events:
-            self._add_event(event)
-        for step in first.held:
-            url = checkpoint_dir(self.config.run.dir, step)
-            owners = {f"sequence worker {i}": w for i, w in enumerate(self._workers)}
-            owners |= {f"level {n} rank {i}": h for n, handles in self._ranks.items() for i, h in enumerate(handles)}
-            self._writing[step] = {handle.write.remote(step, url): owner for owner, handle in owners.items()}
+    def _look(self) -> list[Fault]:
+        """Take in what the seats report; return what went wrong."""
+        kept = self.checkpoints.steps_under_way
+        faults = self._without_idle(self.members.poll(self.journal.last_step, self._committed[1], kept))
+        self.vault.release(self._committed[1], kept)
+        self._take_report()
+        for member in self.members.all.values():
+            error = None if member.report is None or member.assigned is None else member.report.error
+            if error is not None and member.report.generation == self.lineup.role_generations[member.assigned.group]:
+                if error.is_final:
+                    raise RunFailedError(error.message, error.details, error.exit_code)
+                faults.append(Fault("raised", str(member.assigned), error.step, error.message, error.details))
+        self.lineup.note_waiting()
+        return faults
 
-    def _finish_writes(self, metrics: MetricsWriter) -> None:
-        """Write the manifest of each checkpoint whose parts are all on storage."""
-        for step, parts in list(self._writing.items()):
-            ready, late = ray.wait(list(parts), num_returns=len(parts), timeout=0)
-            for ref in ready:
-                wait_for(ref, f"{parts[ref]} to write its part of the checkpoint of step {step}", self.timeout_s)
-            if late:
+    def _without_idle(self, found: list[Fault]) -> list[Fault]:
+        """Replace lost seats in which nobody sits, and return the faults of the others."""
+        faults = []
+        for fault in found:
+            member = self.members.all[fault.role]
+            if member.assigned is not None:
+                faults.append(self._named(fault))
                 continue
-            written: list[PartWritten] = ray.get(list(parts), timeout=self.timeout_s)
-            state = next(w.state for w in written if w.part.file == "sequence_0.safetensors")
-            url = checkpoint_dir(self.config.run.dir, step)
-            metrics.flush()  # A resumed run finds every row up to its checkpoint.
-            self._digest = write_manifest(url, step, [w.part for w in written], state).digest
-            self._last_checkpoint = url
-            del self._writing[step]
-            delete_old_checkpoints(self.config.run.dir, self.config.recovery.keep)
-            size = sum(w.part.size_bytes for w in written)
-            self._add_event(f"step {step}: checkpoint {posixpath.basename(url)} written, {size / 1e6:.1f} MB")
+            self.members.remove(member, is_hung=fault.kind == "hung")
+            self._note(f"{fault.message}; it had no role")
+            self.changes.replace_seat(member)
+            self.lineup.fill()
+            self.lineup.set_keepers()
+        return faults
 
-    def _raise_failures(self, errors: Sequence[tuple[str, str]]) -> None:
-        """Raise RunFailedError for the first actor that failed; `errors` are those of the workers.
+    def _named(self, fault: Fault) -> Fault:
+        """Give a seat's fault its role, and the step as far as it is known."""
+        member = self.members.all.get(fault.role)
+        return replace(fault, role=fault.role if member is None else member.label, step=fault.step or self._step)
 
-        A failed rank shows in every worker and rank that waits for it, so the ranks are asked first.
-        """
-        for name, handles in self._ranks.items():
-            causes = wait_for([h.failure.remote() for h in handles], f"the ranks of level {name} to say how they are", self.timeout_s)
-            for index, cause in enumerate(causes):
-                if cause is not None:
-                    raise RunFailedError(f"level {name} rank {index}: {cause.strip().splitlines()[-1]}", cause)
-        if errors:
-            raise RunFailedError(*errors[0])
+    def _worker_reports(self) -> list[WorkerReport] | None:
+        """Return the reports of all workers of the present generation, or None while some are missing."""
+        reports = [m.report for i in range(self.lineup.sizes[SEQUENCE]) if (m := self.members.of_role(Role(SEQUENCE, i))) is not None]
+        if len(reports) < self.lineup.sizes[SEQUENCE]:
+            return None
+        if any(r is None or r.worker is None or r.generation != self.lineup.generation for r in reports):
+            return None
+        return [r.worker for r in reports]
 
-    def _finish(self, metrics: MetricsWriter, status: RunState) -> None:
-        """Write summary.json and let the asker know that the run has ended."""
-        summary = self._make_summary(status)
+    def _take_report(self) -> None:
+        """Write down what worker 0 says."""
+        reports = self._worker_reports()
+        if reports is None:
+            return
+        first, seats = reports[0], [m.report for m in self.members.all.values() if m.report is not None]
+        self._step, self._totals = first.step, first.totals
+        held, copied = sum(s.bytes_held for s in seats), sum(s.bytes_copied for s in seats)
+        self.changes.observe(self.journal.add_rows(first.rows, recovery={"bytes_held": held, "bytes_copied": copied}))
+        member = self.lineup.workers[0]
+        events, member.events = member.events, []
+        for event in events:
+            self._note(event)
+        last = self._recoveries[-1] if self._recoveries else None
+        if last is not None and last.replay_s is None and first.state != "idle" and self._step >= last.step:
+            self._recoveries[-1] = replace(last, replay_s=time.time() - last.at - last.restore_s)
+            self._save_state()
+
+    def _note_commit(self) -> None:
+        """Find the newest recovery point of which every role's piece has a copy elsewhere; the older ones are then let go of."""
+        steps: set[int] | None = None
+        for role in self.lineup.roles:
+            member = self.members.of_role(role)
+            if member is None or member.report is None:
+                return
+            own = {
+                h.key.step
+                for h in member.report.holdings
+                if h.key.owner == role
+                and h.is_protected
+                and h.key.generation == self.lineup.generation
+                and h.group_size == self.lineup.sizes[role.group]
+            }
+            steps = own if steps is None else steps & own
+        if not steps:
+            return
+        self._committed = max(self._committed, (self.lineup.generation, max(steps)))
+        for step in sorted(steps):
+            if self.checkpoints.is_due(step):
+                self.checkpoints.begin(step)
+        for member in self.lineup.left_over():
+            if member.surplus_at is not None and self._committed > member.surplus_at:
+                self.members.remove(member)
+                self._note(f"{member.name}: ended, its resources are given back")
+
+    def _advance_checkpoints(self) -> None:
+        """Have the last point written, and complete the checkpoints that are written."""
+        if self._is_trained() and self._committed == (self.lineup.generation, self._step):
+            self.checkpoints.begin(self._step)
+        self.checkpoints.advance()
+
+    # Faults.
+
+    def _recover(self, faults: list[Fault]) -> None:
+        """Go back to the newest recovery point, with whoever lives and with new actors for the rest."""
+        seen_at, step = time.time(), max(self._step, self.journal.last_step)
+        self._set_state("recovering")
+        if all(fault.kind == "raised" for fault in faults):
+            time.sleep(SYMPTOM_S)
+            faults = self._look() or faults
+        self.checkpoints.abandon()
+        restored, source, causes = self._start_again(faults)
+        took_s = time.time() - seen_at
+        kinds, roles = tuple(f.kind for f in causes), tuple(f.role for f in causes)
+        message = "; ".join(dict.fromkeys(f.message for f in causes))
+        # Where the worker was is known from its last report: it may have been further.
+        recovery = Recovery(seen_at, kinds, roles, message, step, restored, source, max(0, step - restored), took_s)
+        self._recoveries.append(recovery)
+        self._save_state()
+        self._note(
+            f"recovered in {took_s:.1f} s: {message}; back from step {step} to {restored}, from {source}; "
+            f"{recovery.replayed} steps run again",
+            recovery=recovery.as_dict(),
+        )
+        self._set_state("running")
+
+    def _start_again(self, faults: list[Fault]) -> tuple[int, str, list[Fault]]:
+        """Begin at the best recovery point, however many further faults come in between; return step, source and the causes."""
+        new, every = faults, list(faults)
+        for _ in range(MAX_TRIES):
+            for fault in root_causes(new):
+                if self._repeats.count(fault, self._committed[1]) >= MAX_SAME_FAULTS:
+                    raise RunFailedError(f"{fault.message}; {MAX_SAME_FAULTS} times at step {fault.step}, given up", fault.details)
+            for fault in new:
+                member = next((m for m in self.members.all.values() if m.label == fault.role), None)
+                if member is not None and fault.kind in ("died", "hung"):
+                    self.members.remove(member, is_hung=fault.kind == "hung")
+            try:
+                step, source, lost = self._begin()
+                return step, source, root_causes([*every, *(self._named(f) for f in lost)])
+            except SeatLostError as error:
+                new = [self._named(error.fault)]
+            except RayTaskError as error:
+                message, details, exit_code = explain(error)
+                if exit_code == 2 or isinstance(error.cause, RemoteTimeoutError):
+                    raise
+                new = [Fault("raised", "the start", self._step, message, details)]
+            every += new
+        raise RunFailedError(f"{every[-1].message}; {MAX_TRIES} starts in a row were cut short")
+
+    def _begin_resized(self) -> None:
+        """Go on with another number of sequence workers, which have paused."""
+        before, started_s = self.lineup.sizes, time.monotonic()
+        step, _, _ = self._start_again([])
+        sizes = {name: size for name, size in self.lineup.sizes.items() if size != before[name]}
+        text = ", ".join(f"{name}={before[name]} -> {name}={size}" for name, size in sizes.items())
+        self._note(f"step {step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
+
+    def _begin(self) -> tuple[int, str, list[Fault]]:
+        self._is_stop_sent = False
+        self.changes.settle()
+        result = self.lineup.begin(self.checkpoints.stored)
+        self._step = result[0]
+        self._save_state()
+        self._set_state("running")
+        return result
+
+    def _come_back(self, state: dict[str, Any]) -> None:
+        """After this process was killed: go on with the actors as they are, or, where that cannot be, restore the run."""
+        self.lineup.resize(state["sizes"])
+        self.lineup.last_generation = state["generation"]
+        self.changes.request(state["wanted"])
+        self._recoveries = [Recovery(**r | {"kinds": tuple(r["kinds"]), "roles": tuple(r["roles"])}) for r in state["recoveries"]]
+        self._is_stop_requested, self._started_at = state["stop"], state["started_at"]
+        self._step = self.journal.last_step
+        seen_at = time.time()
+        self.checkpoints.look()
+        self.members.find(self.lineup.plan_of)
+        lost = self._first_look()
+        fault = Fault("conductor", CONDUCTOR, self._step, "the conductor was killed and started again")
+        if lost or not self._is_intact():
+            restored, source, _ = self._start_again([fault, *lost])
+        else:
+            self.lineup.set_keepers()
+            restored, source = self._step, "the running actors"
+        took_s = time.time() - seen_at
+        recovery = Recovery(
+            seen_at,
+            ("conductor", *(f.kind for f in lost)),
+            (CONDUCTOR, *(f.role for f in lost)),
+            fault.message,
+            self._step,
+            restored,
+            source,
+            max(0, self.journal.last_step - restored),
+            took_s,
+            0.0,
+        )
+        self._recoveries.append(recovery)
+        self._save_state()
+        self._note(f"{fault.message}: {len(self.members.all)} actors found, going on from {source}", recovery=recovery.as_dict())
+        self._set_state("running")
+
+    def _first_look(self) -> list[Fault]:
+        """Wait until every found seat has reported or is known to be gone."""
+        lost: list[Fault] = []
+        deadline = time.monotonic() + self.recovery.hang_timeout_s
+        while any(m.report is None for m in self.members.all.values()):
+            for fault in self.members.poll(self.journal.last_step):
+                lost.append(fault)
+                self.members.remove(self.members.all[fault.role])
+            if time.monotonic() > deadline:
+                for member in [m for m in self.members.all.values() if m.report is None]:
+                    lost.append(Fault("hung", member.name, self._step, f"{member.name} did not answer"))
+                    self.members.remove(member)
+        return lost
+
+    def _is_intact(self) -> bool:
+        """Take over the roles as the seats report them; return whether they are a whole, running line-up."""
+        lineup = self.lineup
+        for member in self.members.all.values():
+            member.assigned = member.report.role if member.report.is_started else None
+            if member.assigned is not None:
+                lineup.last_generation = max(lineup.last_generation, member.report.generation)
+        seats = [self.members.of_role(role) for role in lineup.roles]
+        if any(seat is None or seat.report.group_size != lineup.sizes[role.group] for seat, role in zip(seats, lineup.roles, strict=True)):
+            return False
+        generations = {group: {s.report.generation for s in seats if s.assigned.group == group} for group in lineup.groups}
+        if any(len(found) != 1 for found in generations.values()):
+            return False
+        lineup.role_generations = {group: found.pop() for group, found in generations.items()}
+        lineup.generation = lineup.role_generations[SEQUENCE]
+        lineup.fill()
+        return True
+
+    # The end.
+
+    def _send_stop(self) -> None:
+        if self._is_stop_requested and not self._is_stop_sent and self._state == "running":
+            self._is_stop_sent = True
+            self._save_state()
+            self.lineup.command(Command.STOP)
+            self._note("stopping after the step under way, with a checkpoint")
+
+    def _is_trained(self) -> bool:
+        reports = self._worker_reports()
+        return reports is not None and all(report.state == "ended" for report in reports)
+
+    def _is_over(self) -> bool:
+        if not self._is_trained():
+            return False
+        self._set_state("finishing")
+        is_complete = self._committed == (self.lineup.generation, self._step)
+        return is_complete and not self.checkpoints.steps_under_way and self.checkpoints.written_step == self._step
+
+    def _finish(self, status: RunState) -> None:
+        """Write summary.json, give the resources back, and let the asker know that the run has ended."""
+        summary = make_summary(
+            self.lineup.config,
+            self.lineup.plans,
+            status=status,
+            step=self._step,
+            totals=self._totals,
+            recoveries=self._recoveries,
+            started_at=self._started_at,
+            checkpoint=self.checkpoints.newest,
+            digest=self.checkpoints.digest,
+            error=None if self._failure is None else str(self._failure),
+        )
         try:
-            metrics.write_summary(summary)
-            metrics.close()
+            self.journal.write_summary(summary)
+            self._save_state(status=status, summary=summary)
+            self.journal.close()
         except Exception as error:
             logger.exception("summary.json")
-            self._add_event(f"summary.json could not be written: {error}")
+            self._note(f"summary.json could not be written: {error}")
+        self.members.remove_all()
         with self._lock:
             self._summary = summary
         self._set_state(status)
 
-    def _make_summary(self, status: RunState) -> dict[str, Any]:
-        totals, sequence, model = self._totals, self.config.sequence, self.config.model
-        step_tokens = sequence.global_batch * model.seq_len
-        seconds = totals.get("seconds") or 0.0
-        levels = [
-            {
-                "name": plan.name,
-                "update_period": plan.update_period,
-                "delay": plan.delay,
-                "ranks": plan.ranks,
-                "version": newest_version(self._step, plan.update_period),
-                "parameter_bytes": 4 * plan.num_parameters,
-                **{k: totals.get("levels", {}).get(plan.name, {}).get(k, 0) for k in LEVEL_TOTALS},
-            }
-            for plan in self.plans
-        ]
-        return {
-            "status": status,
-            "run": self.config.run.name,
-            "steps": self._step,
-            "tokens": self._step * step_tokens,
-            "loss_first": totals.get("loss_first"),
-            "loss_last": totals.get("loss_last"),
-            "eval_loss": totals.get("eval_loss") if status != "failed" else None,
-            "eval_loss_by_tag": totals.get("eval_loss_by_tag", {}) if status != "failed" else {},
-            "tokens_per_second": self._step * step_tokens / seconds if seconds else None,
-            "stall_fraction": totals["stall_s"] / seconds if seconds else None,
-            "train_seconds": seconds,
-            "skipped_steps": totals.get("num_skipped", 0),
-            "recoveries": 0,
-            "checkpoint": self._last_checkpoint,
-            "digest": self._digest if status != "failed" else None,
-            "error": None if self._failure is None else str(self._failure),
-            "levels": levels,
-        }
-
-    def _tear_down(self) -> None:
-        """End every actor and give the resources back."""
-        for handle in [*self._workers, *self._all_ranks]:
-            ray.kill(handle)
-        self._placement.release()
-
-    def _add_event(self, event: str) -> None:
+    def _fail(self, failure: RunFailedError) -> None:
         with self._lock:
-            self._events.append(event)
+            self._failure = failure
+        if self.journal is None:
+            self.members.remove_all()
+            self._set_state("failed")
+            return
+        try:
+            self.checkpoints.rescue()
+        except Exception as error:
+            self._note(f"the recovery point in memory could not be written as a checkpoint: {explain(error)[0]}")
+        self._finish("failed")
+
+    def _linger(self) -> None:
+        """Stay for those who ask how the run ended, then go."""
+        while ray.is_initialized() and time.monotonic() - self._asked_s < LINGER_S:
+            time.sleep(1.0)
+        if ray.is_initialized():
+            ray.kill(ray.get_actor(CONDUCTOR, self.members.namespace))
+
+    def _save_state(self, **fields: Any) -> None:
+        if self.lineup.config != self._saved_config:
+            self._saved_config = self.lineup.config
+            self.journal.save_config(self.lineup.config)
+        self.journal.save_state(
+            {
+                "status": self._state,
+                "sizes": self.lineup.sizes,
+                "wanted": self.changes.wanted,
+                "generation": self.lineup.last_generation,
+                "stop": self._is_stop_requested,
+                "started_at": self._started_at,
+                "recoveries": [r.as_dict() for r in self._recoveries],
+                "address": ray.get_runtime_context().gcs_address,
+                **fields,
+            }
+        )
+
+    def _note(self, event: str, **fields: Any) -> None:
+        self.journal.add_event(event, **fields)
 
     def _set_state(self, state: RunState) -> None:
         with self._lock:

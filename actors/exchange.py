@@ -31,7 +31,7 @@ class RankLink(Protocol):
 
     def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]: ...
 
-    def hold_snapshot(self, step: int) -> None: ...
+    def hold_snapshot(self, step: int, generation: int) -> None: ...
 
 
 class LevelChannel:
@@ -70,13 +70,15 @@ class LevelChannel:
         self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"push-{plan.name}")
         self._receiver = ThreadPoolExecutor(1, thread_name_prefix=f"pull-{plan.name}")
         self._holding: Future | None = None
-        self._arriving: dict[int, Future[list[tuple[Version, np.ndarray]]]] = {}
+        self._arriving: dict[int, Future[tuple[float, list[tuple[Version, np.ndarray]]]]] = {}
+        self._sent_s: dict[int, float] = {}
         self.visible = -1
         self.grad_norm = math.nan
         self.bytes_pushed = 0
         self.bytes_pulled = 0
         self.stall_s = 0.0
         self.skipped_updates = 0
+        self.round_trip_s = math.nan
 
     def start(self, visible: int, newest: int) -> None:
         """Take up version `visible` now and ask for those after it that are under way, up to `newest`."""
@@ -85,9 +87,17 @@ class LevelChannel:
         self._take(visible)
         self.bytes_pulled, self.stall_s = 0, 0.0
 
+    def take_over(self, before: "LevelChannel", step: int) -> None:
+        """Go on where `before`, a channel to other ranks of the same level, is after `step`; nothing waits for the new ranks."""
+        self.visible, self.grad_norm, self.round_trip_s = before.visible, before.grad_norm, before.round_trip_s
+        for version in range(self.visible + 1, newest_version(step, self.plan.update_period) + 1):
+            self._arriving[version] = self._receiver.submit(self._receive, version, None)
+        self.load_accumulators(before.accumulators(), before.num_open_steps)
+        self.resume_counters(before.bytes_pushed, before.bytes_pulled, before.stall_s, before.skipped_updates)
+
     def take_up(self, step: int) -> None:
         """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there."""
-        if self._holding is not None and self._holding.done():
+        if self.is_settled:
             self.settle()
         due = visible_version(step, self.plan.update_period, self.plan.delay)
         if self.exchange.mode == "eager":
@@ -127,19 +137,25 @@ class LevelChannel:
         self._open_views = self._views(self._open)
         self._num_steps = 0
         self.bytes_pushed += sum(layout.size_bytes for layout in self.layouts)
+        self._sent_s[version] = time.perf_counter()
         sent = self._sender.submit(self._send, version, buffers, num_steps)
         self._arriving[version] = self._receiver.submit(self._receive, version, sent)
 
-    def hold_snapshots(self, step: int) -> None:
+    def hold_snapshots(self, step: int, generation: int) -> None:
         """Worker 0 only: have every rank snapshot the boundary after `step`, between this worker's pushes."""
         self.settle()
-        self._holding = self._sender.submit(lambda: [rank.hold_snapshot(step) for rank in self.ranks])
+        self._holding = self._sender.submit(lambda: [rank.hold_snapshot(step, generation) for rank in self.ranks])
 
     def settle(self) -> None:
         """Wait until the ranks have taken the snapshots asked for; raise what went wrong with them."""
         if self._holding is not None:
             self._holding.result(self.timeout_s)
             self._holding = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` would return at once."""
+        return self._holding is None or self._holding.done()
 
     def accumulators(self) -> dict[str, Tensor]:
         """Return copies of the open period's sums by parameter name; none if no step is in it yet."""
@@ -176,23 +192,25 @@ class LevelChannel:
         finally:
             self._free.put(buffers)
 
-    def _receive(self, version: int, sent: Future | None) -> list[tuple[Version, np.ndarray]]:
+    def _receive(self, version: int, sent: Future | None) -> tuple[float, list[tuple[Version, np.ndarray]]]:
         receipts = [None] * len(self.ranks) if sent is None else sent.result(self.timeout_s)
-        return [rank.pull(version, receipt) for rank, receipt in zip(self.ranks, receipts, strict=True)]
+        received = [rank.pull(version, receipt) for rank, receipt in zip(self.ranks, receipts, strict=True)]
+        return time.perf_counter(), received
 
     # The training thread's side.
 
     def _take(self, version: int) -> None:
         started = time.perf_counter()
         try:
-            received = self._arriving.pop(version).result(self.timeout_s)
+            arrived_s, received = self._arriving.pop(version).result(self.timeout_s)
         except FutureTimeoutError as error:
             raise RemoteTimeoutError(
                 f"waited {self.timeout_s:g} s for version {version} of level {self.plan.name} (run.timeout_s)"
             ) from error
         self.stall_s += time.perf_counter() - started
-        for older in [v for v in self._arriving if v < version]:
-            del self._arriving[older]
+        self.round_trip_s = arrived_s - self._sent_s.pop(version, math.nan)
+        self._arriving = {v: future for v, future in self._arriving.items() if v > version}
+        self._sent_s = {v: sent_s for v, sent_s in self._sent_s.items() if v > version}
         views = [v for layout, (_, array) in zip(self.layouts, received, strict=True) for v in layout.views(as_tensor(array))]
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, views)

@@ -5,27 +5,31 @@ import logging
 import os
 import posixpath
 import socket
+import time
 from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from fsspec.core import url_to_fs
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
-from nlray.actors.conductor import Behaviours, Conductor, explain, namespace_of
+from nlray.actors.conductor import Conductor, explain, namespace_of
 from nlray.actors.locks import RunLock
+from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
-from nlray.actors.transports import wait_for
+from nlray.actors.seat import Behaviours
+from nlray.actors.transports import describe_death, wait_for
 from nlray.actors.types import RunStatus
 from nlray.checkpoint import latest_checkpoint, read_manifest
 from nlray.config import Config
 from nlray.config_loading import config_to_yaml, parse_config, with_run
-from nlray.errors import NlrayError, UserError
+from nlray.errors import UserError
 from nlray.levels import LevelPlan
-from nlray.metrics import MetricsWriter
+from nlray.metrics import MetricsWriter, read_events
 from nlray.nested_system import level_plans
 from nlray.pipelines.tokenizers import checked_vocab_size
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints")
 
 
 def fixed_on_resume(config: Config) -> dict[str, Any]:
@@ -53,20 +57,31 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
 class RunHandle:
     """A run as the command line sees it."""
 
-    def __init__(self, config: Config, conductor: Any, *, owns_ray: bool) -> None:
+    def __init__(self, config: Config, conductor: Any, *, owns_ray: bool, rows_after: int = 0, events_from: int = 0) -> None:
         self.name, self.dir = config.run.name, config.run.dir
         self._conductor, self._owns_ray = conductor, owns_ray
         self._timeout_s = config.run.timeout_s
-        self._next_row = self._next_event = 0
+        self._last_row, self._next_event = rows_after, events_from
+        self._lost_s: float | None = None
 
     def poll(self) -> RunStatus:
-        """Return the state, and the rows and events since the last poll."""
+        """Return the state, and the rows and events since the last poll; `recovering` while the conductor is started again."""
         try:
-            what = "the conductor's report"
-            status: RunStatus = wait_for(self._conductor.poll.remote(self._next_row, self._next_event), what, self._timeout_s)
-        except NlrayError as error:
-            return RunStatus("failed", [], [], message=str(error), traceback=explain(error)[1], exit_code=1)
-        self._next_row, self._next_event = status.next_row, status.next_event
+            status: RunStatus = ray.get(self._conductor.poll.remote(self._last_row, self._next_event), timeout=self._timeout_s)
+        except ActorDiedError as error:
+            return RunStatus("failed", [], [], message=describe_death(error), traceback=explain(error)[1], exit_code=1)
+        except RayActorError as error:
+            self._lost_s = self._lost_s or time.monotonic()
+            if time.monotonic() - self._lost_s > self._timeout_s:
+                message = f"waited {self._timeout_s:g} s for the conductor to be back (run.timeout_s)"
+                return RunStatus("failed", [], [], message=message, traceback=explain(error)[1], exit_code=1)
+            return RunStatus("recovering", [], [])
+        except GetTimeoutError:
+            message = f"waited {self._timeout_s:g} s for the conductor's report (run.timeout_s)"
+            return RunStatus("failed", [], [], message=message, exit_code=1)
+        self._lost_s = None
+        self._next_event = status.next_event
+        self._last_row = status.rows[-1]["step"] if status.rows else self._last_row
         return status
 
     def request_stop(self) -> None:
@@ -74,9 +89,9 @@ class RunHandle:
         self._conductor.request_stop.remote()
 
     def close(self) -> None:
-        """End the conductor, and the local Ray cluster if this process started it."""
+        """End what is left of the run, and the local Ray cluster if this process started it."""
         if ray.is_initialized():
-            ray.kill(self._conductor)
+            end_run(namespace_of(self.name))
             if self._owns_ray:
                 ray.shutdown()
 
@@ -114,8 +129,9 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         if len(nodes) > 1 and "://" not in config.run.dir:
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
         prepare_dir(config, checkpoint)
-        actor = ray.remote(num_cpus=0, max_concurrency=8)(Conductor)
-        conductor = actor.options(name="conductor", namespace=namespace_of(config.run.name), lifetime="detached").remote(
+        num_events = len(read_events(config.run.dir))
+        actor = ray.remote(num_cpus=0, max_concurrency=16)(Conductor)
+        conductor = actor.options(name=CONDUCTOR, namespace=namespace_of(config.run.name), lifetime="detached", max_restarts=-1).remote(
             config, plans, actors, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
         )
         wait_for(conductor.start.remote(), "the conductor to start", config.run.timeout_s)
@@ -123,7 +139,8 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         if owns_ray:
             ray.shutdown()
         raise
-    return RunHandle(config, conductor, owns_ray=owns_ray)
+    rows_after = 0 if checkpoint is None else read_manifest(checkpoint, verify=False).step
+    return RunHandle(config, conductor, owns_ray=owns_ray, rows_after=rows_after, events_from=num_events)
 
 
 def resolve(config: Config) -> Config:
@@ -237,5 +254,7 @@ def prepare_dir(config: Config, checkpoint: str | None) -> None:
             metrics.truncate_after(read_manifest(checkpoint, verify=False).step)
         if fs.exists(posixpath.join(path, "summary.json")):
             fs.rm(posixpath.join(path, "summary.json"))
+        if fs.exists(posixpath.join(path, "state.json")):
+            fs.rm(posixpath.join(path, "state.json"))
     fs.makedirs(path, exist_ok=True)
     fs.pipe_file(posixpath.join(path, "config.yaml"), config_to_yaml(with_run(config, overwrite=False)).encode())

@@ -1,6 +1,6 @@
 """A level rank: owns some of a memory level's tensors and their optimizer state, and publishes versions of them.
 
-A plain class; `nlray.actors.placement` makes it an actor. Its methods are short and run in the actor's threads, the updates in
+A plain class; it sits in a `nlray.actors.seat`. Its methods are short and run in the actor's threads, the updates in
 a thread of their own (`start`). Order of an update: sum the workers' contributions in worker order, divide by the number
 of steps (Eq. 71 with the period's mean), clip by the norm of the whole level, step, publish.
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nlray.actors.recovery import Shelf, Snapshot
+from nlray.actors.recovery import Snapshot, Vault, to_host
 from nlray.actors.transports import Store
-from nlray.actors.types import Contribution, PartWritten, Version
+from nlray.actors.types import Contribution, PieceKey, Role, RoleError, Version
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.device import device_for
-from nlray.errors import NlrayError, RemoteTimeoutError
+from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
 from nlray.levels import LevelPlan, newest_version
 from nlray.models.layers import initialize_, parameter_inits
@@ -36,12 +36,15 @@ class LevelRank:
         plan: the level.
         rank: which of `plan.shards` this rank owns.
         store: where versions are published.
+        vault: where the pieces of recovery points are held.
         gpus: GPUs that Ray gave this actor; above 0 the tensors live on one.
     """
 
-    def __init__(self, config: Config, plan: LevelPlan, rank: int, *, store: Store, gpus: float = 0) -> None:
+    def __init__(self, config: Config, plan: LevelPlan, rank: int, *, store: Store, vault: Vault, gpus: float = 0) -> None:
         self.config, self.plan, self.rank = config, plan, rank
         self.level = config.levels[plan.name]
+        self.role = Role(plan.name, rank)
+        self.group_size = plan.ranks
         self.label = f"level {plan.name} rank {rank}"
         self.timeout_s = config.run.timeout_s
         self.layout = FlatLayout(plan.shards[rank])
@@ -62,11 +65,12 @@ class LevelRank:
         self._contributions: dict[int, dict[int, Contribution]] = {}
         self._norms: dict[int, dict[str, float]] = {}
         self._changed = threading.Condition()
-        self._failure: str | None = None
+        self._error: RoleError | None = None
         self._is_stopping = False
         self._send_norms: SendNorms = lambda version, norms: None
         self._thread: threading.Thread | None = None
-        self._shelf = Shelf(self.label, self.timeout_s)
+        self._vault = vault
+        self._last_snapshot: Snapshot | None = None
 
     def connect(self, send_norms: SendNorms) -> None:
         """Set how this rank's norms of a version reach the other ranks' `receive_norms`."""
@@ -78,27 +82,33 @@ class LevelRank:
         self._thread = threading.Thread(target=self._apply_periods, name=f"{self.plan.name}-{self.rank}", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
+    @property
+    def is_started(self) -> bool:
+        return self._thread is not None
+
+    def halt(self) -> None:
+        """End the update thread and everything that waits here."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(timeout=10)
+            self._thread.join(self.timeout_s)
 
     def device_type(self) -> str:
         """Return `cpu` or `cuda`: where the tensors live."""
         return self.device.type
 
-    def failure(self) -> str | None:
-        """Return the traceback of what ended the update thread, None while well."""
-        return self._failure
+    @property
+    def error(self) -> RoleError | None:
+        """What ended the update thread, None while well."""
+        return self._error
 
     # What the sequence workers and the other ranks call.
 
     def push(self, contribution: Contribution) -> None:
         """Take a worker's contribution to a version; the last one starts the update."""
         with self._changed:
-            self._raise_failure()
+            self._raise_error()
             workers = self._contributions.setdefault(contribution.version, {})
             if contribution.version <= self.version or contribution.worker in workers:
                 raise NlrayError(f"{self.label}: a second contribution of worker {contribution.worker} to version {contribution.version}")
@@ -108,7 +118,7 @@ class LevelRank:
     def pull(self, version: int) -> Version:
         """Wait for a version and return it; the newest two are kept."""
         with self._changed:
-            self._wait(lambda: self.version >= version and bool(self._published), f"version {version}")
+            self._wait(lambda: any(v >= version for v in self._published), f"version {version}")
             if version not in self._published:
                 raise NlrayError(f"{self.label}: version {version} is gone; the newest is {self.version}")
             return self._published[version]
@@ -121,24 +131,38 @@ class LevelRank:
 
     # Snapshots.
 
-    def hold_snapshot(self, step: int) -> None:
-        """Take the snapshot of the boundary after `step` and hold it until it is written.
+    def hold_snapshot(self, step: int, generation: int) -> None:
+        """Put this rank's piece of the recovery point after `step` into the vault.
 
         Worker 0 asks for it between its pushes and holds the next push until it has returned, so the version cannot move on.
         """
         with self._changed:
             self._wait(lambda: self.version == newest_version(step, self.plan.update_period), f"the update of step {step}")
-        self._shelf.put(self.snapshot(step))
+        self._vault.put(self.snapshot(step, generation))
 
-    def snapshot(self, step: int) -> Snapshot:
-        """Return a copy of the state: newest parameters, optimizer, and the version before where it may still be in use."""
-        tensors = {f"param/{n}": p.detach().clone() for n, p in self.parameters.items()}
-        tensors |= {f"optimizer/{k}": v.clone() for k, v in self.optimizer.state_tensors().items()}
-        before = self._published.get(self.version - 1)
-        if before is not None and self._keeps_version_before:
-            flat = torch.from_numpy(self._store.get(before.data).copy())
-            tensors |= {f"visible/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
-        return Snapshot(step, tensors, {"version": self.version})
+    def snapshot(self, step: int, generation: int) -> Snapshot:
+        """Return a copy of the state: newest parameters, optimizer, and the version before where it may still be in use.
+
+        Where no update came since the snapshot before, the tensors are that one's.
+        """
+        last = self._last_snapshot
+        if last is not None and last.state["version"] == self.version:
+            tensors = last.tensors
+        else:
+            tensors = {f"param/{n}": to_host(p) for n, p in self.parameters.items()}
+            tensors |= {f"optimizer/{k}": to_host(v) for k, v in self.optimizer.state_tensors().items()}
+            before = self._published.get(self.version - 1)
+            if before is not None and self._keeps_version_before:
+                flat = torch.from_numpy(self._store.get(before.data).copy())
+                tensors |= {f"visible/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
+        self._last_snapshot = Snapshot(PieceKey(generation, step, self.role), self.plan.ranks, tensors, {"version": self.version})
+        return self._last_snapshot
+
+    def wants(self, tensor: str) -> bool:
+        """Return whether a snapshot's tensor is one that this rank restores."""
+        kind, _, rest = tensor.partition("/")
+        name = rest.rpartition("/")[0] if kind == "optimizer" else rest
+        return kind in ("param", "optimizer", "visible") and name in self.parameters
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot's tensors that this rank owns, whichever ranks they came from. Call before `start`."""
@@ -157,20 +181,10 @@ class LevelRank:
 
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
-        names = set(self.parameters)
-
-        def is_mine(tensor: str) -> bool:
-            kind, _, rest = tensor.partition("/")
-            name = rest.rpartition("/")[0] if kind == "optimizer" else rest
-            return kind in ("param", "optimizer", "visible") and name in names
-
         manifest = read_manifest(url, verify=False)
-        version = manifest.state["versions"][self.plan.name]
-        self.restore(Snapshot(manifest.step, load_tensors(url, is_mine, manifest), {"version": version}))
-
-    def write(self, step: int, url: str) -> PartWritten:
-        """Write the held snapshot of `step` as this rank's file of the checkpoint `url`."""
-        return self._shelf.write(step, url, f"level_{self.plan.name}_{self.rank}.safetensors")
+        state = {"version": manifest.state["versions"][self.plan.name]}
+        key = PieceKey(0, manifest.step, self.role)
+        self.restore(Snapshot(key, self.plan.ranks, load_tensors(url, self.wants, manifest), state))
 
     @property
     def _keeps_version_before(self) -> bool:
@@ -183,9 +197,12 @@ class LevelRank:
         try:
             while (contributions := self._next_period()) is not None:
                 self._apply(contributions)
-        except Exception:
+        except HaltedError:
+            return
+        except Exception as error:
             with self._changed:
-                self._failure = traceback.format_exc()
+                message = f"{self.label}: {type(error).__name__}: {error}"
+                self._error = RoleError(message, traceback.format_exc(), (self.version + 1) * self.plan.update_period)
                 self._changed.notify_all()
 
     def _next_period(self) -> list[Contribution] | None:
@@ -241,11 +258,13 @@ class LevelRank:
             self._changed.notify_all()
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait under the lock; raise if the update thread has failed or the limit is reached."""
-        if not self._changed.wait_for(lambda: condition() or self._failure is not None, self.timeout_s):
+        """Wait under the lock; raise if the update thread has failed, this rank is halted or the limit is reached."""
+        if not self._changed.wait_for(lambda: condition() or self._error is not None or self._is_stopping, self.timeout_s):
             raise RemoteTimeoutError(f"{self.label}: waited {self.timeout_s:g} s for {what} (run.timeout_s)")
-        self._raise_failure()
+        self._raise_error()
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise NlrayError(f"{self.label} failed: {self._failure.strip().splitlines()[-1]}")
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise NlrayError(f"{self.error.message} (seen by who waits for it)")
+        if self._is_stopping:
+            raise HaltedError(f"{self.label} is halted")

@@ -1,43 +1,44 @@
-"""Where each actor of a run goes: resources per actor, checked against the cluster, then one placement group each.
-
-One group per actor, since a placement group cannot be resized: a level that grows gets another group.
-"""
+"""What each actor of a run asks for, checked against the cluster. `nlray.actors.members` places them."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+from nlray.actors.types import SEQUENCE
 from nlray.config import Config, ResourcesConfig
-from nlray.errors import NlrayError, UserError
+from nlray.errors import UserError
+
+STANDBY = "standby"
 
 
 @dataclass(frozen=True, slots=True)
 class ActorPlan:
-    """One actor: `level` is None for a sequence worker. gpus: resolved, never `auto`."""
+    """One actor. group: `sequence`, a level's name, or `standby`. gpus: resolved, never `auto`."""
 
-    level: str | None
+    group: str
     index: int
     resources: ResourcesConfig
     gpus: float
 
     @property
     def name(self) -> str:
-        return f"{self.level or 'sequence'}-{self.index}"
+        return f"{self.group}-{self.index}"
 
     @property
     def key(self) -> str:
         """The configuration key that asks for these resources."""
-        return f"memory.levels.{self.level}.resources" if self.level else "sequence.resources"
+        return {SEQUENCE: "sequence.resources", STANDBY: "recovery.standbys"}.get(self.group, f"memory.levels.{self.group}.resources")
 
     @property
     def bundle(self) -> dict[str, float]:
         bundle = {"CPU": self.resources.cpus, "GPU": self.gpus, **self.resources.custom}
         return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.01}
+
+    def fits(self, other: "ActorPlan") -> bool:
+        """Return whether this actor can sit on what `other` has reserved."""
+        labels = self.resources.labels.items() <= other.resources.labels.items()
+        return labels and all(amount <= other.bundle.get(name, 0.0) for name, amount in self.bundle.items())
 
 
 def plan_actors(config: Config, cluster_gpus: float) -> tuple[list[ActorPlan], list[str]]:
@@ -46,7 +47,7 @@ def plan_actors(config: Config, cluster_gpus: float) -> tuple[list[ActorPlan], l
     `auto` is one GPU each where the cluster has enough for all that ask so; where it has fewer, the sequence workers come first
     and the level ranks stay on the CPU, with a note.
     """
-    workers = [(None, i, config.sequence.resources) for i in range(config.sequence.workers)]
+    workers = [(SEQUENCE, i, config.sequence.resources) for i in range(config.sequence.workers)]
     ranks = [(name, i, level.resources) for name, level in config.levels.items() for i in range(level.ranks)]
     fixed = sum(float(r.gpus) for _, _, r in [*workers, *ranks] if r.gpus != "auto")
     left = cluster_gpus - fixed
@@ -60,16 +61,24 @@ def plan_actors(config: Config, cluster_gpus: float) -> tuple[list[ActorPlan], l
             who = "level ranks" if is_level else "sequence workers"
             notes.append(f"{num_auto} {who} with resources.gpus=auto run on the CPU: the cluster's {cluster_gpus:g} GPUs do not go round")
     plans = [
-        ActorPlan(level, index, resources, auto[level is not None] if resources.gpus == "auto" else float(resources.gpus))
-        for level, index, resources in [*workers, *ranks]
+        ActorPlan(group, index, resources, auto[group != SEQUENCE] if resources.gpus == "auto" else float(resources.gpus))
+        for group, index, resources in [*workers, *ranks]
     ]
-    return plans, notes
+    return [*plans, *plan_standbys(config, plans)], notes
+
+
+def plan_standbys(config: Config, plans: Sequence[ActorPlan]) -> list[ActorPlan]:
+    """Return the standbys: each reserves as many CPUs and GPUs as the largest actor, without custom resources and labels."""
+    resources = ResourcesConfig(cpus=max(plan.resources.cpus for plan in plans))
+    gpus = max(plan.gpus for plan in plans)
+    return [ActorPlan(STANDBY, index, resources, gpus) for index in range(config.recovery.standbys)]
 
 
 def cpus_needed(config: Config) -> int:
     """Return the logical CPUs that all actors of the run ask for, rounded up."""
-    ranks = sum(level.ranks * level.resources.cpus for level in config.levels.values())
-    return math.ceil(config.sequence.workers * config.sequence.resources.cpus + ranks)
+    ranks = [level.resources.cpus for level in config.levels.values() for _ in range(level.ranks)]
+    cpus = [*[config.sequence.resources.cpus] * config.sequence.workers, *ranks]
+    return math.ceil(sum(cpus) + config.recovery.standbys * max(cpus))
 
 
 def check_fit(plans: Sequence[ActorPlan], nodes: Sequence[dict[str, Any]]) -> None:
@@ -97,44 +106,6 @@ def check_fit(plans: Sequence[ActorPlan], nodes: Sequence[dict[str, Any]]) -> No
         if asked > there:
             keys = sorted({plan.key for plan in plans if name in plan.bundle})
             raise UserError(f"the run asks for {asked:g} {name} ({', '.join(keys)}); the cluster has {there:g}")
-
-
-class Placement:
-    """The placement groups of a run's actors. namespace: Ray's, in which the actors have their names."""
-
-    def __init__(self, namespace: str, timeout_s: float) -> None:
-        self.namespace, self.timeout_s = namespace, timeout_s
-        self._groups: dict[str, Any] = {}
-
-    def reserve(self, plans: Sequence[ActorPlan]) -> None:
-        """Reserve every actor's resources, and wait until they are there."""
-        for plan in plans:
-            labels = [dict(plan.resources.labels)] if plan.resources.labels else None
-            self._groups[plan.name] = placement_group([plan.bundle], strategy="PACK", bundle_label_selector=labels)
-        waiting = {group.ready(): name for name, group in self._groups.items()}
-        _, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=self.timeout_s)
-        if late:
-            names = ", ".join(sorted(waiting[ref] for ref in late))
-            raise NlrayError(f"waited {self.timeout_s:g} s for the resources of {names} (run.timeout_s)")
-
-    def create(self, plan: ActorPlan, behaviour: type, *args: Any, max_concurrency: int, **kwargs: Any) -> Any:
-        """Make the plain class `behaviour` an actor in its placement group; return the handle."""
-        options = {
-            "num_cpus": plan.bundle.get("CPU", 0),
-            "num_gpus": plan.gpus,
-            "resources": dict(plan.resources.custom),
-            "max_concurrency": max_concurrency,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[plan.name], placement_group_bundle_index=0),
-            "name": plan.name,
-            "namespace": self.namespace,
-        }
-        return ray.remote(**options)(behaviour).remote(*args, **kwargs)
-
-    def release(self) -> None:
-        """Give all resources back."""
-        for group in self._groups.values():
-            remove_placement_group(group)
-        self._groups = {}
 
 
 def resolve_threads(config: Config) -> Config:

@@ -1,16 +1,17 @@
 """A sequence worker: its share of every step's batch through the model, and the sequence parameters' optimizer.
 
-A plain class; `nlray.actors.placement` makes it an actor. `train` runs in a thread of its own (`start`), the actor's methods only
+A plain class; it sits in a `nlray.actors.seat`. `train` runs in a thread of its own (`start`), the other methods only
 look and leave commands. A step: take up the versions that are due, read the batch, forward and backward, agree with the
 other workers, hand the CMS gradients to the exchange, step the sequence optimizer.
 """
 
+import math
 import threading
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from nlray.actors.collective import Agreement, WorkerGroup
 from nlray.actors.exchange import LevelChannel, RankLink
-from nlray.actors.recovery import Shelf, Snapshot
-from nlray.actors.types import Command, PartWritten, WorkerReport
+from nlray.actors.recovery import Snapshot, Vault, to_host
+from nlray.actors.types import SEQUENCE, Command, PieceKey, Role, RoleError, WorkerReport
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.device import device_for
-from nlray.errors import NonFiniteLossError
+from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, UserError
 from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
@@ -41,16 +42,30 @@ class SequenceWorker:
         config: the run's configuration, with `model.vocab_size` set.
         plans: the levels, fastest first.
         worker: index of this worker, from 0.
+        vault: where the pieces of recovery points are held.
+        generation: of the group of workers; marks the recovery points that it takes.
         gpus: GPUs that Ray gave this actor; above 0 the model lives on one.
+        is_restored: the initial parameters are not needed, `restore` or `load` comes next.
     """
 
-    def __init__(self, config: Config, plans: Sequence[LevelPlan], worker: int, *, gpus: float = 0) -> None:
-        self.config, self.plans, self.worker = config, plans, worker
+    def __init__(
+        self,
+        config: Config,
+        plans: Sequence[LevelPlan],
+        worker: int,
+        *,
+        vault: Vault,
+        generation: int = 0,
+        gpus: float = 0,
+        is_restored: bool = False,
+    ) -> None:
+        self.config, self.plans, self.worker, self.generation = config, list(plans), worker, generation
+        self.role, self.group_size = Role(SEQUENCE, worker), config.sequence.workers
         self.device = device_for(gpus)
         self.label = f"sequence worker {worker}"
         sequence, model = config.sequence, config.model
         torch.set_num_threads(sequence.resources.num_threads)
-        self.model = build_model(config, model.vocab_size, device=self.device, seed=config.run.seed)
+        self.model = build_model(config, model.vocab_size, device=self.device, seed=None if is_restored else config.run.seed)
         self.step_tokens = sequence.global_batch * model.seq_len
         self.model.set_loss_tokens(self.step_tokens)
         self.parameters = sequence_parameters(self.model)
@@ -76,12 +91,17 @@ class SequenceWorker:
         self._lock = threading.Lock()
         self._rows: list[dict[str, Any]] = []
         self._events: list[str] = []
-        self._held: list[int] = []
         self._totals: dict[str, Any] = {"seconds": 0.0, "stall_s": 0.0}
-        self._state = "starting"
-        self._error: tuple[str, str] | None = None
-        self._shelf = Shelf(self.label, config.run.timeout_s)
+        self._state = "idle"
+        self._error: RoleError | None = None
+        self._vault = vault
         self._heldout: Batch | None = None
+        self._thread: threading.Thread | None = None
+        self._is_halted = False
+        self._prepared: dict[str, tuple[LevelPlan, list[RankLink]]] = {}
+        self._switched: dict[str, int] = {}
+        self._retired: list[LevelChannel] = []
+        self._step_s = math.nan
 
     # What the conductor calls.
 
@@ -103,17 +123,16 @@ class SequenceWorker:
 
     def connect(self, links: dict[str, list[RankLink]]) -> None:
         """Give the worker its links to the ranks of each level."""
-        self.channels = [
-            LevelChannel(
-                plan,
-                self.level_parameters[plan.name],
-                links[plan.name],
-                worker=self.worker,
-                exchange=self.config.exchange,
-                timeout_s=self.config.run.timeout_s,
-            )
-            for plan in self.plans
-        ]
+        self.channels = [self._channel(plan, links[plan.name]) for plan in self.plans]
+
+    def prepare_switch(self, levels: dict[str, tuple[LevelPlan, list[RankLink]]]) -> None:
+        """Lay ready other ranks of some levels, for the command SWITCH."""
+        with self._lock:
+            self._prepared |= levels
+
+    def _channel(self, plan: LevelPlan, ranks: Sequence[RankLink]) -> LevelChannel:
+        parameters, run = self.level_parameters[plan.name], self.config.run
+        return LevelChannel(plan, parameters, ranks, worker=self.worker, exchange=self.config.exchange, timeout_s=run.timeout_s)
 
     def load_heldout(self) -> None:
         """Read the held-out sequences, once; raise DataError where there are none, before a step is done rather than after."""
@@ -130,54 +149,81 @@ class SequenceWorker:
         self._thread = threading.Thread(target=self._supervised_train, name="train", daemon=True)
         self._thread.start()
 
+    @property
+    def is_started(self) -> bool:
+        return self._thread is not None
+
     def command(self, command: Command) -> None:
         """Worker 0: have every worker act after the step under way."""
         with self._lock:
             self._command |= command
 
-    def poll(self) -> WorkerReport:
-        """Return what happened since the last poll."""
+    def report(self, rows_after: int) -> WorkerReport:
+        """Return where the training is; rows up to step `rows_after` are let go of, the others come again until they are."""
         with self._lock:
-            report = WorkerReport(self._state, self.step, self._rows, self._held, self._events, self._totals, self._error)
-            self._rows, self._events, self._held = [], [], []
-            return report
+            self._rows = [row for row in self._rows if row["step"] > rows_after]
+            events, self._events = self._events, []
+            return WorkerReport(self._state, self.step, list(self._rows), events, self._totals, dict(self._switched))
 
-    def write(self, step: int, url: str) -> PartWritten:
-        """Write the held snapshot of `step` as this worker's file of the checkpoint `url`."""
-        return self._shelf.write(step, url, f"sequence_{self.worker}.safetensors")
+    @property
+    def error(self) -> RoleError | None:
+        """What ended the training thread, None while well."""
+        return self._error
+
+    def halt(self) -> None:
+        """End the training thread before its next step, and everything that it holds open.
+
+        Whoever else it waits for has to be halted too: the ranks' answers and the other workers' sums then end with an error.
+
+        Raises:
+            RemoteTimeoutError: it does not end.
+        """
+        self._is_halted = True
+        if self._thread is not None:
+            self._thread.join(self.config.run.timeout_s)
+            if self._thread.is_alive():
+                raise RemoteTimeoutError(f"{self.label}: waited {self.config.run.timeout_s:g} s for its step to end (run.timeout_s)")
+        self.close()
 
     def close(self) -> None:
         self.stream.close()
-        for channel in self.channels:
+        for channel in [*self.channels, *self._retired]:
             channel.close()
         self.group.leave()
 
     # Snapshots.
 
     def snapshot(self, step: int) -> Snapshot:
-        """Return a copy of the state after `step`. What all workers have alike, worker 0 gives for all."""
-        tensors: dict[str, Tensor] = {}
-        if self.worker == 0:
-            tensors |= {f"param/{n}": p.detach().clone() for n, p in self.parameters.items()}
-            tensors |= {f"optimizer/{k}": v.clone() for k, v in self.optimizer.state_tensors().items()}
+        """Return a copy of the state after `step`. The parameters and their optimizer are alike in all workers."""
+        tensors: dict[str, Tensor] = {f"param/{n}": to_host(p) for n, p in self.parameters.items()}
+        tensors |= {f"optimizer/{k}": to_host(v) for k, v in self.optimizer.state_tensors().items()}
+        shared = frozenset(tensors)
         for channel in self.channels:
-            tensors |= {f"accumulator/{self.worker}/{n}": t for n, t in channel.accumulators().items()}
+            tensors |= {f"accumulator/{self.worker}/{n}": to_host(t) for n, t in channel.accumulators().items()}
         state = {
             "stream": self.stream.state_dict(),
             "num_skipped": self.num_skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "totals": dict(self._totals),
+            "rows": list(self._rows) if self.worker == 0 else [],
             "visible": {c.plan.name: c.visible for c in self.channels},
             "versions": {c.plan.name: newest_version(step, c.plan.update_period) for c in self.channels},
             "open_steps": {c.plan.name: c.num_open_steps for c in self.channels},
-            "workers": self.config.sequence.workers,
+            "workers": self.group_size,
         }
-        return Snapshot(step, tensors, state)
+        return Snapshot(PieceKey(self.generation, step, self.role), self.group_size, tensors, state, shared)
+
+    def wants(self, tensor: str) -> bool:
+        """Return whether a snapshot's tensor is one that this worker restores."""
+        kind, _, rest = tensor.partition("/")
+        name = rest.rpartition("/")[0] if kind == "optimizer" else rest
+        return kind == "accumulator" or (kind in ("param", "optimizer") and name in self.parameters)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of any number of workers. Call before `start`."""
         state, tensors = snapshot.state, snapshot.tensors
-        self.step = snapshot.step
+        self.step = snapshot.key.step
+        self._rows = list(state.get("rows", []))
         self.num_skipped, self._skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
         self._totals = dict(state["totals"])
         self._visible = dict(state["visible"])
@@ -193,14 +239,8 @@ class SequenceWorker:
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
-        names = set(self.parameters)
-
-        def is_mine(tensor: str) -> bool:
-            kind, _, rest = tensor.partition("/")
-            name = rest.rpartition("/")[0] if kind == "optimizer" else rest
-            return kind == "accumulator" or (kind in ("param", "optimizer") and name in names)
-
-        self.restore(Snapshot(manifest.step, load_tensors(url, is_mine, manifest), manifest.state))
+        tensors = load_tensors(url, self.wants, manifest)
+        self.restore(Snapshot(PieceKey(0, manifest.step, self.role), manifest.state["workers"], tensors, manifest.state))
 
     def _accumulators_of(self, plan: LevelPlan, tensors: Any, saved_workers: int) -> dict[str, Tensor]:
         """Return this worker's open sums: its own, or, for another number of workers, all of them in worker 0."""
@@ -221,17 +261,60 @@ class SequenceWorker:
     def _supervised_train(self) -> None:
         torch.set_num_threads(self.config.sequence.resources.num_threads)
         try:
-            self.train()
-            self._state = "ended"
+            self._state = self.train()
         except Exception as error:
-            self._error = (f"{self.label}, step {self.step + 1}: {type(error).__name__}: {error}", traceback.format_exc())
+            if not self._is_halted:
+                # To run the same steps on the same data again would end the same way.
+                is_final = isinstance(error, UserError | NonFiniteLossError)
+                message = f"{error}" if is_final else f"{self.label}, step {self.step + 1}: {type(error).__name__}: {error}"
+                exit_code = 2 if isinstance(error, UserError) else 1
+                self._error = RoleError(message, traceback.format_exc(), self.step + 1, exit_code, is_final)
             self._state = "failed"
+            # The other workers may wait for this one's gradients.
+            self.group.leave()
 
-    def train(self) -> None:
-        """Run the steps from where the state is to `run.steps` or `run.stop_after`, and evaluate; or to a command to stop."""
-        run, every, workers = self.config.run, self.config.recovery.checkpoint_every, self.config.sequence.workers
+    def train(self) -> Literal["ended", "paused"]:
+        """Run the steps from where the state is to `run.steps` or `run.stop_after`, or to a command to stop or to pause.
+
+        A recovery point is taken at the start, every `recovery.window` and `recovery.checkpoint_every` steps, at a command and at
+        the end. After the last step the newest versions are taken up and evaluated.
+        """
+        run = self.config.run
         last = min(run.steps, run.stop_after or run.steps)
         self.group.watch(self.parameters)
+        self._start_channels()
+        self._state = "running"
+        self._vault.put(self._take_point(self.step))
+        command = Command.NONE
+        while self.step < last and not command & (Command.STOP | Command.PAUSE):
+            if self._is_halted:
+                raise HaltedError(f"{self.label} is halted")
+            step = self.step + 1
+            agreement, row = self.train_step(step)
+            command = agreement.command
+            point = self._take_point(step) if step >= last or command != Command.NONE or self._is_point(step) else None
+            if Command.SWITCH in command:
+                self._switch_channels(step)
+            self.step = step
+            if step >= last:
+                for channel in self.channels:
+                    channel.take_newest(step)
+            if step >= last or (self.config.eval.every > 0 and step % self.config.eval.every == 0):
+                row |= self._evaluation(step)
+            with self._lock:
+                self._rows.append(row)
+                rows, totals = list(self._rows), dict(self._totals)
+            if point is not None:
+                # Complete only with the rows and totals of its own step, so that a restored run misses none.
+                point.state.update(rows=rows if self.worker == 0 else [], totals=totals)
+                self._vault.put(point)
+            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
+        for channel in [*self.channels, *self._retired]:
+            channel.settle()
+        return "paused" if Command.PAUSE in command else "ended"
+
+    def _start_channels(self) -> None:
         for channel in self.channels:
             name, plan = channel.plan.name, channel.plan
             due = visible_version(self.step + 1, plan.update_period, plan.delay)
@@ -240,28 +323,36 @@ class SequenceWorker:
                 channel.load_accumulators(*self._open.pop(name))
             moved = self._totals.get("levels", {}).get(name)
             if moved is not None:
-                pushed, pulled = moved["bytes_pushed"] // workers, moved["bytes_pulled"] // workers
+                pushed, pulled = moved["bytes_pushed"] // self.group_size, moved["bytes_pulled"] // self.group_size
                 channel.resume_counters(pushed, pulled, moved["stall_s"], moved["skipped_updates"])
-        self._state = "running"
-        is_stopping = self.step >= last
-        while not is_stopping:
-            step = self.step + 1
-            agreement, row = self.train_step(step)
-            self.step = step
-            is_stopping = step >= last or Command.STOP in agreement.command
-            if is_stopping or (every > 0 and step % every == 0):
-                self.hold_snapshot(step)
-            if step >= last:
-                for channel in self.channels:
-                    channel.take_newest(step)
-            if step >= last or (self.config.eval.every > 0 and step % self.config.eval.every == 0):
-                row |= self._evaluation(step)
-            with self._lock:
-                self._rows.append(row)
-            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
-        for channel in self.channels:
-            channel.settle()
+
+    def _is_point(self, step: int) -> bool:
+        recovery = self.config.recovery
+        return any(every > 0 and step % every == 0 for every in (recovery.window, recovery.checkpoint_every))
+
+    def _take_point(self, step: int) -> Snapshot:
+        """Take this worker's snapshot of the boundary after `step` and, from worker 0, ask every level rank for its own."""
+        started = time.perf_counter()
+        snapshot = self.snapshot(step)
+        if self.worker == 0:
+            for channel in self.channels:
+                channel.hold_snapshots(step, self.generation)
+        with self._lock:
+            self._totals = {**self._totals, "seconds": self._totals["seconds"] + time.perf_counter() - started}
+        return snapshot
+
+    def _switch_channels(self, step: int) -> None:
+        """Go on with the prepared ranks; the ranks before get what is still on its way to them, and nothing more."""
+        with self._lock:
+            prepared, self._prepared = self._prepared, {}
+        for index, channel in enumerate(self.channels):
+            if channel.plan.name in prepared:
+                self.channels[index] = self._channel(*prepared[channel.plan.name])
+                self.channels[index].take_over(channel, step)
+                self._retired.append(channel)
+        self.plans = [channel.plan for channel in self.channels]
+        with self._lock:
+            self._switched |= dict.fromkeys(prepared, step)
 
     def train_step(self, step: int) -> tuple[Agreement, dict[str, Any]]:
         """Run one step on all workers and return what they agreed on and the step's line of metrics.
@@ -270,6 +361,10 @@ class SequenceWorker:
         data position.
         """
         started, stalled_before = time.perf_counter(), self._stall_s()
+        for channel in [c for c in self._retired if c.is_settled]:
+            channel.settle()
+            channel.close()
+            self._retired.remove(channel)
         for channel in self.channels:
             skipped_before = channel.skipped_updates
             channel.take_up(step)
@@ -326,18 +421,6 @@ class SequenceWorker:
         self._skipped_in_a_row += 1
         self._add_event(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
 
-    def hold_snapshot(self, step: int) -> None:
-        """Take the snapshot of the boundary after `step` in this worker and, from worker 0, in every level rank."""
-        started = time.perf_counter()
-        self._shelf.put(self.snapshot(step))
-        with self._lock:
-            self._totals = {**self._totals, "seconds": self._totals["seconds"] + time.perf_counter() - started}
-        if self.worker == 0:
-            for channel in self.channels:
-                channel.hold_snapshots(step)
-        with self._lock:
-            self._held.append(step)
-
     # Evaluation and reports.
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
@@ -383,6 +466,7 @@ class SequenceWorker:
 
     def _row(self, step: int, agreement: Agreement, seconds: float, stall_s: float, learning_rate: float) -> dict[str, Any]:
         loss = agreement.loss if agreement.is_finite else None
+        self._step_s = seconds if math.isnan(self._step_s) else 0.9 * self._step_s + 0.1 * seconds
         levels = {c.plan.name: self._level_row(c, step) for c in self.channels}
         with self._lock:
             totals = self._totals
@@ -407,11 +491,16 @@ class SequenceWorker:
         }
 
     def _level_row(self, channel: LevelChannel, step: int) -> dict[str, Any]:
-        """Bytes are sums since the start over all workers (each moves the same); lag: steps the visible version is behind."""
+        """Bytes are sums since the start over all workers (each moves the same); lag: steps the visible version is behind.
+
+        ready_steps: how many steps' time the visible version took from its last gradient to its arrival.
+        """
+        ready_steps = channel.round_trip_s / self._step_s
         workers = self.config.sequence.workers
         return {
             "version": channel.visible,
             "lag_steps": step - 1 - channel.visible * channel.plan.update_period,
+            "ready_steps": ready_steps if ready_steps == ready_steps else None,
             "bytes_pushed": channel.bytes_pushed * workers,
             "bytes_pulled": channel.bytes_pulled * workers,
             "grad_norm": channel.grad_norm if channel.grad_norm == channel.grad_norm else None,

@@ -5,13 +5,14 @@ numpy view of its memory.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from nlray.actors.types import Contribution, Version
+from nlray.actors.types import Contribution, PieceCopy, Version
 from nlray.errors import NlrayError, RemoteTimeoutError
 
 
@@ -40,30 +41,55 @@ class ObjectStore:
 
 
 class RankClient:
-    """A level rank as a sequence worker sees it, over Ray."""
+    """A level rank as a sequence worker sees it, over Ray. generation: of the rank that is meant, wherever it is by now."""
 
-    def __init__(self, handle: Any, label: str, store: Store, timeout_s: float) -> None:
+    def __init__(self, handle: Any, generation: int, label: str, store: Store, timeout_s: float) -> None:
         self.handle = handle
+        self.generation = generation
         self.label = label
         self.store = store
         self.timeout_s = timeout_s
 
     def push(self, contribution: Contribution) -> Any:
         """Send a contribution; its buffer may be reused on return. The result is a receipt for `pull`."""
-        return self.handle.push.remote(contribution)
+        return self._call("push", contribution)
 
     def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
         """Wait for a version and return it with its flat parameters, on this node.
 
         The request leaves at once; `receipt` is that of the push it answers, whose error is raised here (None: there was none).
         """
-        refs = [self.handle.pull.remote(version), *([] if receipt is None else [receipt])]
+        refs = [self._call("pull", version), *([] if receipt is None else [receipt])]
         published, *_ = wait_for(refs, f"version {version} of {self.label}", self.timeout_s)
         return published, self.store.get(published.data)
 
-    def hold_snapshot(self, step: int) -> None:
-        """Have the rank take its snapshot of the boundary after `step`; return when it has."""
-        wait_for(self.handle.hold_snapshot.remote(step), f"the snapshot of step {step} of {self.label}", self.timeout_s)
+    def hold_snapshot(self, step: int, generation: int) -> None:
+        """Have the rank put its piece of the recovery point after `step` into its vault; return when it has."""
+        wait_for(self._call("hold_snapshot", step, generation), f"the snapshot of step {step} of {self.label}", self.timeout_s)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self.handle.call.remote(self.generation, method, *args)
+
+
+class PeerNorms:
+    """Sends a rank's gradient norms to the other ranks of its level."""
+
+    def __init__(self, peers: Sequence[Any], generation: int) -> None:
+        self.peers, self.generation = list(peers), generation
+
+    def __call__(self, version: int, norms: dict[str, float]) -> None:
+        for peer in self.peers:
+            peer.call.remote(self.generation, "receive_norms", version, norms)
+
+
+class SeatKeeper:
+    """Another seat's vault, over Ray."""
+
+    def __init__(self, handle: Any, name: str, timeout_s: float) -> None:
+        self.handle, self.name, self.timeout_s = handle, name, timeout_s
+
+    def keep(self, copy: PieceCopy) -> bool:
+        return wait_for(self.handle.keep.remote(copy), f"{self.name} to keep a copy of step {copy.key.step}", self.timeout_s)
 
 
 def wait_for(ref: Any, what: str, timeout_s: float) -> Any:
@@ -77,6 +103,9 @@ def wait_for(ref: Any, what: str, timeout_s: float) -> Any:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError as error:
         raise RemoteTimeoutError(f"waited {timeout_s:g} s for {what} (run.timeout_s)") from error
+    except RayTaskError as error:
+        # The remote traceback is in the cause; what went wrong is its message.
+        raise (error.cause if isinstance(error.cause, NlrayError) else error) from error
     except RayActorError as error:
         raise NlrayError(f"{describe_death(error)} (seen while waiting for {what})") from error
 

@@ -1,5 +1,6 @@
 """The messages between the actors. Big tensors travel as one flat float32 numpy array per (level, rank)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, Literal
@@ -7,16 +8,41 @@ from typing import Any, Literal
 import numpy as np
 
 from nlray.checkpoint import FilePart
+from nlray.config import Config
+from nlray.levels import LevelPlan
 
-RunState = Literal["starting", "running", "finishing", "completed", "stopped", "failed"]
+RunState = Literal["starting", "running", "recovering", "finishing", "completed", "stopped", "failed"]
 ENDED: tuple[RunState, ...] = ("completed", "stopped", "failed")
+SEQUENCE = "sequence"
 
 
 class Command(IntFlag):
-    """What worker 0 adds to a step's all-reduce, so that every worker acts after the same step."""
+    """What worker 0 adds to a step's all-reduce, so that every worker acts after the same step; each makes a recovery point there.
+
+    STOP: end the training. POINT: nothing else. SWITCH: take over the levels that were prepared. PAUSE: end the training thread, for
+    another number of workers.
+    """
 
     NONE = 0
     STOP = 1
+    POINT = 2
+    SWITCH = 4
+    PAUSE = 8
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Role:
+    """What a seat is: worker `index` (group `sequence`) or rank `index` of the level `group`."""
+
+    group: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.group}-{self.index}"
+
+    @property
+    def is_worker(self) -> bool:
+        return self.group == SEQUENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +74,65 @@ class Version:
     is_skipped: bool
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class PieceKey:
+    """Names one role's piece of a recovery point: the boundary after `step`, as of one generation of the workers."""
+
+    generation: int
+    step: int
+    owner: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A piece that a seat holds. Producer: seat; consumer: conductor.
+
+    group_size: roles in the owner's group when it was taken. has_shared: the state that all workers have alike is in it.
+    is_protected: this is the owner's own piece and another actor holds a copy.
+    """
+
+    key: PieceKey
+    group_size: int
+    size_bytes: int
+    has_shared: bool
+    is_protected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCopy:
+    """A piece on its way to its keeper or to a role that restores. arrays: by tensor name; None: those of the piece `same_as`."""
+
+    key: PieceKey
+    group_size: int
+    state: dict[str, Any]
+    arrays: Mapping[str, np.ndarray] | None
+    same_as: PieceKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a role that restores finds a piece: in the seat `holder`, or (None) in its own."""
+
+    key: PieceKey
+    holder: Any | None
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A role for a seat and the state to begin with. Producer: conductor; consumer: seat.
+
+    generation: of the role; calls meant for another one do not reach it. sources: pieces to restore from; none: `checkpoint`, a URL;
+    neither: the initial state.
+    """
+
+    role: Role
+    generation: int
+    config: Config
+    plans: tuple[LevelPlan, ...]
+    sources: tuple[Source, ...] = ()
+    checkpoint: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class PartWritten:
     """One actor's part of a checkpoint. `state`: what of it is not a tensor. Producer: any actor; consumer: conductor."""
@@ -58,24 +143,63 @@ class PartWritten:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerReport:
-    """What a sequence worker tells the conductor at a poll. rows: lines of metrics.jsonl since the last poll (worker 0).
+class RoleError:
+    """What ended a role. message: one line; is_final: to run the same steps again would end the same way."""
 
-    held: steps whose snapshot waits to be written. error: the traceback's last line and the whole of it, None while well.
+    message: str
+    details: str
+    step: int
+    exit_code: int = 1
+    is_final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a sequence worker tells at a poll. rows: lines of metrics.jsonl after the step that the conductor has written.
+
+    state: `idle` before the start; `ended` after the last step or a stop; `paused` for another number of workers. switched: level ->
+    step of the boundary at which the prepared ranks were taken over.
     """
 
-    state: Literal["starting", "running", "ended", "failed"]
+    state: Literal["idle", "running", "paused", "ended", "failed"]
     step: int
     rows: list[dict[str, Any]] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
-    error: tuple[str, str] | None = None
+    switched: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SeatReport:
+    """What a seat tells the conductor at a poll. role None: a standby. bytes_copied: sent to keepers since the seat's start."""
+
+    role: Role | None
+    generation: int
+    group_size: int
+    is_started: bool
+    pid: int
+    node: str
+    holdings: tuple[Holding, ...]
+    bytes_held: int
+    bytes_copied: int
+    error: RoleError | None = None
+    worker: WorkerReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """One actor of a run, for `nlray status` and the fault injector. role: `standby` where it has none."""
+
+    role: str
+    actor: str
+    pid: int
+    node: str
+    is_ready: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """What the conductor tells the command line: rows and events from the asker's position on, and the position after them."""
+    """What the conductor tells the command line: rows after the asker's step, and events from its position on."""
 
     state: RunState
     rows: list[dict[str, Any]]
@@ -84,5 +208,27 @@ class RunStatus:
     traceback: str | None = None
     exit_code: int = 0
     summary: dict[str, Any] | None = None
-    next_row: int = 0
     next_event: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunDescription:
+    """A run as it is now, for `nlray status`, `nlray scale` and the fault injector. pid, node: the conductor's.
+
+    sizes: workers and ranks by group (`sequence` or a level's name). wanted: sizes asked for and not yet in force.
+    recoveries: one dict per recovery, as in summary.json.
+    """
+
+    name: str
+    dir: str
+    state: RunState
+    step: int
+    steps: int
+    point: int | None
+    sizes: dict[str, int]
+    wanted: dict[str, int]
+    members: tuple[MemberStatus, ...]
+    recoveries: tuple[dict[str, Any], ...]
+    row: dict[str, Any] | None
+    pid: int
+    node: str

@@ -40,7 +40,7 @@ class RunConfig:
     log_every: int = 10
     """Steps between two lines of progress when the output is no terminal."""
     timeout_s: float = 300.0
-    """Limit in seconds of every remote wait; a wait that reaches it ends the run and says what it waited for."""
+    """Limit in seconds of every remote wait; a wait that reaches it is a fault, and says what it waited for."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"run.steps is {self.steps}; allowed: 1 or more")
@@ -240,6 +240,23 @@ class ResourcesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscaleConfig:
+    """How many ranks a level has while the run goes on."""
+
+    min: int = 1
+    """Fewest ranks."""
+    max: int = MISSING
+    """Most ranks."""
+    target_lag: float = MISSING
+    """Steps' time that a version may take from its last gradient to its arrival: above it the level grows by a rank, and it
+    shrinks by one where half of it would still be kept."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.min <= self.max, f"autoscale is min={self.min}, max={self.max}; allowed: 1 <= min <= max")
+        _require(self.target_lag > 0, f"autoscale.target_lag is {self.target_lag}; allowed: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LevelConfig:
     """One CMS level: its update period, its delay and the actor group that owns it."""
 
@@ -257,6 +274,8 @@ class LevelConfig:
     """Optimizer of the level; its clipping is over the whole level."""
     resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(cpus=0.1))
     """Of each rank."""
+    autoscale: AutoscaleConfig | None = None
+    """Lets the run change `ranks` itself; null: only `nlray scale` does."""
 
     def __post_init__(self) -> None:
         _require(self.update_period >= 1, f"update_period is {self.update_period}; allowed: 1 or more")
@@ -353,16 +372,25 @@ class ExchangeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecoveryConfig:
-    """Checkpoints on storage."""
+    """Recovery points in memory, checkpoints on storage, and how faults are met."""
 
+    window: int = 64
+    """Steps between two recovery points in memory; 0: only at the start, at checkpoints, at commands and at the end."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0: only at the end."""
+    """Steps between two checkpoints on storage; 0: only at the end."""
     keep: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    standbys: int = 0
+    """Warm actors without a role, each with the CPUs and GPUs of the run's largest actor, that take a lost one's place at once."""
+    hang_timeout_s: float = 30.0
+    """Limit in seconds of an actor's silence: one that answers nothing for so long is taken for hung, killed and replaced."""
 
     def __post_init__(self) -> None:
+        _require(self.window >= 0, f"recovery.window is {self.window}; allowed: 0 or more")
         _require(self.checkpoint_every >= 0, f"recovery.checkpoint_every is {self.checkpoint_every}; allowed: 0 or more")
         _require(self.keep >= 1, f"recovery.keep is {self.keep}; allowed: 1 or more")
+        _require(self.standbys >= 0, f"recovery.standbys is {self.standbys}; allowed: 0 or more")
+        _require(self.hang_timeout_s > 0, f"recovery.hang_timeout_s is {self.hang_timeout_s}; allowed: more than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

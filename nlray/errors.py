@@ -23,3 +23,7 @@ class NonFiniteLossError(NlrayError):
 
 class RemoteTimeoutError(NlrayError):
     """A remote wait reached its limit; the message says what was waited for."""
+
+
+class HaltedError(NlrayError):
+    """What was asked for has ended on purpose: the run begins again elsewhere, at its recovery point."""

@@ -1,8 +1,8 @@
 """What a run records: `metrics.jsonl` (a row a step), TensorBoard events and `summary.json`, under any fsspec URL; no torch.
 
 A row has step, tokens, loss, tokens_per_second, stall_s (and lr, skipped, eval_loss where there is one), and `levels`: by
-name version, lag_steps, grad_norm, stall_s, bytes_pushed, bytes_pulled; the bytes, skipped and a level's stall_s are sums
-since the start. A number that is not finite is null.
+name version, lag_steps, ready_steps, grad_norm, stall_s, bytes_pushed, bytes_pulled; the bytes, skipped and a level's stall_s are
+sums since the start. `recovery`: bytes_held, bytes_copied of the recovery points. A number that is not finite is null.
 
     with MetricsWriter(run_dir) as metrics:
         metrics.truncate_after(step)     # on resume
@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -24,6 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
 
@@ -40,6 +41,7 @@ class MetricsWriter:
         self._run_dir = run_dir
         self._interval_s = remote_interval_s
         self._rows = _open_log(_join(run_dir, METRICS), remote_interval_s)
+        self._log = _open_log(_join(run_dir, EVENTS), remote_interval_s)
         self._events = self._new_event_file(purge_from=None)
 
     def __enter__(self) -> "MetricsWriter":
@@ -61,26 +63,32 @@ class MetricsWriter:
             self._rows.flush()
             self._events.flush()
 
+    def write_event(self, event: Mapping[str, Any]) -> None:
+        """Append one line to `events.jsonl`."""
+        self._log.write((json.dumps(_finite(event), allow_nan=False) + "\n").encode())
+        self._log.flush()
+
     def truncate_after(self, step: int) -> None:
         """Remove the rows after `step` and what a crash left of a half-written one; TensorBoard hides its own from there."""
         kept = [row for row in read_rows(self._run_dir) if row["step"] <= step]
         self._rows.close()
-        _replace(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
+        replace_file(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._rows = _open_log(_join(self._run_dir, METRICS), self._interval_s)
         self._events.close()
         self._events = self._new_event_file(purge_from=step + 1)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader sees the old one or the new one."""
-        _replace(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
+        replace_file(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
 
     def flush(self) -> None:
         """Write out what waits for its turn on an object store."""
-        for log in (self._rows, self._events):
+        for log in (self._rows, self._log, self._events):
             log.flush(force=True)
 
     def close(self) -> None:
         self._rows.close()
+        self._log.close()
         self._events.close()
 
     def _new_event_file(self, purge_from: int | None) -> "_Log":
@@ -94,7 +102,22 @@ class MetricsWriter:
 
 def read_rows(run_dir: str) -> list[dict[str, Any]]:
     """Return the rows of a run's `metrics.jsonl`, none if there is no such file; a half-written last line is left out."""
-    fs, path = url_to_fs(_join(run_dir, METRICS))
+    return _read_lines(_join(run_dir, METRICS))
+
+
+def read_events(run_dir: str) -> list[dict[str, Any]]:
+    """Return the lines of a run's `events.jsonl`: time (seconds since 1970), step, text, and what an event has besides."""
+    return _read_lines(_join(run_dir, EVENTS))
+
+
+def read_json(url: str) -> Any | None:
+    """Return what a JSON file holds; None if there is no such file."""
+    fs, path = url_to_fs(url)
+    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+
+
+def _read_lines(url: str) -> list[dict[str, Any]]:
+    fs, path = url_to_fs(url)
     if not fs.exists(path):
         return []
     *lines, _ = fs.cat_file(path).split(b"\n")
@@ -102,11 +125,13 @@ def read_rows(run_dir: str) -> list[dict[str, Any]]:
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Give a row's numbers with their TensorBoard tags: train/loss, eval/loss, levels/NAME/lag_steps."""
+    """Give a row's numbers with their TensorBoard tags: train/loss, eval/loss, levels/NAME/lag_steps, recovery/bytes_held."""
     for key, value in row.items():
         if key == "levels":
             for name, level in value.items():
                 yield from ((f"levels/{name}/{k}", float(v)) for k, v in level.items() if v is not None)
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}/{k}", float(v)) for k, v in value.items())
         elif key != "step" and value is not None:
             yield (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"), float(value)
 
@@ -123,7 +148,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(url: str, data: bytes) -> None:
+def replace_file(url: str, data: bytes) -> None:
     """Write a whole file so that a reader, or a crash, never meets half of it."""
     fs, path = url_to_fs(url)
     fs.makedirs(fs._parent(path), exist_ok=True)
@@ -149,10 +174,12 @@ def _open_log(url: str, interval_s: float) -> "_Log":
 
 
 class _AppendLog:
-    """A local file that grows."""
+    """A local file that grows; what a crash left of a half-written last line is removed."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115 - stays open as long as the log
+        self._file = open(path, "ab+")  # noqa: SIM115 - stays open as long as the log
+        if path.endswith(".jsonl"):
+            self._file.truncate(_end_of_last_line(self._file))
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
@@ -162,6 +189,18 @@ class _AppendLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - (1 << 16))
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 class _WholeFileLog:
@@ -179,7 +218,7 @@ class _WholeFileLog:
 
     def flush(self, *, force: bool = False) -> None:
         if self._written < len(self._data) and (force or time.monotonic() - self._last_s >= self._interval_s):
-            _replace(self._url, bytes(self._data))
+            replace_file(self._url, bytes(self._data))
             self._written, self._last_s = len(self._data), time.monotonic()
 
     def close(self) -> None:

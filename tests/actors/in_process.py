@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from nlray.actors.level import LevelRank
+from nlray.actors.recovery import Vault
 from nlray.actors.sequence import SequenceWorker
-from nlray.actors.types import Contribution, Version
+from nlray.actors.types import Contribution, PieceKey, Version
+from nlray.checkpoint import write_manifest
 from nlray.config import Config
 from nlray.nested_system import level_plans
 
@@ -33,8 +35,8 @@ class DirectLink:
         published = self.rank.pull(version)
         return published, self.store.get(published.data)
 
-    def hold_snapshot(self, step: int) -> None:
-        self.rank.hold_snapshot(step)
+    def hold_snapshot(self, step: int, generation: int) -> None:
+        self.rank.hold_snapshot(step, generation)
 
 
 class InProcessRun:
@@ -43,13 +45,26 @@ class InProcessRun:
     def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank) -> None:
         store = DirectStore()
         plans = level_plans(config, config.model.vocab_size)
-        self.ranks = {p.name: [rank_class(config, p, i, store=store) for i in range(p.ranks)] for p in plans}
+        self.vaults: list[Vault] = []
+        self.ranks = {p.name: [rank_class(config, p, i, store=store, vault=self.vault()) for i in range(p.ranks)] for p in plans}
         for ranks in self.ranks.values():
             for rank in ranks:
                 others = [r for r in ranks if r is not rank]
                 rank.connect(lambda version, norms, others=others: [o.receive_norms(version, norms) for o in others] and None)
-        self.worker = SequenceWorker(config, plans, 0)
+        self.worker = SequenceWorker(config, plans, 0, vault=self.vault())
         self.worker.connect({name: [DirectLink(r, store) for r in ranks] for name, ranks in self.ranks.items()})
+
+    def vault(self) -> Vault:
+        self.vaults.append(Vault("test", 10))
+        return self.vaults[-1]
+
+    def write(self, step: int, url: str) -> None:
+        """Write the recovery point of `step` as a checkpoint."""
+        written = []
+        for actor, vault in zip([*self.all_ranks, self.worker], self.vaults, strict=True):
+            key = PieceKey(0, step, actor.role)
+            written.append(vault.write(key, url, f"{actor.role}.safetensors", with_shared=True))
+        write_manifest(url, step, [w.part for w in written], written[-1].state)
 
     def load(self, url: str) -> None:
         for actor in [self.worker, *self.all_ranks]:
@@ -67,7 +82,9 @@ class InProcessRun:
     def close(self) -> None:
         self.worker.close()
         for rank in self.all_ranks:
-            rank.stop()
+            rank.halt()
+        for vault in self.vaults:
+            vault.close()
 
     @property
     def all_ranks(self) -> list[LevelRank]:

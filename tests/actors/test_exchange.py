@@ -10,10 +10,13 @@ import torch
 
 from nlray.actors.conductor import RunFailedError
 from nlray.actors.exchange import LevelChannel
+from nlray.actors.faults import Fault
 from nlray.actors.level import LevelRank
+from nlray.actors.members import SeatLostError
+from nlray.actors.recovery import Vault
 from nlray.actors.types import Contribution
 from nlray.config import ExchangeConfig
-from nlray.errors import NlrayError, RemoteTimeoutError
+from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.nested_system import level_plans
 
 from .in_process import DirectLink, DirectStore, InProcessRun
@@ -30,7 +33,7 @@ class LateRank(LevelRank):
 def open_channel(config, level: str, rank_class=LevelRank):
     plan = next(p for p in level_plans(config, config.model.vocab_size) if p.name == level)
     store = DirectStore()
-    ranks = [rank_class(config, plan, i, store=store) for i in range(plan.ranks)]
+    ranks = [rank_class(config, plan, i, store=store, vault=Vault("test", 10)) for i in range(plan.ranks)]
     for rank in ranks:
         rank.start()
     parameters = {s.name: torch.zeros(s.shape) for s in plan.tensors}
@@ -46,7 +49,7 @@ def gradients_like(parameters):
 
 
 def test_a_level_moves_its_bytes_once_a_period_in_each_direction(small):
-    rows = (run := InProcessRun(small())).train().worker.poll().rows
+    rows = (run := InProcessRun(small())).train().worker.report(0).rows
     for name, ranks in run.ranks.items():
         size, period = ranks[0].layout.size_bytes, ranks[0].plan.update_period
         assert size >= 4 * ranks[0].plan.num_parameters
@@ -70,17 +73,17 @@ def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(
     assert channel.visible == 1 and channel.stall_s > 0.1
     assert math.isfinite(channel.grad_norm)
     for rank in ranks:
-        rank.stop()
+        rank.halt()
 
 
 def test_a_wait_that_reaches_its_limit_says_for_what(small):
     channel, ranks, _ = open_channel(small("run.timeout_s=0.2"), "fast")
     with pytest.raises(RemoteTimeoutError, match=r"level fast rank 0: waited 0.2 s for version 5 \(run.timeout_s\)"):
         ranks[0].pull(5)
-    with pytest.raises(RemoteTimeoutError, match=r"waited 0.2 s for the snapshot of step 3"):
-        ranks[0].write(3, "unused")
+    with pytest.raises(RemoteTimeoutError, match=r"waited 0.2 s for the update of step 3"):
+        ranks[0].hold_snapshot(3, generation=1)
     channel.end_step(1)
-    ranks[0].stop()
+    ranks[0].halt()
 
 
 def test_a_rank_refuses_a_second_contribution(small):
@@ -90,7 +93,7 @@ def test_a_rank_refuses_a_second_contribution(small):
     ranks[0].push(contribution)
     with pytest.raises(NlrayError, match="a second contribution of worker 0 to version 1"):
         ranks[0].push(contribution)
-    ranks[0].stop()
+    ranks[0].halt()
 
 
 def test_contributions_are_summed_in_worker_order_whatever_the_order_they_come_in(small):
@@ -102,12 +105,14 @@ def test_contributions_are_summed_in_worker_order_whatever_the_order_they_come_i
         for worker in order:
             ranks[0].push(Contribution(1, worker, 1, buffers[worker].astype(np.float32)))
         results.append(ranks[0].pull(1).data)
-        ranks[0].stop()
+        ranks[0].halt()
     assert np.array_equal(*results)
 
 
 def test_errors_survive_pickling():
-    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y")):
+    fault = Fault("died", "fast-0", 3, "actor fast-0 died")
+    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y"), HaltedError("z"), SeatLostError(fault)):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error) and copy.args[:1] == error.args[:1]
+    assert pickle.loads(pickle.dumps(SeatLostError(fault))).fault == fault
     assert pickle.loads(pickle.dumps(RunFailedError("a", "b", 2))).exit_code == 2

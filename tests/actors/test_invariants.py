@@ -8,9 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nlray.actors.conductor import Behaviours
 from nlray.actors.launch import resume_config
 from nlray.actors.level import LevelRank
+from nlray.actors.seat import Behaviours
 from nlray.checkpoint import load_parameters
 
 from .conftest import run_to_end
@@ -33,7 +33,7 @@ def test_no_delay_equals_the_plain_loop_bit_for_bit(small):
     plain, losses = train_plainly(config, config.run.steps)
     run = InProcessRun(config).train()
     assert digest_plainly(run.parameters) == digest_plainly(plain)
-    assert [r["loss"] for r in run.worker.poll().rows] == pytest.approx(losses, rel=1e-6)
+    assert [r["loss"] for r in run.worker.report(0).rows] == pytest.approx(losses, rel=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -83,7 +83,7 @@ def test_late_level_ranks_change_no_bit(small):
 
 def test_bf16_trains_beside_float32_with_float32_parameters(small):
     full, half = (InProcessRun(small(f"sequence.precision={p}")).train() for p in ("fp32", "bf16"))
-    losses = [[row["loss"] for row in run.worker.poll().rows] for run in (full, half)]
+    losses = [[row["loss"] for row in run.worker.report(0).rows] for run in (full, half)]
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
     assert {p.dtype for p in half.parameters.values()} == {torch.float32}
 
@@ -91,7 +91,7 @@ def test_bf16_trains_beside_float32_with_float32_parameters(small):
 def test_eager_mode_trains_and_never_runs_past_the_delay(small):
     config = small("exchange.mode=eager", "run.steps=30")
     run = InProcessRun(config, SleepyRank).train()
-    rows = run.worker.poll().rows
+    rows = run.worker.report(0).rows
     assert rows[-1]["loss"] < rows[0]["loss"]
     for row in rows:
         for name, level in config.levels.items():

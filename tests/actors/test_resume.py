@@ -55,13 +55,10 @@ def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small,
 @pytest.mark.parametrize("stop", [1, 4, 6, 8, 11])
 def test_resume_is_exact_wherever_the_run_stopped(small, tmp_path, stop):
     """Boundaries inside and at the ends of periods, with versions under way, from parts written as a run writes them."""
-    from nlray.checkpoint import write_manifest
-
     overrides = ["memory.levels.medium.delay=4", "memory.levels.slow.delay=2", "memory.levels.slow.ranks=2", "run.steps=14"]
     first = InProcessRun(small(*overrides, f"run.stop_after={stop}")).train()
     url = str(tmp_path / "checkpoint")
-    written = [actor.write(stop, url) for actor in [first.worker, *first.all_ranks]]
-    write_manifest(url, stop, [w.part for w in written], written[0].state)
+    first.write(stop, url)
     config = small(*overrides, "memory.levels.medium.ranks=2")
     second = InProcessRun(config)
     second.load(url)

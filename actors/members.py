@@ -1,0 +1,251 @@
+"""The seats of a run as the conductor sees them: placing, finding again, polling, removing.
+
+One placement group per seat, since a placement group cannot be resized. Seats and groups are detached: they outlive the conductor,
+which finds them again by their names, `GROUP-INDEX.SERIAL` in the run's namespace.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from nlray.actors.faults import Fault
+from nlray.actors.placement import ActorPlan
+from nlray.actors.processes import signal_actor
+from nlray.actors.seat import Behaviours, Seat
+from nlray.actors.transports import describe_death
+from nlray.actors.types import Role, SeatReport
+from nlray.errors import NlrayError, RemoteTimeoutError
+
+CONDUCTOR = "conductor"
+WAIT_S = 0.05
+SEAT_THREADS = 64
+RESOURCES_NOTE_S = 5.0  # a seat that is not placed after so long is waiting for resources
+logger = logging.getLogger(__name__)
+
+
+class SeatLostError(NlrayError):
+    """A seat went away while something was asked of it. `fault` says which."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
+
+    def __reduce__(self) -> tuple:
+        return SeatLostError, (self.fault,)
+
+
+@dataclass(eq=False)
+class Member:
+    """One seat. report: its last answer; None until it stands. assigned: the role that the conductor has given it.
+
+    is_reserved: waits for a change of sizes under way. surplus_at: the recovery point after which it may go. events: not told yet.
+    """
+
+    name: str
+    plan: ActorPlan
+    handle: Any
+    group: PlacementGroup | None
+    created_s: float
+    report: SeatReport | None = None
+    asked: Any = None
+    asked_s: float = 0.0
+    lost_s: float | None = None
+    is_waiting: bool = False
+    assigned: Role | None = None
+    is_reserved: bool = False
+    surplus_at: tuple[int, int] | None = None
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The role where it has one, for messages."""
+        return str(self.assigned or self.name)
+
+
+class Members:
+    """All seats of a run.
+
+    Args:
+        namespace: Ray's, in which they have their names.
+        timeout_s: limit of each wait.
+        hang_timeout_s: silence after which a seat is taken for hung.
+        behaviours: the classes of the roles.
+    """
+
+    def __init__(self, namespace: str, *, timeout_s: float, hang_timeout_s: float, behaviours: Behaviours) -> None:
+        self.namespace, self.timeout_s, self.hang_timeout_s, self.behaviours = namespace, timeout_s, hang_timeout_s, behaviours
+        self.all: dict[str, Member] = {}
+        self._serial = 0
+
+    def add(self, plan: ActorPlan) -> Member:
+        """Ask for a seat; it stands when its first report has come."""
+        self._serial += 1
+        name = f"{plan.name}.{self._serial}"
+        labels = [dict(plan.resources.labels)] if plan.resources.labels else None
+        group = placement_group(
+            [plan.bundle], strategy="PACK", name=f"{self.namespace}/{name}", lifetime="detached", bundle_label_selector=labels
+        )
+        options = {
+            "num_cpus": plan.bundle.get("CPU", 0),
+            "num_gpus": plan.gpus,
+            "resources": dict(plan.resources.custom),
+            "max_concurrency": SEAT_THREADS,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            "name": name,
+            "namespace": self.namespace,
+            "lifetime": "detached",
+        }
+        handle = ray.remote(**options)(Seat).remote(name, timeout_s=self.timeout_s, gpus=plan.gpus, behaviours=self.behaviours)
+        self.all[name] = Member(name, plan, handle, group, time.monotonic())
+        return self.all[name]
+
+    def find(self, plan_of: Callable[[str, int], ActorPlan]) -> None:
+        """Find the seats that an earlier conductor left."""
+        groups = {g["name"]: g for g in placement_group_table().values() if g["state"] != "REMOVED"}
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            name = actor["name"]
+            if actor["namespace"] != self.namespace or name == CONDUCTOR:
+                continue
+            try:
+                handle = ray.get_actor(name, self.namespace)
+            except ValueError:
+                continue  # it died just now
+            role, _, serial = name.rpartition(".")
+            group, _, index = role.rpartition("-")
+            entry = groups.pop(f"{self.namespace}/{name}", None)
+            self._serial = max(self._serial, int(serial))
+            found = None if entry is None else PlacementGroup(_group_id(entry))
+            self.all[name] = Member(name, plan_of(group, int(index)), handle, found, time.monotonic())
+        for name, entry in groups.items():
+            if name.startswith(f"{self.namespace}/"):
+                remove_placement_group(PlacementGroup(_group_id(entry)))
+
+    def poll(self, rows_after: int = 0, release_below: int = 0, kept: Collection[int] = ()) -> list[Fault]:
+        """Take in the reports that have come and ask for new ones; return who is dead or hung. Never waits."""
+        now = time.monotonic()
+        for member in self.all.values():
+            if member.asked is None:
+                member.asked = member.handle.report.remote(rows_after, release_below, tuple(kept))
+                member.asked_s = now
+        waiting = {member.asked: member for member in self.all.values()}
+        if not waiting:
+            return []
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        faults = [fault for ref in ready if (fault := self._take(waiting[ref])) is not None]
+        for member in self.all.values():
+            silent_s = now - (member.asked_s if member.lost_s is None else member.lost_s)
+            if member.report is not None and member.asked is not None and silent_s > self.hang_timeout_s:
+                message = f"{member.label} did not answer for {self.hang_timeout_s:g} s (recovery.hang_timeout_s)"
+                faults.append(Fault("hung", member.name, 0, message))
+        return faults
+
+    def _take(self, member: Member) -> Fault | None:
+        ref, member.asked = member.asked, None
+        try:
+            member.report = ray.get(ref, timeout=self.timeout_s)
+            member.lost_s = None
+            if member.report.worker is not None:
+                member.events += member.report.worker.events
+        except ActorDiedError as error:
+            return Fault("died", member.name, 0, describe_death(error).replace(member.name, member.label))
+        except RayActorError:
+            # Unavailable: on its way to be dead, or back again; asked again until one is certain.
+            member.lost_s = member.lost_s if member.lost_s is not None else time.monotonic()
+        return None
+
+    def waiting_for_resources(self) -> list[Member]:
+        """Return the seats that are newly found to wait for resources."""
+        late = [m for m in self.all.values() if m.report is None and not m.is_waiting and time.monotonic() - m.created_s > RESOURCES_NOTE_S]
+        found = []
+        for member in late:
+            member.is_waiting = placement_group_table(member.group)["state"] != "CREATED"
+            if member.is_waiting:
+                found.append(member)
+        return found
+
+    def gather(
+        self, calls: Mapping[str, Any], what: str, *, tolerates_loss: bool = False, on_wait: Callable[[], None] | None = None
+    ) -> tuple[dict[str, Any], list[Fault]]:
+        """Wait for one answer from each seat, watching that they live; return the answers by seat, and who was lost meanwhile.
+
+        tolerates_loss: a lost seat is removed and left out. on_wait: called again and again meanwhile.
+
+        Raises:
+            SeatLostError: a seat was lost, and that is not tolerated.
+            RemoteTimeoutError: the limit was reached.
+        """
+        answers: dict[str, Any] = {}
+        waiting, lost = {ref: name for name, ref in calls.items()}, []
+        deadline = time.monotonic() + self.timeout_s
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=WAIT_S)
+            for ref in ready:
+                try:
+                    answers[waiting[ref]] = ray.get(ref, timeout=self.timeout_s)
+                except RayActorError:
+                    continue  # the poll below says what it is
+                except RayTaskError as error:
+                    if not tolerates_loss:
+                        raise
+                    member = self.all[waiting[ref]]
+                    lost.append(Fault("hung", member.name, 0, f"{member.label}: {error.cause}"))
+                    self.remove(member, is_hung=True)
+                del waiting[ref]
+            if on_wait is not None:
+                on_wait()
+            for fault in self.poll():
+                if not tolerates_loss:
+                    raise SeatLostError(fault)
+                lost.append(fault)
+                self.remove(self.all[fault.role], is_hung=fault.kind == "hung")
+                waiting = {ref: name for ref, name in waiting.items() if name != fault.role}
+            if waiting and time.monotonic() > deadline:
+                raise RemoteTimeoutError(f"waited {self.timeout_s:g} s for {', '.join(sorted(waiting.values()))} {what} (run.timeout_s)")
+        return answers, lost
+
+    def remove(self, member: Member, *, is_hung: bool = False) -> None:
+        """End a seat and give its resources back."""
+        del self.all[member.name]
+        if is_hung and member.report is not None:
+            # A stopped process does not hear Ray; without this it would hold its memory, and its peers their connections.
+            try:
+                signal_actor(member.report.pid, member.report.node, signal.SIGKILL, timeout_s=self.hang_timeout_s)
+            except (GetTimeoutError, RayError) as error:
+                logger.warning("%s could not be killed: %s", member.name, error)
+        ray.kill(member.handle)
+        if member.group is not None:
+            remove_placement_group(member.group)
+
+    def remove_all(self) -> None:
+        for member in list(self.all.values()):
+            self.remove(member)
+
+    def of_role(self, role: Role) -> Member | None:
+        """Return the seat in which a role sits."""
+        return next((m for m in self.all.values() if m.assigned == role), None)
+
+
+def end_run(namespace: str) -> None:
+    """End whatever is left of a run in the cluster: the conductor first, or it would start others anew."""
+    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == namespace]
+    for name in sorted(names, key=lambda n: n != CONDUCTOR):
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace))
+    for entry in placement_group_table().values():
+        if entry["name"].startswith(f"{namespace}/") and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(_group_id(entry)))
+
+
+def _group_id(entry: Mapping[str, Any]) -> Any:
+    from ray._raylet import PlacementGroupID
+
+    return PlacementGroupID(bytes.fromhex(entry["placement_group_id"]))

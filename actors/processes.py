@@ -1,0 +1,44 @@
+"""Signals to the processes of actors, on whatever node they are."""
+
+import os
+import signal
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+def signal_actor(pid: int, node: str, number: int, *, timeout_s: float) -> bool:
+    """Send a signal to an actor's process on a node (a Ray node id); return whether it was there.
+
+    Raises:
+        GetTimeoutError, RayError: the node does not answer.
+    """
+    if node == ray.get_runtime_context().get_node_id():
+        return _send(pid, number)
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_send).remote(pid, number), timeout=timeout_s)
+
+
+def signal_node(node: str, *, timeout_s: float) -> None:
+    """Kill a node's raylet, and with it everything that runs there.
+
+    Raises:
+        GetTimeoutError, RayError: the node does not answer.
+    """
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    raylet = ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(os.getppid).remote(), timeout=timeout_s)
+    # Not from within: the task would never return.
+    signal_actor(raylet, node, signal.SIGKILL, timeout_s=timeout_s)
+
+
+def _send(pid: int, number: int) -> bool:
+    try:
+        # A number may have gone to another process since; those of Ray say what they are.
+        command = " ".join(psutil.Process(pid).cmdline())
+        if command.startswith("ray::") or "raylet" in command:
+            os.kill(pid, number)
+            return True
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        pass
+    return False

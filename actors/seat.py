@@ -1,0 +1,183 @@
+"""A seat: a warm process with resources and a vault, in which a role - a sequence worker or a level rank - sits down.
+
+A plain class; `nlray.actors.members` makes it an actor. All actors of a run but the conductor are seats. A seat without a role is a
+standby. On a fault the seats that live stay, with what their vaults hold, and every role begins anew in them.
+"""
+
+import os
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from nlray.actors.level import LevelRank
+from nlray.actors.recovery import Keeper, Snapshot, Vault
+from nlray.actors.sequence import SequenceWorker
+from nlray.actors.transports import ObjectStore, wait_for
+from nlray.actors.types import Assignment, PartWritten, PieceCopy, PieceKey, Role, SeatReport, Source
+from nlray.errors import HaltedError, RemoteTimeoutError
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviours:
+    """The plain classes that sit in the seats: a fault injector puts its own subclasses here."""
+
+    sequence_worker: type[SequenceWorker] = SequenceWorker
+    level_rank: type[LevelRank] = LevelRank
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A role that is made and not restored yet."""
+
+    role: Role
+    generation: int
+    made: SequenceWorker | LevelRank
+
+
+class Seat:
+    """One process of a run.
+
+    Args:
+        name: of the actor.
+        timeout_s: limit of each wait.
+        gpus: GPUs that Ray gave this actor.
+        behaviours: the classes of the roles.
+    """
+
+    def __init__(self, name: str, *, timeout_s: float, gpus: float, behaviours: Behaviours) -> None:
+        self.name, self.timeout_s, self.gpus, self.behaviours = name, timeout_s, gpus, behaviours
+        self.vault = Vault(name, timeout_s)
+        self._changed = threading.Condition()
+        self._role: SequenceWorker | LevelRank | None = None
+        self._generation = 0
+        self._prepared: Prepared | None = None
+        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+    # Roles.
+
+    def become(self, assignment: Assignment) -> str:
+        """Take a role, restored; return `cpu` or `cuda`, where its tensors live. The role before is let go of."""
+        with self._changed:
+            prepared, self._prepared = self._prepared, None
+        is_ready = prepared is not None and (prepared.role, prepared.generation) == (assignment.role, assignment.generation)
+        role = prepared.made if is_ready else self._make(assignment)
+        if assignment.sources:
+            role.restore(self._gather(assignment.sources, role))
+        elif assignment.checkpoint is not None:
+            role.load(assignment.checkpoint)
+        with self._changed:
+            before, self._role, self._generation = self._role, role, assignment.generation
+            self._changed.notify_all()
+        if before is not None:
+            before.halt()
+        return role.device_type()
+
+    def prepare(self, assignment: Assignment) -> None:
+        """Make a role that this seat is going to become, beside the present one; its state comes with `become`."""
+        made = self._make(assignment)
+        with self._changed:
+            self._prepared = Prepared(assignment.role, assignment.generation, made)
+
+    def call(self, generation: int, method: str, *args: Any) -> Any:
+        """Call a method of the role of `generation`, waiting for it to sit down.
+
+        Raises:
+            HaltedError: that role is over.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._generation >= generation, self.timeout_s):
+                raise RemoteTimeoutError(
+                    f"{self.name}: waited {self.timeout_s:g} s for the role of generation {generation} (run.timeout_s)"
+                )
+            role = self._role
+            if role is None or self._generation > generation:
+                raise HaltedError(f"{self.name}: the role of generation {generation} is over")
+        return getattr(role, method)(*args)
+
+    def halt(self, generation: int) -> None:
+        """End the role; `generation` is the one that begins. What the vault holds stays."""
+        with self._changed:
+            role, self._role, self._prepared = self._role, None, None
+            self._generation = max(self._generation, generation - 1)
+            self._changed.notify_all()
+        self.vault.begin(generation)
+        if role is not None:
+            role.halt()
+
+    def report(self, rows_after: int, release_below: int, kept: Collection[int]) -> SeatReport:
+        """Say how the role is, and let go of the pieces of steps before `release_below`, except `kept`."""
+        self.vault.release(release_below, kept)
+        # Holdings first: a worker puts a piece into the vault after the rows that belong to it.
+        holdings, bytes_held, bytes_copied = self.vault.holdings(), self.vault.bytes_held, self.vault.bytes_copied
+        with self._changed:
+            role, generation = self._role, self._generation
+        return SeatReport(
+            None if role is None else role.role,
+            generation,
+            0 if role is None else role.group_size,
+            role is not None and role.is_started,
+            os.getpid(),
+            self._node,
+            holdings,
+            bytes_held,
+            bytes_copied,
+            None if role is None else role.error,
+            role.report(rows_after) if isinstance(role, SequenceWorker) else None,
+        )
+
+    def _make(self, assignment: Assignment) -> SequenceWorker | LevelRank:
+        role, config, plans = assignment.role, assignment.config, assignment.plans
+        if role.is_worker:
+            return self.behaviours.sequence_worker(
+                config,
+                plans,
+                role.index,
+                vault=self.vault,
+                generation=assignment.generation,
+                gpus=self.gpus,
+                is_restored=bool(assignment.sources) or assignment.checkpoint is not None,
+            )
+        plan = next(plan for plan in plans if plan.name == role.group)
+        store = ObjectStore(self.timeout_s)
+        return self.behaviours.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus)
+
+    def _gather(self, sources: Sequence[Source], role: SequenceWorker | LevelRank) -> Snapshot:
+        """Put together what the role wants from the pieces that hold it; what is not a tensor comes from the first."""
+        tensors: dict[str, torch.Tensor] = {}
+        first: Snapshot | PieceCopy | None = None
+        for source in sources:
+            if source.holder is None:
+                piece = self.vault.get(source.key)
+                found = {n: t for n, t in piece.tensors.items() if n not in tensors and role.wants(n)}
+            else:
+                what = f"the piece of {source.key.owner} of step {source.key.step}"
+                names = wait_for(source.holder.names.remote(source.key), what, self.timeout_s)
+                wanted = [n for n in names if n not in tensors and role.wants(n)]
+                piece = wait_for(source.holder.fetch.remote(source.key, wanted), what, self.timeout_s)
+                found = {n: torch.from_numpy(a) for n, a in piece.arrays.items()}
+            tensors |= found
+            first = first or piece
+        return Snapshot(first.key, first.group_size, tensors, first.state)
+
+    # The vault, for other seats and the conductor.
+
+    def set_keeper(self, keeper: Keeper | None, keeps_shared: bool) -> None:
+        """Say who holds this seat's copies from now on."""
+        self.vault.set_keeper(keeper, keeps_shared=keeps_shared)
+
+    def keep(self, copy: PieceCopy) -> bool:
+        return self.vault.keep(copy)
+
+    def names(self, key: PieceKey) -> list[str]:
+        return self.vault.names(key)
+
+    def fetch(self, key: PieceKey, wanted: Collection[str] | None = None) -> PieceCopy:
+        return self.vault.fetch(key, wanted)
+
+    def write(self, key: PieceKey, url: str, file: str, with_shared: bool) -> PartWritten:
+        """Write a piece that is held here as a file of the checkpoint `url`."""
+        return self.vault.write(key, url, file, with_shared=with_shared)

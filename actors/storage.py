@@ -1,0 +1,135 @@
+"""Checkpoints on storage: recovery points that the seats write from their vaults, in the background, made whole by the manifest."""
+
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from nlray.actors.faults import Fault
+from nlray.actors.lineup import Lineup
+from nlray.actors.members import CONDUCTOR, SeatLostError
+from nlray.actors.points import whole_points
+from nlray.actors.types import SEQUENCE, PartWritten, PieceKey
+from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, latest_checkpoint, read_manifest, write_manifest
+from nlray.errors import CheckpointError
+
+
+@dataclass
+class Writing:
+    """A checkpoint on its way to storage. parts: owner by the call that writes its part."""
+
+    url: str
+    parts: dict[Any, str]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        lineup: who sits where.
+        first: URL of the checkpoint that the run started from, or None.
+        flush: writes out the rows up to now; called before a manifest, so that a resumed run finds them.
+        note: takes events.
+    """
+
+    def __init__(self, lineup: Lineup, first: str | None, flush: Callable[[], None], note: Callable[[str], None]) -> None:
+        self.lineup, self.first, self.flush, self.note = lineup, first, flush, note
+        self.run_dir, self.recovery = lineup.config.run.dir, lineup.config.recovery
+        self.timeout_s = lineup.config.run.timeout_s
+        self.newest: str | None = first
+        self.written_step = 0 if first is None else read_manifest(first, verify=False).step
+        self.digest: str | None = None
+        self._writing: dict[int, Writing] = {}
+
+    def look(self) -> None:
+        """Take note of what is on storage, after the conductor was started again."""
+        stored = self.stored()
+        if stored is not None:
+            self.written_step, self.newest = stored
+            self.digest = read_manifest(self.newest, verify=False).digest
+
+    @property
+    def steps_under_way(self) -> tuple[int, ...]:
+        return tuple(self._writing)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the recovery point of a step goes to storage."""
+        every = self.recovery.checkpoint_every
+        return every > 0 and step % every == 0
+
+    def begin(self, step: int) -> None:
+        """Have every role write its piece of a recovery point, unless that has been done."""
+        if step > self.written_step and step not in self._writing:
+            calls = {}
+            for role in self.lineup.roles:
+                handle, key = self.lineup.seat(role).handle, PieceKey(self.lineup.generation, step, role)
+                calls[self._write_call(handle, key, with_shared=role.index == 0)] = str(role)
+            self._writing[step] = Writing(checkpoint_dir(self.run_dir, step), calls)
+
+    def advance(self) -> None:
+        """Write the manifest of each checkpoint whose parts are all on storage.
+
+        Raises:
+            SeatLostError: a role died while it wrote.
+        """
+        for step, writing in list(self._writing.items()):
+            ready, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=0)
+            for ref in ready:
+                self._part(ref, writing.parts[ref], step)
+            if not late:
+                del self._writing[step]
+                self._complete(step, writing)
+
+    def abandon(self) -> None:
+        """Let the parts that are being written end; the folder stays without a manifest and is written again."""
+        for writing in self._writing.values():
+            _, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=self.recovery.hang_timeout_s)
+            if late:
+                self.note(f"the checkpoint {posixpath.basename(writing.url)} is left torn: {len(late)} parts were not written in time")
+        self._writing = {}
+
+    def stored(self) -> tuple[int, str] | None:
+        """Return step and URL of the newest whole checkpoint, or None."""
+        try:
+            url = latest_checkpoint(self.run_dir, warn=self.note)
+        except CheckpointError:
+            url = self.first
+        return None if url is None else (read_manifest(url, verify=False).step, url)
+
+    def rescue(self) -> None:
+        """Write the best recovery point in memory, from whoever holds its pieces, before the run is given up."""
+        held = {n: m.report.holdings for n, m in self.lineup.members.all.items() if m.report is not None}
+        point = next(iter(whole_points(held | {CONDUCTOR: self.lineup.vault.holdings()}, self.lineup.groups)), None)
+        if point is None or point.step <= self.written_step:
+            return
+        parts = {}
+        shared_owner, shared_seat = point.shared[0]
+        for role, seats in point.holders.items():
+            is_shared = role == shared_owner
+            holder = self.lineup.holder(shared_seat if is_shared else seats[0])
+            parts[self._write_call(holder, point.key(role), with_shared=is_shared)] = str(role)
+        ray.wait(list(parts), num_returns=len(parts), timeout=self.timeout_s)
+        self._complete(point.step, Writing(checkpoint_dir(self.run_dir, point.step), parts))
+
+    def _write_call(self, handle: Any, key: PieceKey, *, with_shared: bool) -> Any:
+        file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"
+        return handle.write.remote(key, checkpoint_dir(self.run_dir, key.step), f"{file.replace('-', '_')}.safetensors", with_shared)
+
+    def _part(self, ref: Any, owner: str, step: int) -> PartWritten:
+        try:
+            return ray.get(ref, timeout=self.timeout_s)
+        except RayActorError as error:
+            raise SeatLostError(Fault("died", owner, step, f"{owner} died while it wrote the checkpoint of step {step}")) from error
+
+    def _complete(self, step: int, writing: Writing) -> None:
+        written = [self._part(ref, owner, step) for ref, owner in writing.parts.items()]
+        state = next(w.state for w in written if w.part.file == f"{SEQUENCE}_0.safetensors")
+        self.flush()
+        self.digest = write_manifest(writing.url, step, [w.part for w in written], state).digest
+        self.newest, self.written_step = writing.url, step
+        delete_old_checkpoints(self.run_dir, self.recovery.keep)
+        size = sum(w.part.size_bytes for w in written)
+        self.note(f"step {step}: checkpoint {posixpath.basename(writing.url)} written, {size / 1e6:.1f} MB")
