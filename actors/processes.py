@@ -20,16 +20,21 @@ def signal_actor(pid: int, node: str, number: int, *, timeout_s: float) -> bool:
     return ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_send).remote(pid, number), timeout=timeout_s)
 
 
-def signal_node(node: str, *, timeout_s: float) -> None:
+def kill_node(node: str, *, timeout_s: float) -> None:
     """Kill a node's raylet, and with it everything that runs there.
 
     Raises:
         GetTimeoutError, RayError: the node does not answer.
     """
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    raylet = ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(os.getppid).remote(), timeout=timeout_s)
-    # Not from within: the task would never return.
-    signal_actor(raylet, node, signal.SIGKILL, timeout_s=timeout_s)
+    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+    raylet = ray.get(remote(_parent).remote(), timeout=timeout_s)
+    # Whether this returns does not matter: its process goes with the raylet.
+    ray.wait([remote(_send).remote(raylet, signal.SIGKILL)], timeout=timeout_s)
+
+
+def _parent() -> int:
+    return os.getppid()
 
 
 def _send(pid: int, number: int) -> bool:

@@ -57,14 +57,14 @@ class Autoscaler:
 
     def __init__(self, config: AutoscaleConfig) -> None:
         self.config = config
-        self._version = 0
+        self.version = 0
         self._lags: deque[float] = deque(maxlen=MIN_VERSIONS)
 
     def observe(self, version: int, ready_steps: float | None) -> None:
         """Take in what a row of the metrics says of the level; each version counts once."""
-        if version > self._version and ready_steps is not None:
+        if version > self.version and ready_steps is not None:
             self._lags.append(ready_steps)
-        self._version = max(self._version, version)
+        self.version = max(self.version, version)
 
     def decide(self, ranks: int) -> int:
         """Return the number of ranks to have, one more or less at a time; begins to measure anew where it changes."""

@@ -1,0 +1,73 @@
+"""Runs over several nodes: copies lie on another node, a node goes, a node joins."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from nlray.actors.processes import kill_node
+
+from .conftest import run_to_end
+from .plain_loop import digest_plainly, train_plainly
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head without CPUs and three nodes; the one with `rare` is the only one of its kind."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for resources in ({"rare": 1}, {"spot": 4}, {"spot": 4}):
+        cluster.add_node(num_cpus=3, resources=resources)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def node_of(handle, role: str) -> str:
+    return next(member.node for member in handle.client.describe().members if member.role == role)
+
+
+def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
+    spot = "memory.levels.medium.resources={cpus: 0.1, gpus: 0, custom: {spot: 1}}"
+    config = small("run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", "sequence.workers=2", spot)
+    quiet, _, _ = run_to_end(config)
+    config = small("run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", "sequence.workers=2", spot, name="b")
+    lost, joined = [], []
+
+    def during(handle, rows):
+        if not lost and rows and rows[-1]["step"] >= 50:
+            lost.append(node_of(handle, "medium-0"))
+            kill_node(lost[0], timeout_s=20)
+        if not joined and rows and rows[-1]["step"] >= 200 and handle.client.describe().recoveries:
+            nodes.add_node(num_cpus=3, resources={"spot": 4})
+            joined.append(True)
+
+    status, _, events = run_to_end(config, during=during)
+    assert status.state == "completed" and lost and joined, (status.message, events)
+    assert 1 <= status.summary["recoveries"] <= 2, status.summary["recovery_log"]
+    assert all(r["source"] == "memory" for r in status.summary["recovery_log"])
+    assert status.summary["digest"] == quiet.summary["digest"]
+
+
+def test_growing_waits_for_a_node_while_the_run_goes_on(small, nodes):
+    rare = "memory.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {rare: 1}}"
+    config = small("run.steps=800", "recovery.window=50", "eval.every=0", rare, name="grow")
+    asked, joined = [], []
+
+    def during(handle, rows):
+        if not asked and rows and rows[-1]["step"] >= 50:
+            handle.client.request_scale({"slow": 2})
+            asked.append(rows[-1]["step"])
+        run = handle.client.describe()
+        if not joined and asked and any("waits for resources" in event for event in handle.client.poll(10**9, 0).events):
+            joined.append(run.step)
+            assert run.wanted == {"slow": 2} and run.sizes["slow"] == 1
+            nodes.add_node(num_cpus=1, resources={"rare": 1})
+
+    status, _, events = run_to_end(config, during=during)
+    assert status.state == "completed" and joined, (status.message, events)
+    assert joined[0] > asked[0] + 5  # it did not stop to wait
+    assert any(event.startswith("slow-1.") and "waits for resources: 0.1 CPU, 1 rare on one node" in event for event in events), events
+    assert status.summary["levels"][2]["ranks"] == 2 and status.summary["recoveries"] == 0
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 800)[0])

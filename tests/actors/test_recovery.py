@@ -1,0 +1,83 @@
+"""Invariant 5: whatever is killed, hung or broken, and whenever, the run goes on by itself and its result is that of a quiet run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import run_to_end
+from .plain_loop import digest_plainly, train_plainly
+from .strikes import Strike, striking, struck
+
+POINTS = ["run.steps=32", "recovery.window=4", "recovery.hang_timeout_s=3"]
+FAULTS = {
+    "worker": (("sequence-0",), "kill"),
+    "rank": (("medium-0",), "kill"),
+    "several": (("sequence-0", "fast-0", "slow-1"), "kill"),
+    "conductor": (("conductor",), "kill"),
+    "hang": (("medium-0",), "stop"),
+    "hung-worker": (("sequence-0",), "stop"),
+    "raise": ((), "raise"),
+}
+
+
+def at_three_moments(kind: str) -> list[Strike]:
+    """Return faults in the middle of a step, while a level publishes, and while a recovery point is taken."""
+    victims, how = FAULTS[kind]
+    return [Strike("step", 10, victims, how), Strike("publish", 4, victims, how), Strike("point", 24, victims, how)]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
+    config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.checkpoint_every=12")
+    status, rows, events = run_to_end(config, behaviours=striking(tmp_path, at_three_moments(kind)))
+    assert status.state == "completed", (status.message, events)
+    assert struck(tmp_path) == 3
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
+    assert [row["step"] for row in rows] == list(range(1, 33))
+    written = [json.loads(line)["step"] for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert written == list(range(1, 33))
+    assert 1 <= status.summary["recoveries"] <= 3, status.summary["recovery_log"]
+    expected = {"conductor": "conductor", "raise": "raised", "hang": "hung", "hung-worker": "hung"}.get(kind, "died")
+    assert all(expected in recovery["kinds"] for recovery in status.summary["recovery_log"]), status.summary["recovery_log"]
+    assert sum("recovered in" in event or "the conductor was killed" in event for event in events) == status.summary["recoveries"]
+
+
+def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
+    overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1"]
+    quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
+    strikes = [
+        Strike("step", 7, ("sequence-1",)),
+        Strike("publish", 4, ("sequence-0",)),
+        Strike("point", 28, ("sequence-0", "sequence-1")),
+    ]
+    status, _, events = run_to_end(small(*overrides, name="struck"), behaviours=striking(tmp_path, strikes))
+    assert status.state == "completed" and struck(tmp_path) == 3, (status.message, events)
+    assert status.summary["digest"] == quiet.summary["digest"]
+    assert any("the standby standby-0." in event and "takes its place" in event for event in events)
+
+
+def test_a_run_with_a_single_actor_is_restored_from_the_conductors_copy(small, cluster, tmp_path):
+    config = small(*POINTS, "model.kind=transformer")
+    status, _, _ = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 14, ("sequence-0",))]))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
+    (recovery,) = status.summary["recovery_log"]
+    assert (recovery["restored"], recovery["source"]) == (12, "memory")
+    assert recovery["replayed"] <= 1  # what the conductor had heard of
+
+
+def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster, tmp_path):
+    everyone = ("sequence-0", "fast-0", "medium-0", "slow-0")
+    config = small(*POINTS, "recovery.checkpoint_every=8")
+    status, _, _ = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 6, everyone), Strike("step", 15, everyone)]))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
+    log = status.summary["recovery_log"]
+    assert [(r["restored"], r["source"]) for r in log] == [(0, "the start"), (8, "storage")]
+
+
+def test_a_fault_while_the_run_recovers_is_met_too(small, cluster, tmp_path):
+    strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 2, ("conductor",))]
+    config = small(*POINTS)
+    status, _, _ = run_to_end(config, behaviours=striking(tmp_path, strikes))
+    assert struck(tmp_path) == 3
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])

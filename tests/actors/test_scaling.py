@@ -1,0 +1,126 @@
+"""Invariant 6: groups change their sizes while a run goes on, and the result does not show it."""
+
+import time
+
+import pytest
+import ray
+
+from nlray.actors.conductor import namespace_of
+from nlray.actors.launch import resume_config
+from nlray.actors.level import LevelRank
+from nlray.actors.rescale import Autoscaler, check_sizes
+from nlray.actors.seat import Behaviours
+from nlray.config import AutoscaleConfig
+from nlray.errors import UserError
+from nlray.nested_system import level_plans
+
+from .conftest import run_to_end
+from .plain_loop import digest_plainly, train_plainly
+
+
+def scaling(plan: list[tuple[int, dict[str, int]]]):
+    """Return what asks for the sizes of each entry when its step is there, one change after the other."""
+    waiting = list(plan)
+
+    def during(handle, rows):
+        if waiting and rows and rows[-1]["step"] >= waiting[0][0] and not handle.client.describe().wanted:
+            handle.client.request_scale(waiting.pop(0)[1])
+
+    return during, waiting
+
+
+def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
+    config = small("run.steps=500", "recovery.window=16", "eval.every=0", "memory.levels.medium.delay=3")
+    during, waiting = scaling([(20, {"fast": 3}), (120, {"fast": 1, "slow": 2}), (240, {"medium": 2})])
+    status, rows, events = run_to_end(config, during=during)
+    assert status.state == "completed" and not waiting, (status.message, events)
+    assert [level["ranks"] for level in status.summary["levels"]] == [1, 2, 2]
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 500)[0])
+    assert status.summary["recoveries"] == 0
+    assert [row["step"] for row in rows] == list(range(1, 501))
+    fast = status.summary["levels"][0]
+    assert fast["bytes_pushed"] == 500 * fast["parameter_bytes"]
+    assert sum("its resources are given back" in event for event in events) == 2
+    assert resume_config(config.run.dir, []).levels["slow"].ranks == 2
+
+
+def test_workers_come_and_go_with_the_same_data(small, cluster):
+    config = small("run.steps=160", "recovery.window=16", "eval.every=0")
+    during, waiting = scaling([(10, {"sequence": 2, "fast": 2}), (60, {"sequence": 1})])
+    status, rows, events = run_to_end(config, during=during)
+    assert status.state == "completed" and not waiting, (status.message, events)
+    assert [row["step"] for row in rows] == list(range(1, 161))
+    _, losses = train_plainly(config, 160)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-3)
+    assert sum("the steps paused for" in event for event in events) == 2
+
+
+def test_a_fault_while_a_group_changes_is_met_too(small, cluster):
+    config = small("run.steps=300", "recovery.window=50", "eval.every=0")
+    during, waiting = scaling([(20, {"fast": 3}), (100, {"fast": 2})])
+    struck = []
+
+    def kill_one(handle, rows):
+        during(handle, rows)
+        run = handle.client.describe()
+        if "fast" in run.wanted and len(struck) < 2 - len(waiting):
+            struck.append(run.wanted)
+            ray.kill(ray.get_actor(next(m.actor for m in run.members if m.role == "fast-0"), namespace_of(run.name)))
+
+    status, _, events = run_to_end(config, during=kill_one)
+    assert status.state == "completed" and len(struck) == 2, (status.message, events)
+    assert status.summary["levels"][0]["ranks"] == 2 and status.summary["recoveries"] == 2
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
+
+
+class SlowRank(LevelRank):
+    """Takes 50 ms an update; half of it with twice the ranks."""
+
+    def _apply(self, contributions):
+        time.sleep(0.05 / self.plan.ranks)
+        super()._apply(contributions)
+
+
+def test_a_level_that_is_late_grows_by_its_policy(small, cluster):
+    policy = "memory.levels.fast.autoscale={max: 2, target_lag: 0.5}"
+    config = small("run.steps=300", "recovery.window=50", "eval.every=0", policy)
+    status, _, events = run_to_end(config, behaviours=Behaviours(level_rank=SlowRank))
+    assert any(event == "level fast: 1 -> 2 ranks by its autoscale policy" for event in events), events
+    assert status.summary["levels"][0]["ranks"] == 2
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
+
+
+def test_the_policy_grows_above_the_target_and_shrinks_where_half_of_it_would_be_kept():
+    policy = Autoscaler(AutoscaleConfig(min=1, max=3, target_lag=2.0))
+
+    def after(*lags: float, ranks: int) -> int:
+        for lag in lags:
+            policy.observe(policy.version + 1, lag)
+        return policy.decide(ranks)
+
+    assert after(9.0, 9.0, ranks=1) == 1  # too few versions
+    assert after(9.0, ranks=1) == 2
+    assert after(3.0, 3.0, 3.0, ranks=2) == 3
+    assert after(9.0, 9.0, 9.0, ranks=3) == 3
+    assert after(0.6, 0.6, 0.6, ranks=3) == 2
+    assert after(0.6, 0.6, 0.6, ranks=2) == 2  # alone it would take 1.2, more than half of the target
+    assert after(0.4, 0.4, 0.4, ranks=2) == 1
+    assert policy.decide(5) == 3
+    policy.observe(policy.version, 99.0)  # a version that was seen
+    assert after(1.0, 1.0, ranks=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"nobody": 2}, r"nobody=2: no group of this name; allowed: fast, medium, slow, sequence"),
+        ({"slow": 0}, r"slow=0: allowed: 1 to the level's 6 tensors"),
+        ({"slow": 7}, r"slow=7: allowed: 1 to the level's 6 tensors"),
+        ({"sequence": 3}, r"sequence.global_batch is 4; allowed: a multiple of sequence.workers=3"),
+        ({"sequence": 0}, r"sequence=0: allowed: 1 or more"),
+    ],
+)
+def test_sizes_that_cannot_be_are_the_users_mistake(small, sizes, message):
+    config = small()
+    with pytest.raises(UserError, match=message):
+        check_sizes(config, level_plans(config, config.model.vocab_size), sizes)
