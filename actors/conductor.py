@@ -151,7 +151,7 @@ class Conductor:
                 "" if m.report is None else m.report.node,
                 m.report is not None,
             )
-            for n, m in sorted(self.members.all.items())
+            for n, m in sorted(list(self.members.all.items()))
         )
         last = self.journal.since(self.journal.last_step - 1, 0)[0] if self.journal is not None else []
         return RunDescription(
@@ -353,8 +353,7 @@ class Conductor:
         seen_at, step = time.time(), max(self._step, self.journal.last_step)
         self._set_state("recovering")
         if all(fault.kind == "raised" for fault in faults):
-            time.sleep(SYMPTOM_S)
-            faults = self._look() or faults
+            faults = self._look_again(faults)
         self.checkpoints.abandon()
         restored, source, causes = self._start_again(faults)
         took_s = time.time() - seen_at
@@ -370,6 +369,14 @@ class Conductor:
             recovery=recovery.as_dict(),
         )
         self._set_state("running")
+
+    def _look_again(self, faults: list[Fault]) -> list[Fault]:
+        """Wait a moment for what may explain these errors."""
+        time.sleep(SYMPTOM_S)
+        try:
+            return self._look() or faults
+        except SeatLostError as error:
+            return [*faults, self._named(error.fault)]
 
     def _start_again(self, faults: list[Fault]) -> tuple[int, str, list[Fault]]:
         """Begin at the best recovery point, however many further faults come in between; return step, source and the causes."""
@@ -425,11 +432,15 @@ class Conductor:
         self.members.find(self.lineup.plan_of)
         lost = self._first_look()
         fault = Fault("conductor", CONDUCTOR, self._step, "the conductor was killed and started again")
-        if lost or not self._is_intact():
+        restored, source = self._step, "the running actors"
+        try:
+            is_intact = not lost and self._is_intact()
+            if is_intact:
+                self.lineup.set_keepers()
+        except SeatLostError as error:
+            lost.append(self._named(error.fault))
+        if lost or not is_intact:
             restored, source, _ = self._start_again([fault, *lost])
-        else:
-            self.lineup.set_keepers()
-            restored, source = self._step, "the running actors"
         took_s = time.time() - seen_at
         recovery = Recovery(
             seen_at,

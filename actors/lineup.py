@@ -131,9 +131,8 @@ class Lineup:
         _, lost = self.members.gather(halts, "to end what they did", tolerates_loss=True)
         self.fill()
         self._await_seats()
-        reports, _ = self.members.gather(
-            {n: m.handle.report.remote(0, 0, ()) for n, m in self.members.all.items() if m.report is not None}, "to say what they hold"
-        )
+        standing = [n for n, m in self.members.all.items() if m.report is not None]
+        reports, _ = self.members.gather(self.members.ask(standing), "to say what they hold")
         held = {name: report.holdings for name, report in reports.items()} | {CONDUCTOR: self.vault.holdings()}
         point = next(iter(whole_points(held, self.groups)), None)
         stored = checkpoint()
@@ -149,7 +148,7 @@ class Lineup:
     def _await_seats(self) -> None:
         """Wait until every role's seat stands."""
         names = [self.seat(role).name for role in self.roles]
-        waiting = {n: self.members.all[n].handle.report.remote(0, 0, ()) for n in names if self.members.all[n].report is None}
+        waiting = self.members.ask([n for n in names if self.members.all[n].report is None])
         try:
             self.members.gather(waiting, "to stand", on_wait=self.note_waiting)
         except RemoteTimeoutError as error:

@@ -5,6 +5,7 @@ which finds them again by their names, `GROUP-INDEX.SERIAL` in the run's namespa
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -84,6 +85,7 @@ class Members:
     def __init__(self, namespace: str, *, timeout_s: float, hang_timeout_s: float, behaviours: Behaviours) -> None:
         self.namespace, self.timeout_s, self.hang_timeout_s, self.behaviours = namespace, timeout_s, hang_timeout_s, behaviours
         self.all: dict[str, Member] = {}
+        self.conductor = (os.getpid(), ray.get_runtime_context().get_node_id() if ray.is_initialized() else "")
         self._serial = 0
 
     def add(self, plan: ActorPlan) -> Member:
@@ -104,7 +106,9 @@ class Members:
             "namespace": self.namespace,
             "lifetime": "detached",
         }
-        handle = ray.remote(**options)(Seat).remote(name, timeout_s=self.timeout_s, gpus=plan.gpus, behaviours=self.behaviours)
+        handle = ray.remote(**options)(Seat).remote(
+            name, timeout_s=self.timeout_s, hang_timeout_s=self.hang_timeout_s, gpus=plan.gpus, behaviours=self.behaviours
+        )
         self.all[name] = Member(name, plan, handle, group, time.monotonic())
         return self.all[name]
 
@@ -134,7 +138,7 @@ class Members:
         now = time.monotonic()
         for member in self.all.values():
             if member.asked is None:
-                member.asked = member.handle.report.remote(rows_after, release_below, tuple(kept))
+                member.asked = member.handle.report.remote(self.conductor, rows_after, release_below, tuple(kept))
                 member.asked_s = now
         waiting = {member.asked: member for member in self.all.values()}
         if not waiting:
@@ -161,6 +165,10 @@ class Members:
             # Unavailable: on its way to be dead, or back again; asked again until one is certain.
             member.lost_s = member.lost_s if member.lost_s is not None else time.monotonic()
         return None
+
+    def ask(self, names: Collection[str]) -> dict[str, Any]:
+        """Return calls for a report of each of these seats, for `gather`."""
+        return {name: self.all[name].handle.report.remote(self.conductor, 0, 0, ()) for name in names}
 
     def waiting_for_resources(self) -> list[Member]:
         """Return the seats that are newly found to wait for resources."""
@@ -209,6 +217,14 @@ class Members:
                 self.remove(self.all[fault.role], is_hung=fault.kind == "hung")
                 waiting = {ref: name for ref, name in waiting.items() if name != fault.role}
             if waiting and time.monotonic() > deadline:
+                if tolerates_loss:
+                    late = [self.all[name] for name in waiting.values()]
+                    for member in late:
+                        lost.append(
+                            Fault("hung", member.name, 0, f"{member.label} took more than {self.timeout_s:g} s {what} (run.timeout_s)")
+                        )
+                        self.remove(member, is_hung=True)
+                    break
                 raise RemoteTimeoutError(f"waited {self.timeout_s:g} s for {', '.join(sorted(waiting.values()))} {what} (run.timeout_s)")
         return answers, lost
 

@@ -4,21 +4,30 @@ A plain class; `nlray.actors.members` makes it an actor. All actors of a run but
 standby. On a fault the seats that live stay, with what their vaults hold, and every role begins anew in them.
 """
 
+import logging
+import math
 import os
+import signal
 import threading
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, RayError
 
 from nlray.actors.level import LevelRank
+from nlray.actors.processes import signal_actor
 from nlray.actors.recovery import Keeper, Snapshot, Vault
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import ObjectStore, wait_for
-from nlray.actors.types import Assignment, PartWritten, PieceCopy, PieceKey, Role, SeatReport, Source
+from nlray.actors.types import SEQUENCE, Assignment, PartWritten, PieceCopy, PieceKey, Role, SeatReport, Source
 from nlray.errors import HaltedError, RemoteTimeoutError
+
+CONDUCTOR_PATIENCE = 3  # times `recovery.hang_timeout_s`: it may be writing to a slow storage
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +53,23 @@ class Seat:
     Args:
         name: of the actor.
         timeout_s: limit of each wait.
+        hang_timeout_s: silence after which an actor is taken for hung.
         gpus: GPUs that Ray gave this actor.
         behaviours: the classes of the roles.
     """
 
-    def __init__(self, name: str, *, timeout_s: float, gpus: float, behaviours: Behaviours) -> None:
-        self.name, self.timeout_s, self.gpus, self.behaviours = name, timeout_s, gpus, behaviours
+    def __init__(self, name: str, *, timeout_s: float, hang_timeout_s: float, gpus: float, behaviours: Behaviours) -> None:
+        self.name, self.timeout_s, self.hang_timeout_s, self.gpus, self.behaviours = name, timeout_s, hang_timeout_s, gpus, behaviours
         self.vault = Vault(name, timeout_s)
         self._changed = threading.Condition()
         self._role: SequenceWorker | LevelRank | None = None
         self._generation = 0
         self._prepared: Prepared | None = None
+        self._conductor: tuple[int, str] | None = None
+        self._asked_s = math.inf
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+        threading.Thread(target=self._watch_conductor, name="watch", daemon=True).start()
 
     # Roles.
 
@@ -108,8 +122,12 @@ class Seat:
         if role is not None:
             role.halt()
 
-    def report(self, rows_after: int, release_below: int, kept: Collection[int]) -> SeatReport:
-        """Say how the role is, and let go of the pieces of steps before `release_below`, except `kept`."""
+    def report(self, conductor: tuple[int, str], rows_after: int, release_below: int, kept: Collection[int]) -> SeatReport:
+        """Say how the role is, and let go of the pieces of steps before `release_below`, except `kept`.
+
+        conductor: process id and node of who asks.
+        """
+        self._conductor, self._asked_s = conductor, time.monotonic()
         self.vault.release(release_below, kept)
         # Holdings first: a worker puts a piece into the vault after the rows that belong to it.
         holdings, bytes_held, bytes_copied = self.vault.holdings(), self.vault.bytes_held, self.vault.bytes_copied
@@ -162,6 +180,20 @@ class Seat:
             tensors |= found
             first = first or piece
         return Snapshot(first.key, first.group_size, tensors, first.state)
+
+    def _watch_conductor(self) -> None:
+        """In worker 0's seat: kill a conductor that asks no more; Ray starts it again. Nobody else would notice that it hangs."""
+        while True:
+            time.sleep(self.hang_timeout_s / 2)
+            role, silent_s = self._role, time.monotonic() - self._asked_s
+            if role is None or role.role != Role(SEQUENCE, 0) or silent_s < CONDUCTOR_PATIENCE * self.hang_timeout_s:
+                continue
+            self._asked_s = time.monotonic()
+            try:
+                if signal_actor(*self._conductor, signal.SIGKILL, timeout_s=self.hang_timeout_s):
+                    logger.warning("the conductor did not ask for %.0f s: killed, for Ray to start it again", silent_s)
+            except (GetTimeoutError, RayError) as error:
+                logger.warning("the conductor does not ask and could not be killed: %s", error)
 
     # The vault, for other seats and the conductor.
 

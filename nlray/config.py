@@ -383,7 +383,8 @@ class RecoveryConfig:
     standbys: int = 0
     """Warm actors without a role, each with the CPUs and GPUs of the run's largest actor, that take a lost one's place at once."""
     hang_timeout_s: float = 30.0
-    """Limit in seconds of an actor's silence: one that answers nothing for so long is taken for hung, killed and replaced."""
+    """Limit in seconds of an actor's silence: one that answers nothing for so long is taken for hung, killed and replaced; the
+    conductor, which writes to storage, for three times as long."""
 
     def __post_init__(self) -> None:
         _require(self.window >= 0, f"recovery.window is {self.window}; allowed: 0 or more")

@@ -30,9 +30,8 @@ def node_of(handle, role: str) -> str:
 
 def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
     spot = "memory.levels.medium.resources={cpus: 0.1, gpus: 0, custom: {spot: 1}}"
-    config = small("run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", "sequence.workers=2", spot)
-    quiet, _, _ = run_to_end(config)
-    config = small("run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", "sequence.workers=2", spot, name="b")
+    overrides = ["run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", "sequence.workers=2", spot]
+    quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
     lost, joined = [], []
 
     def during(handle, rows):
@@ -43,7 +42,7 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
             nodes.add_node(num_cpus=3, resources={"spot": 4})
             joined.append(True)
 
-    status, _, events = run_to_end(config, during=during)
+    status, _, events = run_to_end(small(*overrides), during=during)
     assert status.state == "completed" and lost and joined, (status.message, events)
     assert 1 <= status.summary["recoveries"] <= 2, status.summary["recovery_log"]
     assert all(r["source"] == "memory" for r in status.summary["recovery_log"])

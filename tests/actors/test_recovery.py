@@ -43,6 +43,13 @@ def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
     assert sum("recovered in" in event or "the conductor was killed" in event for event in events) == status.summary["recoveries"]
 
 
+def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small, cluster, tmp_path):
+    config = small(*POINTS, "recovery.hang_timeout_s=1")
+    status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 14, ("conductor",), "stop")]))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
+    assert any("the conductor was killed and started again: 4 actors found" in event for event in events), events
+
+
 def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
     overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1"]
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))

@@ -1,5 +1,6 @@
 """The real thing, as a user types it: train, Ctrl-C, resume, generate, in processes of their own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -37,6 +38,28 @@ def nlray(*arguments: str, **options) -> subprocess.Popen:
 def data(tmp_path: Path) -> str:
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text to learn from, {i * i % 97}\n" for i in range(3000)))
     return f"data.sources=[{tmp_path}/text.txt]"
+
+
+def test_everything_killed_at_once_and_resumed_gives_the_digest_of_a_quiet_run(data, tmp_path):
+    common = ["tiny", *TINY, data, "run.steps=60", "recovery.window=4", "recovery.checkpoint_every=10"]
+    quiet = nlray("train", *common, f"run.dir={tmp_path}/quiet")
+    assert quiet.wait(timeout=60) == 0, quiet.stderr.read()
+    killed = nlray("train", *common, f"run.dir={tmp_path}/killed")
+    for line in killed.stdout:
+        if line.startswith("step 35/"):
+            everyone = [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]
+            for process in everyone:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            break
+    assert killed.wait(timeout=20) == -signal.SIGKILL and len(everyone) > 8
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    resumed = nlray("resume", f"{tmp_path}/killed")
+    assert resumed.wait(timeout=90) == 0, resumed.stderr.read()
+    digests = [json.loads((tmp_path / name / "summary.json").read_text())["digest"] for name in ("quiet", "killed")]
+    assert digests[0] == digests[1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
 
 
 def test_train_is_interrupted_resumed_and_generates(data, tmp_path):
