@@ -303,7 +303,7 @@ class Conductor:
         first, seats = reports[0], [m.report for m in self.members.all.values() if m.report is not None]
         self._step, self._totals = first.step, first.totals
         held, copied = sum(s.bytes_held for s in seats), sum(s.bytes_copied for s in seats)
-        self.changes.observe(self.journal.add_rows(first.rows, recovery={"bytes_held": held, "bytes_copied": copied}))
+        self.changes.observe(self.journal.add_rows(first.rows, points={"bytes_held": held, "bytes_copied": copied}))
         member = self.lineup.workers[0]
         events, member.events = member.events, []
         for event in events:
@@ -430,11 +430,11 @@ class Conductor:
         seen_at = time.time()
         self.checkpoints.look()
         self.members.find(self.lineup.plan_of)
-        lost = self._first_look()
+        lost = [self._named(fault) for fault in self.members.hear_all()]
         fault = Fault("conductor", CONDUCTOR, self._step, "the conductor was killed and started again")
         restored, source = self._step, "the running actors"
         try:
-            is_intact = not lost and self._is_intact()
+            is_intact = not lost and self.lineup.adopt()
             if is_intact:
                 self.lineup.set_keepers()
         except SeatLostError as error:
@@ -458,38 +458,6 @@ class Conductor:
         self._save_state()
         self._note(f"{fault.message}: {len(self.members.all)} actors found, going on from {source}", recovery=recovery.as_dict())
         self._set_state("running")
-
-    def _first_look(self) -> list[Fault]:
-        """Wait until every found seat has reported or is known to be gone."""
-        lost: list[Fault] = []
-        deadline = time.monotonic() + self.recovery.hang_timeout_s
-        while any(m.report is None for m in self.members.all.values()):
-            for fault in self.members.poll(self.journal.last_step):
-                lost.append(fault)
-                self.members.remove(self.members.all[fault.role])
-            if time.monotonic() > deadline:
-                for member in [m for m in self.members.all.values() if m.report is None]:
-                    lost.append(Fault("hung", member.name, self._step, f"{member.name} did not answer"))
-                    self.members.remove(member)
-        return lost
-
-    def _is_intact(self) -> bool:
-        """Take over the roles as the seats report them; return whether they are a whole, running line-up."""
-        lineup = self.lineup
-        for member in self.members.all.values():
-            member.assigned = member.report.role if member.report.is_started else None
-            if member.assigned is not None:
-                lineup.last_generation = max(lineup.last_generation, member.report.generation)
-        seats = [self.members.of_role(role) for role in lineup.roles]
-        if any(seat is None or seat.report.group_size != lineup.sizes[role.group] for seat, role in zip(seats, lineup.roles, strict=True)):
-            return False
-        generations = {group: {s.report.generation for s in seats if s.assigned.group == group} for group in lineup.groups}
-        if any(len(found) != 1 for found in generations.values()):
-            return False
-        lineup.role_generations = {group: found.pop() for group, found in generations.items()}
-        lineup.generation = lineup.role_generations[SEQUENCE]
-        lineup.fill()
-        return True
 
     # The end.
 

@@ -108,6 +108,22 @@ class Lineup:
         """Return the seats that no role needs any more."""
         return [m for m in self.members.all.values() if m.assigned is None and m.plan.group != STANDBY and not m.is_reserved]
 
+    def adopt(self) -> bool:
+        """Take over the roles as the seats report them; return whether they are all there and running, of one generation each."""
+        for member in self.members.all.values():
+            member.assigned = member.report.role if member.report.is_started else None
+            self.last_generation = max(self.last_generation, member.report.generation)
+        seats = {role: self.members.of_role(role) for role in self.roles}
+        if any(seat is None or seat.report.group_size != self.sizes[role.group] for role, seat in seats.items()):
+            return False
+        found = {group: {s.report.generation for r, s in seats.items() if r.group == group} for group in self.groups}
+        if any(len(generations) != 1 for generations in found.values()):
+            return False
+        self.role_generations = {group: generations.pop() for group, generations in found.items()}
+        self.generation = self.role_generations[SEQUENCE]
+        self.fill()
+        return True
+
     # The start.
 
     def begin(self, checkpoint: Callable[[], tuple[int, str] | None]) -> tuple[int, str, list[Fault]]:

@@ -133,6 +133,21 @@ class Members:
             if name.startswith(f"{self.namespace}/"):
                 remove_placement_group(PlacementGroup(_group_id(entry)))
 
+    def hear_all(self) -> list[Fault]:
+        """Wait until every seat that was found has reported; remove those that do not and return them."""
+        lost: list[Fault] = []
+        deadline = time.monotonic() + self.hang_timeout_s
+        while any(member.report is None for member in self.all.values()):
+            lost += self.poll()
+            if time.monotonic() > deadline:
+                silent = [m for m in self.all.values() if m.report is None]
+                lost += [Fault("hung", m.name, 0, f"{m.name} did not answer for {self.hang_timeout_s:g} s") for m in silent]
+            for fault in lost:
+                if fault.role in self.all:
+                    self.remove(self.all[fault.role], is_hung=fault.kind == "hung")
+            time.sleep(WAIT_S)
+        return lost
+
     def poll(self, rows_after: int = 0, release_below: int = 0, kept: Collection[int] = ()) -> list[Fault]:
         """Take in the reports that have come and ask for new ones; return who is dead or hung. Never waits."""
         now = time.monotonic()

@@ -2,7 +2,7 @@
 
 A row has step, tokens, loss, tokens_per_second, stall_s (and lr, skipped, eval_loss where there is one), and `levels`: by
 name version, lag_steps, ready_steps, grad_norm, stall_s, bytes_pushed, bytes_pulled; the bytes, skipped and a level's stall_s are
-sums since the start. `recovery`: bytes_held, bytes_copied of the recovery points. A number that is not finite is null.
+sums since the start. `points`: bytes_held, bytes_copied of the recovery points. A number that is not finite is null.
 
     with MetricsWriter(run_dir) as metrics:
         metrics.truncate_after(step)     # on resume
@@ -125,7 +125,7 @@ def _read_lines(url: str) -> list[dict[str, Any]]:
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Give a row's numbers with their TensorBoard tags: train/loss, eval/loss, levels/NAME/lag_steps, recovery/bytes_held."""
+    """Give a row's numbers with their TensorBoard tags: train/loss, eval/loss, levels/NAME/lag_steps, points/bytes_held."""
     for key, value in row.items():
         if key == "levels":
             for name, level in value.items():
