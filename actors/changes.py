@@ -53,6 +53,9 @@ class Changes:
     def settle(self) -> None:
         """The run begins again: a change whose seats are ready is in force with that, one that still waits for seats goes on."""
         rescale = self._rescale
+        for role, member in list({} if rescale is None else rescale.seats.items()):
+            if member.name not in self.lineup.members.all:
+                rescale.seats[role] = self._reserve(role)
         if rescale is not None and (rescale.stage == "switching" or rescale.is_seated):
             self._end(rescale)
             self.lineup.resize(rescale.sizes)
@@ -82,6 +85,8 @@ class Changes:
         if rescale is None:
             return False
         if rescale.stage == "seats":
+            if self._is_withdrawn(rescale):
+                return False
             if rescale.is_seated:
                 self._switch(rescale)
             return False
@@ -107,6 +112,18 @@ class Changes:
         self.has_changed = True
         self.note(f"scaling {self._rescale}: at the next recovery point" + (", when the new actors stand" if seats else ""))
 
+    def _is_withdrawn(self, rescale: Rescale) -> bool:
+        """Give up a change whose seats do not stand yet where another wish for one of its groups has come."""
+        with self._lock:
+            if not rescale.sizes.keys() & self._asked.keys():
+                return False
+            self._asked = rescale.sizes | self._asked
+        for member in rescale.seats.values():
+            self.lineup.members.remove(member)
+        rescale.seats.clear()
+        self._end(rescale)
+        return True
+
     def _switch(self, rescale: Rescale) -> None:
         """All seats stand: tell the workers."""
         lineup = self.lineup
@@ -131,7 +148,8 @@ class Changes:
     def _hand_over(self, rescale: Rescale) -> bool:
         """All workers have gone over and the old ranks hold the boundary: the new ranks restore it and begin."""
         lineup = self.lineup
-        steps = {m.report.worker.switched.get(name) for m in lineup.workers if m.report.worker is not None for name in rescale.levels}
+        reports = [member.report.worker for member in lineup.workers]
+        steps = {None if report is None else report.switched.get(rescale.generation) for report in reports}
         if len(steps) != 1 or None in steps:
             return False
         step = steps.pop()

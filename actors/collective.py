@@ -34,18 +34,25 @@ class WorkerGroup:
 
     def __init__(self, worker: int, num_workers: int, device: torch.device) -> None:
         self.worker, self.num_workers, self.device = worker, num_workers, device
+        self._group: dist.ProcessGroup | None = None
         self._buckets: list[Bucket] = []
         self._next_bucket = 0
         self._is_armed = False
 
     def join(self, store: dist.Store, timeout_s: float) -> None:
-        """Enter the process group; returns when all workers have."""
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.worker, world_size=self.num_workers, timeout=timedelta(seconds=timeout_s))
+        """Enter the group; returns when all workers have.
+
+        Not torch's default group: that one is counted, and a process in which an earlier start was cut short would look for the others
+        under another number.
+        """
+        kind = dist.ProcessGroupNCCL if self.device.type == "cuda" else dist.ProcessGroupGloo
+        self._group = kind(store, self.worker, self.num_workers, timedelta(seconds=timeout_s))
 
     def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """End the group; whoever waits for this worker in it gets an error."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
 
     def watch(self, parameters: dict[str, nn.Parameter]) -> None:
         """Prepare buckets for these parameters' gradients, in the order in which backward makes them."""
@@ -88,7 +95,7 @@ class WorkerGroup:
         message = torch.tensor(
             [loss if math.isfinite(loss) else 0.0, 0.0 if is_finite else 1.0, float(command)], dtype=torch.float64, device=self.device
         )
-        dist.all_reduce(message)
+        self._group.allreduce([message]).wait()
         loss, num_bad, commands = message.tolist()
         return Agreement(loss if num_bad == 0 else math.nan, num_bad == 0, Command(int(commands)))
 
@@ -96,7 +103,7 @@ class WorkerGroup:
         """Return the sums over the workers, in float64."""
         message = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         if self.num_workers > 1:
-            dist.all_reduce(message)
+            self._group.allreduce([message]).wait()
         return message.tolist()
 
     def _on_gradient(self, bucket: "Bucket", index: int, parameter: nn.Parameter) -> None:
@@ -110,7 +117,7 @@ class WorkerGroup:
             bucket = self._buckets[self._next_bucket]
             if bucket.num_missing > 0 and not include_incomplete:
                 return
-            bucket.launch()
+            bucket.launch(self._group)
             self._next_bucket += 1
 
 
@@ -133,8 +140,8 @@ class Bucket:
         self._views[index].copy_(gradient)
         self.num_missing -= 1
 
-    def launch(self) -> None:
-        self._work = dist.all_reduce(self._flat, async_op=True)
+    def launch(self, group: dist.ProcessGroup) -> None:
+        self._work = group.allreduce([self._flat])
 
     def finish(self) -> None:
         self._work.wait()

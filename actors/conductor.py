@@ -24,6 +24,7 @@ from nlray.actors.lineup import Lineup
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, Members, SeatLostError
 from nlray.actors.placement import ActorPlan
+from nlray.actors.points import Point, whole_points
 from nlray.actors.recovery import Vault
 from nlray.actors.rescale import check_sizes
 from nlray.actors.seat import Behaviours
@@ -109,6 +110,7 @@ class Conductor:
         self._asked_s = time.monotonic()
         self._is_stop_requested = self._is_stop_sent = False
         self._committed = (0, -1)
+        self._point: Point | None = None
         self._step = 0
         self._totals: dict[str, Any] = {}
         self._recoveries: list[Recovery] = []
@@ -212,9 +214,13 @@ class Conductor:
                 self.members.find(self.lineup.plan_of)
                 self.members.remove_all()
                 self._summary = state["summary"]
+                if self._summary["error"] is not None:
+                    self._failure = RunFailedError(self._summary["error"])
                 self._set_state(state["status"])
             else:
                 if state is None:
+                    # From here on a conductor that is started again looks for what there is.
+                    self._save_state()
                     for note in self.notes:
                         self._note(note)
                     self._start_again([])
@@ -226,6 +232,9 @@ class Conductor:
             logger.exception("the run failed")
             self._fail(error if isinstance(error, RunFailedError) else RunFailedError(*explain(error)))
         finally:
+            # Whatever went wrong with the records: nothing of the run stays, and askers hear of the end.
+            self.members.remove_all()
+            self._set_state("failed")
             if lock is not None:
                 lock.close()
             self._linger()
@@ -247,6 +256,11 @@ class Conductor:
                         return
             except SeatLostError as error:
                 faults = [self._named(error.fault)]
+            except RayTaskError as error:
+                message, details, exit_code = explain(error)
+                if exit_code == 2:
+                    raise
+                faults = [Fault("raised", "a change of sizes", self._step, message, details)]
             if faults:
                 self._recover(faults)
             time.sleep(URGENT_POLL_S if self.changes.is_urgent else POLL_S)
@@ -254,7 +268,7 @@ class Conductor:
     def _look(self) -> list[Fault]:
         """Take in what the seats report; return what went wrong."""
         kept = self.checkpoints.steps_under_way
-        faults = self._without_idle(self.members.poll(self.journal.last_step, self._committed[1], kept))
+        faults = self._without_idle(self.members.poll(self.journal.durable_step, self._committed[1], kept))
         self.vault.release(self._committed[1], kept)
         self._take_report()
         for member in self.members.all.values():
@@ -314,36 +328,28 @@ class Conductor:
             self._save_state()
 
     def _note_commit(self) -> None:
-        """Find the newest recovery point of which every role's piece has a copy elsewhere; the older ones are then let go of."""
-        steps: set[int] | None = None
-        for role in self.lineup.roles:
-            member = self.members.of_role(role)
-            if member is None or member.report is None:
-                return
-            own = {
-                h.key.step
-                for h in member.report.holdings
-                if h.key.owner == role
-                and h.is_protected
-                and h.key.generation == self.lineup.generation
-                and h.group_size == self.lineup.sizes[role.group]
-            }
-            steps = own if steps is None else steps & own
-        if not steps:
-            return
-        self._committed = max(self._committed, (self.lineup.generation, max(steps)))
-        for step in sorted(steps):
-            if self.checkpoints.is_due(step):
-                self.checkpoints.begin(step)
+        """Commit the recovery points of which every piece has a copy elsewhere; what is older is then let go of."""
+        generation = self.lineup.generation
+        protected = {
+            n: [h for h in m.report.holdings if h.is_protected and h.key.generation == generation]
+            for n, m in self.members.all.items()
+            if m.report is not None
+        }
+        for point in reversed(whole_points(protected, self.lineup.groups)):
+            if (generation, point.step) >= self._committed:
+                self._committed, self._point = (generation, point.step), point
+                if self.checkpoints.is_due(point.step):
+                    self.checkpoints.begin(point)
         for member in self.lineup.left_over():
-            if member.surplus_at is not None and self._committed > member.surplus_at:
+            is_free = member.surplus_at is not None and self._committed > member.surplus_at
+            if is_free and not self.checkpoints.steps_under_way:
                 self.members.remove(member)
                 self._note(f"{member.name}: ended, its resources are given back")
 
     def _advance_checkpoints(self) -> None:
         """Have the last point written, and complete the checkpoints that are written."""
         if self._is_trained() and self._committed == (self.lineup.generation, self._step):
-            self.checkpoints.begin(self._step)
+            self.checkpoints.begin(self._point)
         self.checkpoints.advance()
 
     # Faults.
@@ -415,6 +421,8 @@ class Conductor:
         self.changes.settle()
         result = self.lineup.begin(self.checkpoints.stored)
         self._step = result[0]
+        # A restore from further back than memory: the points to come are not older than what is released.
+        self._committed = (self._committed[0], min(self._committed[1], self._step))
         self._save_state()
         self._set_state("running")
         return result
@@ -544,7 +552,10 @@ class Conductor:
         )
 
     def _note(self, event: str, **fields: Any) -> None:
-        self.journal.add_event(event, **fields)
+        try:
+            self.journal.add_event(event, **fields)
+        except OSError:
+            logger.exception("events.jsonl: %s", event)
 
     def _set_state(self, state: RunState) -> None:
         with self._lock:

@@ -31,6 +31,7 @@ class Journal:
         self._rows = read_rows(run_dir)[-MAX_ROWS_HELD:]
         self._events = [event["text"] for event in read_events(run_dir)]
         self.last_step = self._rows[-1]["step"] if self._rows else 0
+        self._durable_step = self.last_step
         self._metrics = MetricsWriter(run_dir)
 
     def add_rows(self, rows: Iterable[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
@@ -42,6 +43,13 @@ class Journal:
             with self._lock:
                 self._rows = (self._rows + found)[-MAX_ROWS_HELD:]
         return found
+
+    @property
+    def durable_step(self) -> int:
+        """The last step whose row a crash of this process cannot take; on an object store rows wait for their turn."""
+        if self._metrics.is_written_out:
+            self._durable_step = self.last_step
+        return self._durable_step
 
     def add_event(self, text: str, **fields: Any) -> None:
         self._metrics.write_event({"time": time.time(), "step": self.last_step, "text": text, **fields})

@@ -100,13 +100,15 @@ class Lineup:
 
     def _free_seat(self, role: Role, plan: ActorPlan) -> Member | None:
         groups = (role.group, STANDBY)
-        free = [m for m in self.members.all.values() if m.assigned is None and m.plan.group in groups and plan.fits(m.plan)]
-        free = [m for m in free if m.report is not None]
+        free = [m for m in self.members.all.values() if m.assigned is None and not m.is_reserved and m.plan.group in groups]
+        free = [m for m in free if m.report is not None and plan.fits(m.plan)]
         return min(free, key=lambda m: (groups.index(m.plan.group), m.name), default=None)
 
     def left_over(self) -> list[Member]:
-        """Return the seats that no role needs any more."""
-        return [m for m in self.members.all.values() if m.assigned is None and m.plan.group != STANDBY and not m.is_reserved]
+        """Return the seats that no role needs any more, standbys beyond those that are wanted among them."""
+        idle = [m for m in self.members.all.values() if m.assigned is None and not m.is_reserved]
+        standbys = [m for m in idle if m.plan.group == STANDBY]
+        return [m for m in idle if m.plan.group != STANDBY] + standbys[self.config.recovery.standbys :]
 
     def adopt(self) -> bool:
         """Take over the roles as the seats report them; return whether they are all there and running, of one generation each."""
@@ -116,6 +118,11 @@ class Lineup:
         seats = {role: self.members.of_role(role) for role in self.roles}
         if any(seat is None or seat.report.group_size != self.sizes[role.group] for role, seat in seats.items()):
             return False
+        for worker in (seats[role].report.worker for role in self.roles if role.is_worker):
+            # A change of sizes was cut short: the workers go, or have gone, over to ranks that are not there.
+            handed_over = {s.report.generation for s in seats.values()}
+            if worker is None or worker.prepared or max(worker.switched, default=0) > max(handed_over):
+                return False
         found = {group: {s.report.generation for r, s in seats.items() if r.group == group} for group in self.groups}
         if any(len(generations) != 1 for generations in found.values()):
             return False
@@ -243,7 +250,7 @@ class Lineup:
         }
         self.members.gather(calls, "to make their new roles")
         links = {name: (plan, self.links(plan, members, generation)) for name, (plan, members) in levels.items()}
-        self._call({w: ("prepare_switch", links) for w in self.workers}, "to know the new ranks")
+        self._call({w: ("prepare_switch", links, generation) for w in self.workers}, "to know the new ranks")
 
     def take_over(self, levels: Mapping[str, tuple[LevelPlan, Sequence[Member]]], generation: int, point: Point) -> None:
         """Have the ranks of some levels take over at a point that the ranks before hold; from now on these sizes are in force."""

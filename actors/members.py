@@ -28,7 +28,7 @@ from nlray.errors import NlrayError, RemoteTimeoutError
 
 CONDUCTOR = "conductor"
 WAIT_S = 0.05
-SEAT_THREADS = 64
+SEAT_THREADS = 192  # of calls that may wait in a seat: a pull and a push of each worker, and the conductor's
 RESOURCES_NOTE_S = 5.0  # a seat that is not placed after so long is waiting for resources
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,8 @@ class Members:
                 try:
                     answers[waiting[ref]] = ray.get(ref, timeout=self.timeout_s)
                 except RayActorError:
-                    continue  # the poll below says what it is
+                    time.sleep(WAIT_S)  # the poll below says what it is
+                    continue
                 except RayTaskError as error:
                     if not tolerates_loss:
                         raise

@@ -20,7 +20,8 @@ from nlray.actors.types import Holding, PartWritten, PieceCopy, PieceKey
 from nlray.checkpoint import write_part
 from nlray.errors import NlrayError, RemoteTimeoutError
 
-MAX_OPEN_POINTS = 3  # own pieces that no commit has released yet: the newest committed, one on its way, one that is written
+MAX_OPEN_POINTS = 3  # own pieces that no commit has released: the newest committed, those on their way or being written
+RETRY_S = 1.0
 logger = logging.getLogger(__name__)
 
 
@@ -200,6 +201,10 @@ class Vault:
             except Exception as error:
                 # Whoever the copy was for is gone: the conductor sees that too and names another keeper.
                 logger.warning("%s: the copy of step %d did not reach %s: %s", self.owner, key.step, keeper.name, error)
+                with self._changed:
+                    if keeper is self._keeper and key in self._own:
+                        self._unsent.appendleft(key)
+                        self._changed.wait(RETRY_S)
                 continue
             with self._changed:
                 if keeper is self._keeper and key in self._own:

@@ -99,7 +99,8 @@ class SequenceWorker:
         self._thread: threading.Thread | None = None
         self._is_halted = False
         self._prepared: dict[str, tuple[LevelPlan, list[RankLink]]] = {}
-        self._switched: dict[str, int] = {}
+        self._prepared_generation = 0
+        self._switched: dict[int, int] = {}
         self._retired: list[LevelChannel] = []
         self._step_s = math.nan
 
@@ -125,10 +126,10 @@ class SequenceWorker:
         """Give the worker its links to the ranks of each level."""
         self.channels = [self._channel(plan, links[plan.name]) for plan in self.plans]
 
-    def prepare_switch(self, levels: dict[str, tuple[LevelPlan, list[RankLink]]]) -> None:
-        """Lay ready other ranks of some levels, for the command SWITCH."""
+    def prepare_switch(self, levels: dict[str, tuple[LevelPlan, list[RankLink]]], generation: int) -> None:
+        """Lay ready other ranks of some levels, those of `generation`, for the command SWITCH."""
         with self._lock:
-            self._prepared |= levels
+            self._prepared, self._prepared_generation = dict(levels), generation
 
     def _channel(self, plan: LevelPlan, ranks: Sequence[RankLink]) -> LevelChannel:
         parameters, run = self.level_parameters[plan.name], self.config.run
@@ -163,7 +164,8 @@ class SequenceWorker:
         with self._lock:
             self._rows = [row for row in self._rows if row["step"] > rows_after]
             events, self._events = self._events, []
-            return WorkerReport(self._state, self.step, list(self._rows), events, self._totals, dict(self._switched))
+            switched, prepared = dict(self._switched), self._prepared_generation
+            return WorkerReport(self._state, self.step, list(self._rows), events, self._totals, switched, prepared)
 
     @property
     def error(self) -> RoleError | None:
@@ -199,7 +201,7 @@ class SequenceWorker:
         tensors |= {f"optimizer/{k}": to_host(v) for k, v in self.optimizer.state_tensors().items()}
         shared = frozenset(tensors)
         for channel in self.channels:
-            tensors |= {f"accumulator/{self.worker}/{n}": to_host(t) for n, t in channel.accumulators().items()}
+            tensors |= {f"accumulator/{self.worker}/{n}": t.cpu() for n, t in channel.accumulators().items()}
         state = {
             "stream": self.stream.state_dict(),
             "num_skipped": self.num_skipped,
@@ -293,7 +295,8 @@ class SequenceWorker:
             agreement, row = self.train_step(step)
             command = agreement.command
             point = self._take_point(step) if step >= last or command != Command.NONE or self._is_point(step) else None
-            if Command.SWITCH in command:
+            # Not at the end: nobody would take the new ranks' first recovery point.
+            if Command.SWITCH in command and step < last and not command & (Command.STOP | Command.PAUSE):
                 self._switch_channels(step)
             self.step = step
             if step >= last:
@@ -345,6 +348,7 @@ class SequenceWorker:
         """Go on with the prepared ranks; the ranks before get what is still on its way to them, and nothing more."""
         with self._lock:
             prepared, self._prepared = self._prepared, {}
+            generation, self._prepared_generation = self._prepared_generation, 0
         for index, channel in enumerate(self.channels):
             if channel.plan.name in prepared:
                 self.channels[index] = self._channel(*prepared[channel.plan.name])
@@ -352,7 +356,7 @@ class SequenceWorker:
                 self._retired.append(channel)
         self.plans = [channel.plan for channel in self.channels]
         with self._lock:
-            self._switched |= dict.fromkeys(prepared, step)
+            self._switched[generation] = step
 
     def train_step(self, step: int) -> tuple[Agreement, dict[str, Any]]:
         """Run one step on all workers and return what they agreed on and the step's line of metrics.

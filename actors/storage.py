@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from nlray.actors.faults import Fault
 from nlray.actors.lineup import Lineup
 from nlray.actors.members import CONDUCTOR, SeatLostError
-from nlray.actors.points import whole_points
+from nlray.actors.points import Point, whole_points
 from nlray.actors.types import SEQUENCE, PartWritten, PieceKey
 from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, latest_checkpoint, read_manifest, write_manifest
 from nlray.errors import CheckpointError
@@ -60,14 +60,15 @@ class Checkpoints:
         every = self.recovery.checkpoint_every
         return every > 0 and step % every == 0
 
-    def begin(self, step: int) -> None:
-        """Have every role write its piece of a recovery point, unless that has been done."""
-        if step > self.written_step and step not in self._writing:
+    def begin(self, point: Point) -> None:
+        """Have a recovery point written by those who hold its pieces, unless that has been done."""
+        if point.step > self.written_step and point.step not in self._writing:
+            shared_owner, shared_seat = min(point.shared)
             calls = {}
-            for role in self.lineup.roles:
-                handle, key = self.lineup.seat(role).handle, PieceKey(self.lineup.generation, step, role)
-                calls[self._write_call(handle, key, with_shared=role.index == 0)] = str(role)
-            self._writing[step] = Writing(checkpoint_dir(self.run_dir, step), calls)
+            for role, seats in point.holders.items():
+                holder = self.lineup.holder(shared_seat if role == shared_owner else seats[0])
+                calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
+            self._writing[point.step] = Writing(checkpoint_dir(self.run_dir, point.step), calls)
 
     def advance(self) -> None:
         """Write the manifest of each checkpoint whose parts are all on storage.
@@ -101,18 +102,13 @@ class Checkpoints:
 
     def rescue(self) -> None:
         """Write the best recovery point in memory, from whoever holds its pieces, before the run is given up."""
+        self.abandon()
         held = {n: m.report.holdings for n, m in self.lineup.members.all.items() if m.report is not None}
         point = next(iter(whole_points(held | {CONDUCTOR: self.lineup.vault.holdings()}, self.lineup.groups)), None)
-        if point is None or point.step <= self.written_step:
-            return
-        parts = {}
-        shared_owner, shared_seat = point.shared[0]
-        for role, seats in point.holders.items():
-            is_shared = role == shared_owner
-            holder = self.lineup.holder(shared_seat if is_shared else seats[0])
-            parts[self._write_call(holder, point.key(role), with_shared=is_shared)] = str(role)
-        ray.wait(list(parts), num_returns=len(parts), timeout=self.timeout_s)
-        self._complete(point.step, Writing(checkpoint_dir(self.run_dir, point.step), parts))
+        if point is not None and point.step > self.written_step:
+            self.begin(point)
+            ray.wait(list(self._writing[point.step].parts), num_returns=len(point.holders), timeout=self.timeout_s)
+            self.advance()
 
     def _write_call(self, handle: Any, key: PieceKey, *, with_shared: bool) -> Any:
         file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"

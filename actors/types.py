@@ -157,8 +157,8 @@ class RoleError:
 class WorkerReport:
     """What a sequence worker tells at a poll. rows: lines of metrics.jsonl after the step that the conductor has written.
 
-    state: `idle` before the start; `ended` after the last step or a stop; `paused` for another number of workers. switched: level ->
-    step of the boundary at which the prepared ranks were taken over.
+    state: `idle` before the start; `ended` after the last step or a stop; `paused` for another number of workers. switched: generation ->
+    step of the boundary at which the prepared ranks of that generation were taken over. prepared: generation of those that are not yet.
     """
 
     state: Literal["idle", "running", "paused", "ended", "failed"]
@@ -166,7 +166,8 @@ class WorkerReport:
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
-    switched: dict[str, int] = field(default_factory=dict)
+    switched: dict[int, int] = field(default_factory=dict)
+    prepared: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,11 @@ class MetricsWriter:
         """Write `summary.json`; a reader sees the old one or the new one."""
         replace_file(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
 
+    @property
+    def is_written_out(self) -> bool:
+        """Whether all rows are in `metrics.jsonl`."""
+        return self._rows.is_written_out
+
     def flush(self) -> None:
         """Write out what waits for its turn on an object store."""
         for log in (self._rows, self._log, self._events):
@@ -187,6 +192,10 @@ class _AppendLog:
     def flush(self, *, force: bool = False) -> None:
         self._file.flush()
 
+    @property
+    def is_written_out(self) -> bool:
+        return True
+
     def close(self) -> None:
         self._file.close()
 
@@ -220,6 +229,10 @@ class _WholeFileLog:
         if self._written < len(self._data) and (force or time.monotonic() - self._last_s >= self._interval_s):
             replace_file(self._url, bytes(self._data))
             self._written, self._last_s = len(self._data), time.monotonic()
+
+    @property
+    def is_written_out(self) -> bool:
+        return self._written == len(self._data)
 
     def close(self) -> None:
         self.flush(force=True)
