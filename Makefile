@@ -7,10 +7,10 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels bench bench-long
+.PHONY: help install train test test-fast check doctor levels chaos bench bench-recovery bench-long
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Options go in ARGS, for example: make train ARGS="small run.steps=500"'
 
 install: $(INSTALLED)  ## create .venv with pinned packages (the others do it when needed)
@@ -33,9 +33,15 @@ doctor: $(INSTALLED)  ## report versions, GPUs, memory, Ray, disk
 levels: $(INSTALLED)  ## print a model's nested system and what it costs
 	$(VENV)/bin/nlray levels $(ARGS)
 
+chaos: $(INSTALLED)  ## do faults at chosen moments and at random, and compare with quiet runs; about an hour
+	$(VENV)/bin/python -m benchmarks.chaos $(ARGS)
+
 bench: $(INSTALLED)  ## measure the data stream, and nlray train beside the bare loop of the same model
 	$(VENV)/bin/python -m benchmarks.stream
 	$(VENV)/bin/python -m benchmarks.step $(ARGS)
+
+bench-recovery: $(INSTALLED)  ## measure detection, restore and replay of faults, and what recovery points cost without any
+	$(VENV)/bin/python -m benchmarks.recovery $(ARGS)
 
 bench-long: $(INSTALLED)  ## measure a trained model far beyond its training length: make bench-long RUN=runs/NAME
 	@test -n "$(RUN)" || { echo 'say which run: make bench-long RUN=runs/NAME' >&2; exit 2; }

@@ -25,6 +25,7 @@ from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, Members, SeatLostError
 from nlray.actors.placement import ActorPlan
 from nlray.actors.points import Point, whole_points
+from nlray.actors.processes import end_with_raylet
 from nlray.actors.recovery import Vault
 from nlray.actors.rescale import check_sizes
 from nlray.actors.seat import Behaviours
@@ -117,6 +118,9 @@ class Conductor:
         self._repeats = RepeatGuard()
         self._started_at = time.time()
         self._saved_config = config
+        self._saving = threading.Lock()
+        if ray.is_initialized():
+            end_with_raylet()
         if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
             self.start()
 
@@ -175,6 +179,8 @@ class Conductor:
     def request_stop(self) -> None:
         """Have the run stop after the step under way, with a checkpoint."""
         self._is_stop_requested = True
+        if self.journal is not None and self._state not in ENDED:
+            self._save_state()
 
     def request_scale(self, sizes: dict[str, int]) -> None:
         """Have groups change their sizes at the next recovery point.
@@ -186,6 +192,7 @@ class Conductor:
             raise UserError(f"the run is {self._state}")
         check_sizes(self.lineup.config, self.lineup.plans, sizes)
         self.changes.request(sizes)
+        self._save_state()
 
     # The copies of a run with a single actor.
 
@@ -207,7 +214,7 @@ class Conductor:
         lock = None
         try:
             if "://" not in self.run.dir:
-                lock = RunLock(self.run.dir)
+                lock = RunLock(self.run.dir, wait_s=self.timeout_s)
             self.journal = Journal(self.run.dir)
             state = self.journal.load_state()
             if state is not None and state["status"] in ENDED:
@@ -534,6 +541,10 @@ class Conductor:
             ray.kill(ray.get_actor(CONDUCTOR, self.members.namespace))
 
     def _save_state(self, **fields: Any) -> None:
+        with self._saving:
+            self._write_state(fields)
+
+    def _write_state(self, fields: dict[str, Any]) -> None:
         if self.lineup.config != self._saved_config:
             self._saved_config = self.lineup.config
             self.journal.save_config(self.lineup.config)

@@ -4,21 +4,19 @@ import json
 import logging
 import os
 import posixpath
-import socket
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from fsspec.core import url_to_fs
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
-from nlray.actors.conductor import Conductor, explain, namespace_of
+from nlray.actors.attach import Follower, RunClient, join
+from nlray.actors.conductor import Conductor, namespace_of
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.seat import Behaviours
-from nlray.actors.transports import describe_death, wait_for
+from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
 from nlray.checkpoint import latest_checkpoint, read_manifest
 from nlray.config import Config
@@ -55,43 +53,24 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
 
 
 class RunHandle:
-    """A run as the command line sees it."""
+    """A run for the process that started it: follows it by a client of its own, and ends it."""
 
-    def __init__(self, config: Config, conductor: Any, *, owns_ray: bool, rows_after: int = 0, events_from: int = 0) -> None:
-        self.name, self.dir = config.run.name, config.run.dir
-        self._conductor, self._owns_ray = conductor, owns_ray
-        self._timeout_s = config.run.timeout_s
-        self._last_row, self._next_event = rows_after, events_from
-        self._lost_s: float | None = None
+    def __init__(self, client: RunClient, *, owns_ray: bool, rows_after: int = 0, events_from: int = 0) -> None:
+        self.client, self._owns_ray = client, owns_ray
+        self._follower = Follower(client, rows_after=rows_after, events_from=events_from)
 
     def poll(self) -> RunStatus:
         """Return the state, and the rows and events since the last poll; `recovering` while the conductor is started again."""
-        try:
-            status: RunStatus = ray.get(self._conductor.poll.remote(self._last_row, self._next_event), timeout=self._timeout_s)
-        except ActorDiedError as error:
-            return RunStatus("failed", [], [], message=describe_death(error), traceback=explain(error)[1], exit_code=1)
-        except RayActorError as error:
-            self._lost_s = self._lost_s or time.monotonic()
-            if time.monotonic() - self._lost_s > self._timeout_s:
-                message = f"waited {self._timeout_s:g} s for the conductor to be back (run.timeout_s)"
-                return RunStatus("failed", [], [], message=message, traceback=explain(error)[1], exit_code=1)
-            return RunStatus("recovering", [], [])
-        except GetTimeoutError:
-            message = f"waited {self._timeout_s:g} s for the conductor's report (run.timeout_s)"
-            return RunStatus("failed", [], [], message=message, exit_code=1)
-        self._lost_s = None
-        self._next_event = status.next_event
-        self._last_row = status.rows[-1]["step"] if status.rows else self._last_row
-        return status
+        return self._follower.poll()
 
     def request_stop(self) -> None:
         """Have the run stop after the step under way, with a checkpoint."""
-        self._conductor.request_stop.remote()
+        self.client.request_stop()
 
     def close(self) -> None:
         """End what is left of the run, and the local Ray cluster if this process started it."""
         if ray.is_initialized():
-            end_run(namespace_of(self.name))
+            end_run(namespace_of(self.client.name))
             if self._owns_ray:
                 ray.shutdown()
 
@@ -110,7 +89,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
     """
     config = resolve(config)
     plans = level_plans(config, config.model.vocab_size)
-    check_ranks(plans)
+    check_ranks(config, plans)
     notes: list[str] = []
     checkpoint = None
     if resume:
@@ -140,7 +119,8 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
             ray.shutdown()
         raise
     rows_after = 0 if checkpoint is None else read_manifest(checkpoint, verify=False).step
-    return RunHandle(config, conductor, owns_ray=owns_ray, rows_after=rows_after, events_from=num_events)
+    client = RunClient(config.run.name, conductor, run_dir=config.run.dir, timeout_s=config.run.timeout_s)
+    return RunHandle(client, owns_ray=owns_ray, rows_after=rows_after, events_from=num_events)
 
 
 def resolve(config: Config) -> Config:
@@ -160,10 +140,14 @@ def absolute(path: str) -> str:
     return path if "://" in path or path.startswith("stdlib:") else os.path.abspath(path)
 
 
-def check_ranks(plans: list[LevelPlan]) -> None:
+def check_ranks(config: Config, plans: list[LevelPlan]) -> None:
     for plan in plans:
         if plan.ranks > len(plan.tensors):
             raise UserError(f"memory.levels.{plan.name}.ranks is {plan.ranks}; allowed: at most the level's {len(plan.tensors)} tensors")
+        autoscale = config.levels[plan.name].autoscale
+        if autoscale is not None and autoscale.max > len(plan.tensors):
+            key = f"memory.levels.{plan.name}.autoscale.max"
+            raise UserError(f"{key} is {autoscale.max}; allowed: at most the level's {len(plan.tensors)} tensors")
 
 
 def resume_config(run_dir: str, overrides: list[str]) -> Config:
@@ -205,33 +189,15 @@ def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
     if ray.is_initialized() and address is None:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
-        check_address(address)
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"--address {address}: {' '.join(str(error).split())[:200]}") from error
+        join(address)
         return False
     cores, needed = os.cpu_count() or 1, cpus_needed(config)
     if needed > cores:
         notes.append(f"the run asks for {needed} CPUs on a machine with {cores}: its actors share them")
     # Not the cluster that RAY_ADDRESS or a local `ray start` offers: that is joined with --address.
-    ray.init(address="local", num_cpus=max(cores, needed), include_dashboard=False, **common)
+    ray.init(address="local", num_cpus=max(cores, needed), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
-
-
-def check_address(address: str) -> None:
-    """Raise UserError at once where nothing listens at HOST:PORT: ray.init would try for many minutes."""
-    if address == "auto":
-        return
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "//" in host:
-        raise UserError(f"--address {address}: allowed: HOST:PORT of the cluster's head, or auto")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
 
 
 def check_not_running(config: Config) -> None:

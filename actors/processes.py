@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import psutil
 import ray
@@ -18,6 +20,21 @@ def signal_actor(pid: int, node: str, number: int, *, timeout_s: float) -> bool:
         return _send(pid, number)
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_send).remote(pid, number), timeout=timeout_s)
+
+
+def end_with_raylet() -> None:
+    """Have this actor's process end when its node's raylet does.
+
+    The cluster takes the node for lost then and starts the actor elsewhere; the process itself would go on, beside the other one.
+    """
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet", daemon=True).start()
 
 
 def kill_node(node: str, *, timeout_s: float) -> None:

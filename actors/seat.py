@@ -19,7 +19,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from nlray.actors.level import LevelRank
-from nlray.actors.processes import signal_actor
+from nlray.actors.processes import end_with_raylet, signal_actor
 from nlray.actors.recovery import Keeper, Snapshot, Vault
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import ObjectStore, wait_for
@@ -69,6 +69,8 @@ class Seat:
         self._asked_s = math.inf
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
 
+        if ray.is_initialized():
+            end_with_raylet()
         threading.Thread(target=self._watch_conductor, name="watch", daemon=True).start()
 
     # Roles.

@@ -114,7 +114,7 @@ def describe_death(error: RayActorError) -> str:
     """Return one line with the actor's name and the reason that Ray gives."""
     text = " ".join(str(error).split())
     name = re.search(r"\bname: (\S+)", text)
-    reason = re.search(r"is dead because (.+?)(?:\.|$)", text)
+    reason = re.search(r"(?:is dead|died) because (.+?)(?:\.|$)", text)
     if name is None or reason is None:
         return text[:300]
     return f"actor {name[1]} died: {reason[1]}"

@@ -91,6 +91,9 @@ _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What to change in the configuration.", show_default=False)
 ]
 _Address = Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to run on; without it Ray starts here.")]
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run, or its name.", show_default=False)]
+_RunAddress = Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="The run's cluster; its folder knows it.")]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait until it has happened.")]
 _Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -124,6 +127,69 @@ def resume(
     from nlray.clusters.train import resume_run
 
     return resume_run(run_dir, overrides or [], address=address, debug=debug)
+
+
+@app.command()
+def status(run: _Run, address: _RunAddress = None, as_json: _Json = False, debug: _Debug = False) -> int:
+    """Show where a run is: step, loss, sizes of its groups, its actors, its faults."""
+    from nlray.clusters.control import print_status
+
+    return print_status(run, address=address, as_json=as_json)
+
+
+@app.command()
+def logs(
+    run: _Run,
+    address: _RunAddress = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends; Ctrl-C leaves the run alone.")] = False,
+    debug: _Debug = False,
+) -> int:
+    """Print the events of a run."""
+    from nlray.clusters.control import print_logs
+
+    return print_logs(run, address=address, following=follow)
+
+
+@app.command()
+def stop(run: _Run, address: _RunAddress = None, no_wait: _NoWait = False, debug: _Debug = False) -> int:
+    """Have a run stop with a checkpoint, and wait for its end."""
+    from nlray.clusters.control import stop_run
+
+    return stop_run(run, address=address, waiting=not no_wait)
+
+
+@app.command()
+def scale(
+    run: _Run,
+    sizes: Annotated[list[str], typer.Argument(metavar="NAME=N", help="A level and its ranks, or sequence and its workers.")],
+    address: _RunAddress = None,
+    no_wait: _NoWait = False,
+    debug: _Debug = False,
+) -> int:
+    """Change the sizes of a run's groups while it goes on."""
+    from nlray.clusters.control import scale_run
+
+    return scale_run(run, sizes, address=address, waiting=not no_wait)
+
+
+@app.command()
+def chaos(
+    run: _Run,
+    every: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds between two faults, give or take a fifth.")] = 30.0,
+    kinds: Annotated[str, typer.Option(metavar="LIST", help="Of worker, rank, node, conductor, hang.")] = "worker,rank,conductor,hang",
+    faults: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many.", show_default="to the run's end")] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.0, metavar="S", help="Stop after so long.", show_default="to the run's end")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choices.")] = 0,
+    address: _RunAddress = None,
+    as_json: _Json = False,
+    debug: _Debug = False,
+) -> int:
+    """Kill, stop and take away parts of a run at random, and report what it did meanwhile."""
+    from nlray.clusters.chaos import chaos_run
+
+    return chaos_run(run, kinds=kinds, every_s=every, seed=seed, faults=faults, duration_s=duration, address=address, as_json=as_json)
 
 
 @app.command()

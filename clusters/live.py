@@ -10,6 +10,8 @@ from rich.text import Text
 
 from nlray.clusters.progress import Progress, format_bytes, format_count, format_seconds
 
+_STYLES = {"recovering": "bold yellow", "failed": "bold red"}
+
 
 class LiveView:
     """Redraws a few lines at the bottom of the terminal; events scroll above them."""
@@ -42,9 +44,8 @@ class LiveView:
         """Return the lines as they are now."""
         p = self._progress
         head = Table.grid(padding=(0, 1))
-        head.add_row(
-            Text(self._state, style="bold"), ProgressBar(total=p.last_step, completed=p.step, width=30), f"{p.step}/{p.config.run.steps}"
-        )
+        state = Text(self._state, style=_STYLES.get(self._state, "bold"))
+        head.add_row(state, ProgressBar(total=p.last_step, completed=p.step, width=30), f"{p.step}/{p.config.run.steps}")
         figures = [f"loss {p.loss:.4f}" if p.loss is not None else "loss -"]
         if p.eval_loss is not None:
             figures.append(f"held-out {p.eval_loss:.4f}")

@@ -5,7 +5,9 @@ A view is fed rows of `metrics.jsonl` (see `nlray.metrics`) and events; it knows
 
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol
 
 from nlray.config import Config
@@ -17,7 +19,7 @@ def describe_run(config: Config, *, resume: bool) -> str:
     """Return the lines that say what is run, known before anything slow is imported."""
     model, sequence = config.model, config.sequence
     tokens = sequence.global_batch * model.seq_len
-    workers = _plural(sequence.workers, "worker")
+    workers = plural(sequence.workers, "worker")
     sources = ", ".join(source.path for source in config.data.sources)
     return "\n".join(
         [
@@ -40,12 +42,13 @@ def summary_lines(state: str, summary: dict[str, Any] | None, config: Config) ->
     lines = []
     if summary is not None:
         lines.append(f"{state:<8} after {summary['steps']} of {config.run.steps} steps, {format_count(summary.get('tokens') or 0)} tokens")
-        losses = f"loss     {_number(summary.get('loss_first'))} -> {_number(summary.get('loss_last'))}"
-        lines.append(losses + (f", held-out {_number(summary['eval_loss'])}" if summary.get("eval_loss") is not None else ""))
+        losses = f"loss     {format_number(summary.get('loss_first'))} -> {format_number(summary.get('loss_last'))}"
+        lines.append(losses + (f", held-out {format_number(summary['eval_loss'])}" if summary.get("eval_loss") is not None else ""))
         rate, stall = summary.get("tokens_per_second"), summary.get("stall_fraction")
         lines.append(f"speed    {format_count(rate or 0)} tokens/s, {100 * (stall or 0):.1f}% of the time waiting for levels")
         if summary.get("recoveries"):
-            lines.append(f"faults   {_plural(summary['recoveries'], 'recovery', 'recoveries')}")
+            again = plural(summary.get("replayed_steps") or 0, "step")
+            lines.append(f"faults   {plural(summary['recoveries'], 'recovery', 'recoveries')}, {again} run again")
         if summary.get("digest"):
             lines.append(f"digest   {summary['digest']}")
     else:
@@ -127,7 +130,7 @@ class Progress:
 
     def line(self) -> str:
         """Return the progress in one line."""
-        parts = [f"step {self.step}/{self.config.run.steps}", f"loss {_number(self.loss)}"]
+        parts = [f"step {self.step}/{self.config.run.steps}", f"loss {format_number(self.loss)}"]
         if self.tokens_per_second is not None:
             parts += [
                 f"{format_count(self.tokens_per_second)} tokens/s",
@@ -164,11 +167,18 @@ def open_view(config: Config) -> View:
 
 
 class PlainView:
-    """One line every `run.log_every` steps, at the first and the last step, and one per event."""
+    """One line every `run.log_every` steps, at the first and the last step, and one per event.
 
-    def __init__(self, progress: Progress) -> None:
+    Args:
+        progress: what the rows amount to.
+        with_time: begin each line with the time.
+    """
+
+    def __init__(self, progress: Progress, *, with_time: bool = False) -> None:
         self._progress = progress
+        self._with_time = with_time
         self._started = False
+        self._state = ""
 
     def __enter__(self) -> "PlainView":
         return self
@@ -182,14 +192,22 @@ class PlainView:
             self._progress.add(row)
             step = row["step"]
             if not self._started or step % self._progress.config.run.log_every == 0 or step == self._progress.last_step:
-                print(self._progress.line(), flush=True)
+                self.event(self._progress.line())
             self._started = True
         for text in events:
             self.event(text)
+        if state == "recovering" != self._state:
+            self.event(f"recovering, at step {self._progress.step}" if self._progress.step else "recovering")
+        self._state = state
 
-    def event(self, text: str) -> None:
-        """Show one event."""
-        print(text, flush=True)
+    def event(self, text: str, *, at: float | None = None) -> None:
+        """Show one event; `at` in seconds since 1970, None: now."""
+        print(f"{format_time(time.time() if at is None else at)}  {text}" if self._with_time else text, flush=True)
+
+
+def format_time(at: float) -> str:
+    """Return seconds since 1970 as date and time of this machine's zone."""
+    return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def format_count(value: float) -> str:
@@ -214,9 +232,9 @@ def format_seconds(value: float | None) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _plural(count: int, one: str, many: str | None = None) -> str:
+def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"

@@ -6,6 +6,7 @@ The checks and the plan come before `ray` is imported, so a mistake is told and 
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from nlray.clusters.progress import View, describe_levels, describe_run, format_
 from nlray.config import Config
 
 if TYPE_CHECKING:
+    from nlray.actors.attach import Follower
     from nlray.actors.launch import RunHandle
     from nlray.actors.types import RunStatus
 
@@ -52,17 +54,27 @@ def _run(config: Config, *, address: str | None, resume: bool, debug: bool) -> i
     try:
         with StopSignals() as signals, open_view(config) as view:
             status = follow(handle, view, signals)
-        print("\n".join(summary_lines(status.state, status.summary, config)), flush=True)
+        print_end(status, config)
     finally:
         handle.close()
-    if status.state == "failed":
-        if debug and status.traceback:
-            print(status.traceback, file=sys.stderr)
-        print(f"nlray: error: {' '.join((status.message or 'the run failed').split())}", file=sys.stderr)
-        return status.exit_code or 1
     if status.state == "stopped" and signals.received:
         return 128 + signals.received[0]
-    return status.exit_code
+    return report_failure(status, debug=debug)
+
+
+def print_end(status: "RunStatus", config: Config) -> None:
+    """Print how a run ended."""
+    print("\n".join(summary_lines(status.state, status.summary, config)), flush=True)
+
+
+def report_failure(status: "RunStatus", *, debug: bool = False) -> int:
+    """Return the exit status of a run that has ended; of a failed one, say why on stderr."""
+    if status.state != "failed":
+        return status.exit_code
+    if debug and status.traceback:
+        print(status.traceback, file=sys.stderr)
+    print(f"nlray: error: {' '.join((status.message or 'the run failed').split())}", file=sys.stderr)
+    return status.exit_code or 1
 
 
 class StopSignals:
@@ -85,18 +97,27 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def follow(handle: "RunHandle", view: View, signals: StopSignals, *, poll_s: float = 0.2) -> "RunStatus":
-    """Show the run's progress until it has ended; a noted signal asks it to stop."""
+def follow(
+    handle: "RunHandle | Follower",
+    view: View,
+    signals: StopSignals | None = None,
+    *,
+    is_done: Callable[[], bool] = lambda: False,
+    poll_s: float = 0.2,
+) -> "RunStatus":
+    """Show the run's progress until it has ended, or `is_done` says so; a noted signal asks the run to stop."""
     from nlray.actors.types import ENDED
 
-    asked = False
+    asked = done = False
     while True:
-        if signals.received and not asked:
+        if signals is not None and signals.received and not asked:
             asked = True
             view.event("stopping: the step under way is finished and a checkpoint written; Ctrl-C again aborts without one")
             handle.request_stop()
         status = handle.poll()
         view.update(status.rows, status.events, state=status.state)
-        if status.state in ENDED:
+        # Once more when it is done: what is told of it may come a moment later.
+        if status.state in ENDED or done:
             return status
+        done = is_done()
         time.sleep(poll_s)

@@ -50,6 +50,13 @@ def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small
     assert any("the conductor was killed and started again: 4 actors found" in event for event in events), events
 
 
+def test_a_conductor_killed_while_the_run_starts_starts_it(small, cluster, tmp_path):
+    config = small(*POINTS)
+    status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("publish", 0, ("conductor",))]))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0]), events
+    assert struck(tmp_path) == 1 and status.summary["recoveries"] == 1
+
+
 def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
     overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1"]
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))

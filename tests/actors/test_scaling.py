@@ -44,6 +44,24 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
     assert resume_config(config.run.dir, []).levels["slow"].ranks == 2
 
 
+def test_changes_that_come_before_the_last_one_is_done_are_carried_out_in_turn(small, cluster):
+    config = small("run.steps=300", "recovery.window=16", "eval.every=0")
+    wishes = [{"fast": 3}, {"fast": 2}, {"fast": 1}]
+
+    def during(handle, rows):
+        """Ask for three ranks, and when they are there for two and at once for one: a shrink needs no new seats."""
+        if wishes and rows and rows[-1]["step"] >= 10 and handle.client.describe().sizes["fast"] == (1 if len(wishes) == 3 else 3):
+            handle.client.request_scale(wishes.pop(0))
+            while len(wishes) == 1 and handle.client.describe().sizes["fast"] != 2:
+                time.sleep(0.01)
+            if len(wishes) == 1:
+                handle.client.request_scale(wishes.pop(0))
+
+    status, _, events = run_to_end(config, during=during)
+    assert status.state == "completed" and status.summary["recoveries"] == 0, (status.message, events)
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
+
+
 def test_workers_come_and_go_with_the_same_data(small, cluster):
     config = small("run.steps=160", "recovery.window=16", "eval.every=0")
     during, waiting = scaling([(10, {"sequence": 2, "fast": 2}), (60, {"sequence": 1})])

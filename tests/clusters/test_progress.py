@@ -72,6 +72,15 @@ def test_plain_lines_every_log_every_steps(config, capsys):
     assert "slow v3 lag 2" in lines[0] and lines[0].endswith("slowest v0")
 
 
+def test_plain_lines_say_once_that_the_run_is_recovering(config, capsys):
+    with PlainView(Progress(config)) as view:
+        view.update([row(5)], [], state="running")
+        view.update([], [], state="recovering")
+        view.update([], [], state="recovering")
+        view.update([], ["recovered in 1.0 s"], state="running")
+    assert capsys.readouterr().out.splitlines()[1:] == ["recovering, at step 5", "recovered in 1.0 s"]
+
+
 def test_live_view_shows_bar_figures_and_levels(config):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, height=30)

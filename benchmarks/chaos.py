@@ -1,0 +1,251 @@
+"""Faults at chosen moments and at random, compared bit for bit with a quiet run: `python -m benchmarks.chaos`, `make chaos`.
+
+Part one, the table: each kind of fault in the middle of a step, while a level publishes, while a recovery point is taken, at the start,
+during a recovery and at the end; a small run each, its digest beside that of the quiet run. Part two: `benchmarks.soak`.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from benchmarks import soak
+from nlray.actors.conductor import namespace_of
+from nlray.actors.launch import RunHandle, launch, resolve
+from nlray.actors.level import LevelRank
+from nlray.actors.members import CONDUCTOR
+from nlray.actors.seat import Behaviours
+from nlray.actors.sequence import SequenceWorker
+from nlray.actors.types import ENDED, RunStatus
+from nlray.config import Config
+from nlray.config_loading import load_config
+
+Moment = Literal["start", "step", "publish", "point", "recovery", "end"]
+How = Literal["kill", "stop", "raise", "node"]
+
+SMALL = [
+    "run.steps=40",
+    "run.timeout_s=60",
+    "model={dim: 32, layers: 2, heads: 2, seq_len: 32, chunk_size: 16}",
+    "memory.hidden=48",
+    "memory.levels={fast: {update_period: 1, ranks: 2}, medium: {update_period: 4}, slow: {update_period: 8}, slowest: null}",
+    "memory.levels.slow.ranks=2",
+    "sequence.workers=2",
+    "sequence.global_batch=4",
+    "recovery={window: 8, checkpoint_every: 16, hang_timeout_s: 4}",
+    "eval={every: 0, sequences: 8}",
+]
+KINDS: dict[str, tuple[tuple[str, ...], How]] = {
+    "worker": (("sequence-0",), "kill"),
+    "rank": (("fast-1",), "kill"),
+    "several": (("sequence-1", "fast-0", "slow-1"), "kill"),
+    "conductor": ((CONDUCTOR,), "kill"),
+    "node": (("medium-0",), "node"),
+    "hang": (("sequence-1",), "stop"),
+    "raise": ((), "raise"),
+}
+MOMENTS: tuple[Moment, ...] = ("step", "publish", "point", "start", "recovery", "end")
+LIMIT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Strike:
+    """A fault to be done once, when `moment` has come. With how `raise`, the one who is there raises; a rank, where one can."""
+
+    moment: Moment
+    victims: tuple[str, ...]
+    how: How
+
+
+def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
+    """Return roles that do each strike once; files in `folder` remember those that were done."""
+
+    def at(config: Config, moment: Moment, *, is_rank: bool) -> None:
+        for number, planned in enumerate(strikes):
+            # Both a worker and a rank pass some moments: who raises is a rank.
+            if planned.moment != moment or (planned.how == "raise") != is_rank:
+                continue
+            try:
+                os.close(os.open(folder / f"strike_{number}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            if planned.how == "raise":
+                raise ArithmeticError(f"broken on purpose, moment {moment}")
+            conductor = ray.get_actor(CONDUCTOR, namespace_of(config.run.name))
+            run = ray.get(conductor.describe.remote(), timeout=30)
+            pids = {member.role: member.pid for member in run.members} | {CONDUCTOR: run.pid}
+            hit = [pids[victim] for victim in planned.victims]
+            if planned.how == "node":
+                hit = [psutil.Process(pid).ppid() for pid in hit]
+            number = signal.SIGSTOP if planned.how == "stop" else signal.SIGKILL
+            for pid in sorted(hit, key=lambda pid: pid == os.getpid()):
+                os.kill(pid, number)
+
+    class StrikingWorker(SequenceWorker):
+        def _forward_backward(self, blocks):
+            if self.worker == 0 and self.step == 20:
+                at(self.config, "step", is_rank=False)
+            return super()._forward_backward(blocks)
+
+        def _take_point(self, step):
+            snapshot = super()._take_point(step)
+            if self.worker == 0 and step in (24, 40):
+                at(self.config, "point" if step == 24 else "end", is_rank=False)
+            return snapshot
+
+        def load_heldout(self):
+            super().load_heldout()
+            if self.worker == 0:
+                at(self.config, "start", is_rank=False)
+
+        def restore(self, snapshot):
+            super().restore(snapshot)
+            if self.worker == 0:
+                at(self.config, "recovery", is_rank=False)
+
+    class StrikingRank(LevelRank):
+        def start(self):
+            at(self.config, "start", is_rank=True)
+            super().start()
+
+        def restore(self, snapshot):
+            super().restore(snapshot)
+            at(self.config, "recovery", is_rank=True)
+
+        def _apply(self, contributions):
+            if contributions[0].version == 5 and self.plan.name == "medium":
+                at(self.config, "step", is_rank=True)
+            super()._apply(contributions)
+
+        def snapshot(self, step, generation):
+            if step in (24, 40):
+                at(self.config, "point" if step == 24 else "end", is_rank=True)
+            return super().snapshot(step, generation)
+
+        def _publish(self, version, norm, *, is_skipped):
+            if version == 5 and self.plan.name == "medium":
+                at(self.config, "publish", is_rank=False)
+                at(self.config, "publish", is_rank=True)
+            super()._publish(version, norm, is_skipped=is_skipped)
+
+    return Behaviours(StrikingWorker, StrikingRank)
+
+
+@contextmanager
+def ray_nodes(num_nodes: int) -> Iterator[Cluster | None]:
+    """A local Ray: one node, or a head without CPUs and `num_nodes` others, each of which could hold the run."""
+    common = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if num_nodes == 0:
+        ray.init(address="local", num_cpus=16, include_dashboard=False, **common)
+        yield None
+        ray.shutdown()
+        return
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(num_nodes):
+            cluster.add_node(num_cpus=8)
+        ray.init(address=cluster.address, **common)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def run_to_end(config: Config, *, during: Callable[[RunHandle], Any] | None = None, limit_s: float = LIMIT_S, **options: Any) -> RunStatus:
+    """Run to the end; `during` is called at each poll. A run that does not end in time is one that failed."""
+    handle = launch(config, **options)
+    deadline = time.monotonic() + limit_s
+    try:
+        while (status := handle.poll()).state not in ENDED:
+            if during is not None:
+                during(handle)
+            if time.monotonic() > deadline:
+                return RunStatus("failed", [], [], message=f"no end after {limit_s:g} s")
+            time.sleep(0.1)
+        return status
+    finally:
+        handle.close()
+
+
+def table(kinds: Sequence[str], moments: Sequence[Moment], folder: Path) -> int:
+    """Run every kind at every moment, print a line for each, and return how many differ from the quiet run."""
+
+    def config_of(name: str) -> Config:
+        return resolve(load_config("tiny", [*SMALL, f"run.dir={folder}/{name}"], default_name=name))
+
+    num_bad = 0
+    quiet: str | None = None
+    print(f"{'fault':<10} {'moment':<9} {'result':<10} {'seconds':>7}  recoveries: what was seen, restore + replay seconds", flush=True)
+    groups = [(0, [k for k in kinds if k != "node"]), (3, [k for k in kinds if k == "node"])]
+    for num_nodes, mine in groups:
+        if not mine:
+            continue
+        with ray_nodes(num_nodes) as cluster:
+            quiet = quiet or run_to_end(config_of("quiet")).summary["digest"]
+            for kind, moment in itertools.product(mine, moments):
+                name = f"{kind}-{moment}"
+                marks = folder / f"{name}.strikes"
+                marks.mkdir()
+                strikes = [Strike(moment, *KINDS[kind])]
+                if moment == "recovery":
+                    strikes.append(Strike("step", ("slow-0",), "kill"))
+                started = time.monotonic()
+                status = run_to_end(config_of(name), behaviours=striking(marks, strikes))
+                took_s = time.monotonic() - started
+                if len(list(marks.iterdir())) < len(strikes):
+                    result = "NO FAULT"
+                elif status.state != "completed":
+                    result = "FAILED"
+                else:
+                    result = "equal" if status.summary["digest"] == quiet else "DIFFERS"
+                num_bad += result != "equal"
+                log = [] if status.summary is None else status.summary["recovery_log"]
+                seen = "; ".join(f"{'+'.join(r['kinds'])} {r['restore_s']:.1f}+{r['replay_s'] or 0:.1f} from {r['source']}" for r in log)
+                print(f"{kind:<10} {moment:<9} {result:<10} {took_s:>7.1f}  {seen} {status.message or ''}".rstrip(), flush=True)
+                while cluster is not None and sum(n["Alive"] for n in ray.nodes()) < num_nodes + 1:
+                    cluster.add_node(num_cpus=8)
+    return num_bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="table,soak", help="of table, soak")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of the table: {', '.join(KINDS)}")
+    parser.add_argument("--moments", default=",".join(MOMENTS), help=f"of the table: {', '.join(MOMENTS)}")
+    parser.add_argument("--soak-minutes", type=float, default=15.0)
+    parser.add_argument("--soak-every", type=float, default=25.0, help="seconds between two faults")
+    parser.add_argument("--soak-kinds", default="worker,rank,node,conductor,hang")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the runs are kept; without it they are deleted")
+    args = parser.parse_args()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    num_bad = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if "table" in args.parts:
+            num_bad += table(args.kinds.split(","), args.moments.split(","), folder)
+        if "soak" in args.parts:
+            kinds = args.soak_kinds.split(",")
+            with ray_nodes(3 if "node" in kinds else 0) as cluster:
+                is_good = soak.soak(folder / "soak", run_to_end, cluster, kinds, args.soak_minutes, args.soak_every, args.seed)
+            num_bad += not is_good
+    print("all runs equal their quiet twins" if num_bad == 0 else f"{num_bad} results are not as they must be", flush=True)
+    return min(num_bad, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What faults and recovery points cost: `python -m benchmarks.recovery [PRESET] [key=value ...]`, `make bench-recovery`.
+
+Part `faults`: one run, in which each kind of fault is injected some times, one after the other; printed are the seconds until it is seen,
+until all roles have started again, and until the run is where it had been. Part `cost`: one run without faults, in which blocks of steps
+with recovery points (copies to their keepers included) alternate with blocks without any; printed is the ratio of their speeds.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from nlray.actors.launch import launch, resolve
+from nlray.actors.members import CONDUCTOR
+from nlray.actors.seat import Behaviours
+from nlray.actors.sequence import SequenceWorker
+from nlray.actors.types import ENDED
+from nlray.config import Config
+from nlray.config_loading import load_config
+
+BLOCK_STEPS = 32
+POINT_STEPS = 16
+FAULTS = {
+    "worker": ("sequence-0", signal.SIGKILL),
+    "rank": ("medium-0", signal.SIGKILL),
+    "conductor": (CONDUCTOR, signal.SIGKILL),
+    "hang": ("medium-0", signal.SIGSTOP),
+}
+LIMIT_S = 120.0
+
+
+def configure(folder: Path, overrides: Sequence[str], *own: str) -> Config:
+    preset = next((a for a in overrides if "=" not in a), None)
+    common = [f"run.dir={folder}", "run.overwrite=true", "run.steps=100000", "eval={every: 0, sequences: 0}", *own]
+    return resolve(load_config(preset, [*common, *(a for a in overrides if "=" in a)], default_name="benchmark"))
+
+
+def measure_faults(config: Config, kinds: Sequence[str], repeats: int) -> None:
+    """Inject each kind `repeats` times into one run and print the median, least and most seconds of each phase."""
+    found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
+    handle = launch(config)
+    try:
+        for kind in [kind for _ in range(repeats) for kind in kinds]:
+            count = wait_for(handle, lambda run: run.state == "running" and all(m.is_ready for m in run.members), settle_steps=20)
+            role, number = FAULTS[kind]
+            run = handle.client.describe()
+            pid = run.pid if role == CONDUCTOR else next(m.pid for m in run.members if m.role == role)
+            injected_at = time.time()
+            os.kill(pid, number)
+            wait_for(handle, lambda run, n=count: len(run.recoveries) > n and run.recoveries[-1]["replay_s"] is not None)
+            recovery = handle.client.describe().recoveries[-1]
+            found[kind].append((recovery["at"] - injected_at, recovery["restore_s"], recovery["replay_s"]))
+    finally:
+        handle.close()
+    for kind, times in found.items():
+        phases = [f"{statistics.median(t):6.2f} ({min(t):.2f}..{max(t):.2f})" for t in zip(*times, strict=True)]
+        print(f"{kind:<10} seen after {phases[0]} s, started after {phases[1]} s more, where it was after {phases[2]} s more", flush=True)
+
+
+def wait_for(handle: Any, condition: Any, *, settle_steps: int = 0) -> int:
+    """Wait until a run is as told, and some steps more; return its number of recoveries."""
+    deadline = time.monotonic() + LIMIT_S
+    first: int | None = None
+    while True:
+        status = handle.poll()
+        if status.state in ENDED:
+            raise SystemExit(f"the run has ended: {status.state} {status.message or ''}")
+        run = handle.client.describe() if status.state != "recovering" else None
+        if run is not None and condition(run):
+            first = run.step if first is None else first
+            if run.step >= first + settle_steps:
+                return len(run.recoveries)
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited {LIMIT_S:g} s for the run to go on")
+        time.sleep(0.05)
+
+
+def alternating(times: Path) -> Behaviours:
+    """Return workers that take recovery points in every other block of steps only and write down when each step began."""
+
+    class AlternatingWorker(SequenceWorker):
+        def _is_point(self, step):
+            return step // BLOCK_STEPS % 2 == 1 and step % POINT_STEPS == 0
+
+        def train_step(self, step):
+            with times.open("a") as file:
+                file.write(f"{step} {time.perf_counter()}\n")
+            return super().train_step(step)
+
+    return Behaviours(sequence_worker=AlternatingWorker)
+
+
+def measure_cost(config: Config, times: Path, num_pairs: int) -> None:
+    """Run pairs of blocks and print their speeds and the ratio."""
+    handle = launch(config, behaviours=alternating(times))
+    try:
+        while (status := handle.poll()).state not in ENDED:
+            time.sleep(0.5)
+    finally:
+        handle.close()
+    if status.state == "failed":
+        raise SystemExit(f"the run failed: {status.message}")
+    began = {int(step): float(at) for step, at in (line.split() for line in times.read_text().splitlines())}
+    tokens = BLOCK_STEPS * config.sequence.global_batch * config.model.seq_len
+    # The first block pays for the start.
+    speeds = [tokens / (began[s + BLOCK_STEPS] - began[s]) for s in range(BLOCK_STEPS, (2 * num_pairs + 1) * BLOCK_STEPS, BLOCK_STEPS)]
+    points, none = speeds[0::2], speeds[1::2]
+    ratios = [a / b for a, b in zip(points, none, strict=True)]
+    for name, values in (("with points every 16 steps", points), ("without any", none)):
+        print(f"{name:<27} median {statistics.median(values):.0f} ({min(values):.0f}..{max(values):.0f}) tokens/s", flush=True)
+    print(f"{'ratio':<27} median {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f}), {num_pairs} pairs of blocks")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arguments", nargs="*", help="a preset or file, and key=value overrides")
+    parser.add_argument("--parts", default="faults,standby,cost", help="of faults, standby, cost")
+    parser.add_argument("--repeats", type=int, default=5, help="faults of each kind")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of the cost")
+    args = parser.parse_args()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        window = ["recovery.window=16", "recovery.hang_timeout_s=5"]
+        if "faults" in args.parts:
+            measure_faults(configure(folder / "run", args.arguments, *window), list(FAULTS), args.repeats)
+        if "standby" in args.parts:
+            print("with a standby:")
+            measure_faults(configure(folder / "run", args.arguments, *window, "recovery.standbys=1"), ["worker", "rank"], args.repeats)
+        if "cost" in args.parts:
+            steps = (2 * args.pairs + 2) * BLOCK_STEPS + 1
+            own = ["recovery={window: 0, checkpoint_every: 0}", f"run.stop_after={steps}"]
+            measure_cost(configure(folder / "run", args.arguments, *own), folder / "times", args.pairs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
