@@ -38,7 +38,7 @@ How = Literal["kill", "stop", "raise", "node"]
 
 SMALL = [
     "run.steps=40",
-    "run.timeout_s=60",
+    "run.timeout_s=120",
     "model={dim: 32, layers: 2, heads: 2, seq_len: 32, chunk_size: 16}",
     "memory.hidden=48",
     "memory.levels={fast: {update_period: 1, ranks: 2}, medium: {update_period: 4}, slow: {update_period: 8}, slowest: null}",
@@ -180,6 +180,14 @@ def run_to_end(config: Config, *, during: Callable[[RunHandle], Any] | None = No
         handle.close()
 
 
+def quiet_digest(config: Config) -> str:
+    """Return the digest of a run without faults: without it there is nothing to compare with."""
+    status = run_to_end(config)
+    if status.state != "completed":
+        raise SystemExit(f"the quiet run is {status.state}: {status.message}")
+    return status.summary["digest"]
+
+
 def table(kinds: Sequence[str], moments: Sequence[Moment], folder: Path) -> int:
     """Run every kind at every moment, print a line for each, and return how many differ from the quiet run."""
 
@@ -194,7 +202,7 @@ def table(kinds: Sequence[str], moments: Sequence[Moment], folder: Path) -> int:
         if not mine:
             continue
         with ray_nodes(num_nodes) as cluster:
-            quiet = quiet or run_to_end(config_of("quiet")).summary["digest"]
+            quiet = quiet or quiet_digest(config_of("quiet"))
             for kind, moment in itertools.product(mine, moments):
                 name = f"{kind}-{moment}"
                 marks = folder / f"{name}.strikes"
