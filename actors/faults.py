@@ -57,8 +57,8 @@ def root_causes(faults: Sequence[Fault]) -> list[Fault]:
 class RepeatGuard:
     """Notices a fault that comes again at the same step.
 
-    An error is the same if it comes in the same role, at a step at most `slack` away, and no recovery point was reached in between.
-    Where an actor died or hangs the step is known only roughly: there the recovery point alone counts.
+    A fault is the same if it is of the same kind, in the same role, at a step at most `slack` away, and no recovery point was
+    reached in between.
     """
 
     def __init__(self, slack: int = 2) -> None:
@@ -69,4 +69,4 @@ class RepeatGuard:
         """Return how many times the fault has come, this one included; `restored`: the step that the run goes back to."""
         steps = self._seen.setdefault((fault.kind, fault.role, restored), [])
         steps.append(fault.step)
-        return len(steps) if fault.kind != "raised" else sum(abs(step - fault.step) <= self.slack for step in steps)
+        return sum(abs(step - fault.step) <= self.slack for step in steps)
