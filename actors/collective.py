@@ -50,6 +50,9 @@ class WorkerGroup:
 
     def leave(self) -> None:
         """End the group; whoever waits for this worker in it gets an error."""
+        # What was summed in it last would keep its connections open, and with them whoever waits at the other end.
+        for bucket in self._buckets:
+            bucket.forget()
         group, self._group = self._group, None
         if group is not None:
             group.abort()
@@ -143,7 +146,12 @@ class Bucket:
     def launch(self, group: dist.ProcessGroup) -> None:
         self._work = group.allreduce([self._flat])
 
+    def forget(self) -> None:
+        """Let go of a sum that may never end."""
+        self._work = None
+
     def finish(self) -> None:
         self._work.wait()
+        self._work = None
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.grad = view
