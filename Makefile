@@ -18,11 +18,11 @@ install: $(INSTALLED)  ## create .venv with pinned packages (the others do it wh
 train: $(INSTALLED)  ## train a model here; without ARGS the preset tiny, minutes on two CPU cores
 	$(VENV)/bin/nlray train $(ARGS)
 
-test: $(INSTALLED)  ## run every test that needs no GPU
-	$(VENV)/bin/pytest $(ARGS)
+test: $(INSTALLED)  ## run every test that needs no GPU, but those of make chaos
+	$(VENV)/bin/pytest -m "not chaos" $(ARGS)
 
-test-fast: $(INSTALLED)  ## run the tests that take less than half a minute each
-	$(VENV)/bin/pytest -m "not slow" $(ARGS)
+test-fast: $(INSTALLED)  ## run the tests that take less than a quarter of a minute each
+	$(VENV)/bin/pytest -m "not slow and not chaos" $(ARGS)
 
 check: $(INSTALLED)  ## lint with ruff
 	$(VENV)/bin/ruff check $(ARGS)
@@ -34,6 +34,7 @@ levels: $(INSTALLED)  ## print a model's nested system and what it costs
 	$(VENV)/bin/nlray levels $(ARGS)
 
 chaos: $(INSTALLED)  ## do faults at chosen moments and at random, and compare with quiet runs; about an hour
+	$(VENV)/bin/pytest -m chaos
 	$(VENV)/bin/python -m benchmarks.chaos $(ARGS)
 
 bench: $(INSTALLED)  ## measure the data stream, and nlray train beside the bare loop of the same model

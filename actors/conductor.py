@@ -20,13 +20,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from nlray.actors.changes import Changes
 from nlray.actors.faults import MAX_SAME_FAULTS, Fault, Recovery, RepeatGuard, root_causes
 from nlray.actors.journal import Journal
-from nlray.actors.lineup import Lineup
+from nlray.actors.lineup import Lineup, StoppedError
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, Members, SeatLostError
 from nlray.actors.placement import ActorPlan
 from nlray.actors.points import Point, whole_points
 from nlray.actors.processes import end_with_raylet
-from nlray.actors.recovery import Vault
+from nlray.actors.recovery import Vault, VaultHolder
 from nlray.actors.rescale import check_sizes
 from nlray.actors.seat import Behaviours
 from nlray.actors.storage import Checkpoints
@@ -36,9 +36,6 @@ from nlray.actors.types import (
     SEQUENCE,
     Command,
     MemberStatus,
-    PartWritten,
-    PieceCopy,
-    PieceKey,
     Role,
     RunDescription,
     RunState,
@@ -69,8 +66,8 @@ class RunFailedError(NlrayError):
         return RunFailedError, (str(self), self.details, self.exit_code)
 
 
-class Conductor:
-    """Runs one run.
+class Conductor(VaultHolder):
+    """Runs one run. Its own vault takes the copies of a run with a single actor.
 
     Args:
         config: the resolved configuration.
@@ -100,7 +97,7 @@ class Conductor:
             hang_timeout_s=config.recovery.hang_timeout_s,
             behaviours=behaviours,
         )
-        self.lineup = Lineup(config, plans, actors, self.members, self.vault, self._note)
+        self.lineup = Lineup(config, plans, actors, self.members, self.vault, note=self._note, should_stop=lambda: self._is_stop_requested)
         self.changes = Changes(self.lineup, self._note)
         self.checkpoints = Checkpoints(self.lineup, checkpoint, lambda: self.journal.flush(), self._note)
         self.journal: Journal | None = None
@@ -194,20 +191,6 @@ class Conductor:
         self.changes.request(sizes)
         self._save_state()
 
-    # The copies of a run with a single actor.
-
-    def keep(self, copy: PieceCopy) -> bool:
-        return self.vault.keep(copy)
-
-    def names(self, key: PieceKey) -> list[str]:
-        return self.vault.names(key)
-
-    def fetch(self, key: PieceKey, wanted: Sequence[str] | None = None) -> PieceCopy:
-        return self.vault.fetch(key, wanted)
-
-    def write(self, key: PieceKey, url: str, file: str, with_shared: bool) -> PartWritten:
-        return self.vault.write(key, url, file, with_shared=with_shared)
-
     # The run.
 
     def _supervised_run(self) -> None:
@@ -235,6 +218,11 @@ class Conductor:
                     self._come_back(state)
                 self._supervise()
                 self._finish("completed" if self._step >= self.run.steps else "stopped")
+        except StoppedError as error:
+            self._note(str(error))
+            self._rescue()
+            self._step = self.checkpoints.written_step
+            self._finish("stopped")
         except Exception as error:
             logger.exception("the run failed")
             self._fail(error if isinstance(error, RunFailedError) else RunFailedError(*explain(error)))
@@ -527,11 +515,15 @@ class Conductor:
             self.members.remove_all()
             self._set_state("failed")
             return
+        self._rescue()
+        self._finish("failed")
+
+    def _rescue(self) -> None:
+        """Write what is in memory as a checkpoint; the run has got that far."""
         try:
             self.checkpoints.rescue()
         except Exception as error:
             self._note(f"the recovery point in memory could not be written as a checkpoint: {explain(error)[0]}")
-        self._finish("failed")
 
     def _linger(self) -> None:
         """Stay for those who ask how the run ended, then go."""

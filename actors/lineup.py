@@ -19,8 +19,12 @@ from nlray.actors.rescale import resized, sizes_of
 from nlray.actors.transports import ObjectStore, PeerNorms, RankClient, SeatKeeper
 from nlray.actors.types import SEQUENCE, Assignment, Command, Role, Source
 from nlray.config import Config
-from nlray.errors import RemoteTimeoutError
+from nlray.errors import NlrayError
 from nlray.levels import LevelPlan
+
+
+class StoppedError(NlrayError):
+    """The run was stopped before it could begin."""
 
 
 class Lineup:
@@ -33,12 +37,22 @@ class Lineup:
         members: the seats.
         vault: the conductor's own, for the copies of a run with a single actor.
         note: takes events.
+        should_stop: whether a start that waits for resources is to be given up.
     """
 
     def __init__(
-        self, config: Config, plans: Sequence[LevelPlan], actors: Sequence[ActorPlan], members: Members, vault: Vault, note: Callable
+        self,
+        config: Config,
+        plans: Sequence[LevelPlan],
+        actors: Sequence[ActorPlan],
+        members: Members,
+        vault: Vault,
+        *,
+        note: Callable[[str], None],
+        should_stop: Callable[[], bool],
     ) -> None:
         self.config, self.plans, self.members, self.vault, self.note = config, list(plans), members, vault, note
+        self._should_stop = should_stop
         self.timeout_s = config.run.timeout_s
         self.generation = 0
         self.last_generation = 0
@@ -143,6 +157,7 @@ class Lineup:
 
         Raises:
             SeatLostError: a seat was lost after the roles were ended; call again.
+            StoppedError: it waited for resources, and the run is to stop.
         """
         self.last_generation += 1
         generation = self.generation = self.last_generation
@@ -169,13 +184,17 @@ class Lineup:
         return step, source, lost
 
     def _await_seats(self) -> None:
-        """Wait until every role's seat stands."""
-        names = [self.seat(role).name for role in self.roles]
-        waiting = self.members.ask([n for n in names if self.members.all[n].report is None])
-        try:
-            self.members.gather(waiting, "to stand", on_wait=self.note_waiting)
-        except RemoteTimeoutError as error:
-            raise RemoteTimeoutError(f"{error}; the cluster's resources may not be enough") from error
+        """Wait until every role's seat stands; where the cluster has no resources for one, until it has."""
+        seats = [self.seat(role) for role in self.roles]
+
+        def look() -> bool:
+            self.note_waiting()
+            is_waiting = any(seat.is_waiting for seat in seats)
+            if is_waiting and self._should_stop():
+                raise StoppedError("the run was stopped while it waited for resources")
+            return is_waiting
+
+        self.members.gather(self.members.ask([seat.name for seat in seats if seat.report is None]), "to stand", on_wait=look)
 
     def note_waiting(self) -> None:
         """Say once of each seat that it waits for resources."""

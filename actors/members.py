@@ -48,18 +48,19 @@ class SeatLostError(NlrayError):
 class Member:
     """One seat. report: its last answer; None until it stands. assigned: the role that the conductor has given it.
 
-    is_reserved: waits for a change of sizes under way. surplus_at: the recovery point after which it may go. events: not told yet.
+    is_waiting: for resources, when last looked at. is_reserved: waits for a change of sizes under way.
+    surplus_at: the recovery point after which it may go. events: not told yet.
     """
 
     name: str
     plan: ActorPlan
     handle: Any
     group: PlacementGroup | None
-    created_s: float
     report: SeatReport | None = None
     asked: Any = None
     asked_s: float = 0.0
     lost_s: float | None = None
+    looked_s: float = 0.0
     is_waiting: bool = False
     assigned: Role | None = None
     is_reserved: bool = False
@@ -109,7 +110,7 @@ class Members:
         handle = ray.remote(**options)(Seat).remote(
             name, timeout_s=self.timeout_s, hang_timeout_s=self.hang_timeout_s, gpus=plan.gpus, behaviours=self.behaviours
         )
-        self.all[name] = Member(name, plan, handle, group, time.monotonic())
+        self.all[name] = Member(name, plan, handle, group, looked_s=time.monotonic())
         return self.all[name]
 
     def find(self, plan_of: Callable[[str, int], ActorPlan]) -> None:
@@ -128,7 +129,7 @@ class Members:
             entry = groups.pop(f"{self.namespace}/{name}", None)
             self._serial = max(self._serial, int(serial))
             found = None if entry is None else PlacementGroup(_group_id(entry))
-            self.all[name] = Member(name, plan_of(group, int(index)), handle, found, time.monotonic())
+            self.all[name] = Member(name, plan_of(group, int(index)), handle, found, looked_s=time.monotonic())
         for name, entry in groups.items():
             if name.startswith(f"{self.namespace}/"):
                 remove_placement_group(PlacementGroup(_group_id(entry)))
@@ -186,21 +187,24 @@ class Members:
         return {name: self.all[name].handle.report.remote(self.conductor, 0, 0, ()) for name in names}
 
     def waiting_for_resources(self) -> list[Member]:
-        """Return the seats that are newly found to wait for resources."""
-        late = [m for m in self.all.values() if m.report is None and not m.is_waiting and time.monotonic() - m.created_s > RESOURCES_NOTE_S]
-        found = []
-        for member in late:
-            member.is_waiting = placement_group_table(member.group)["state"] != "CREATED"
-            if member.is_waiting:
-                found.append(member)
+        """Look from time to time which seats wait for resources; return those that are newly found to."""
+        now, found = time.monotonic(), []
+        for member in self.all.values():
+            if member.report is not None or member.group is None:
+                member.is_waiting = False
+            elif now - member.looked_s > RESOURCES_NOTE_S:
+                was_waiting, member.looked_s = member.is_waiting, now
+                member.is_waiting = placement_group_table(member.group)["state"] != "CREATED"
+                if member.is_waiting and not was_waiting:
+                    found.append(member)
         return found
 
     def gather(
-        self, calls: Mapping[str, Any], what: str, *, tolerates_loss: bool = False, on_wait: Callable[[], None] | None = None
+        self, calls: Mapping[str, Any], what: str, *, tolerates_loss: bool = False, on_wait: Callable[[], bool] | None = None
     ) -> tuple[dict[str, Any], list[Fault]]:
         """Wait for one answer from each seat, watching that they live; return the answers by seat, and who was lost meanwhile.
 
-        tolerates_loss: a lost seat is removed and left out. on_wait: called again and again meanwhile.
+        tolerates_loss: a lost seat is removed and left out. on_wait: called again and again meanwhile; True: the limit counts from now on.
 
         Raises:
             SeatLostError: a seat was lost, and that is not tolerated.
@@ -224,8 +228,8 @@ class Members:
                     lost.append(Fault("hung", member.name, 0, f"{member.label}: {error.cause}"))
                     self.remove(member, is_hung=True)
                 del waiting[ref]
-            if on_wait is not None:
-                on_wait()
+            if on_wait is not None and on_wait():
+                deadline = time.monotonic() + self.timeout_s
             for fault in self.poll():
                 if not tolerates_loss:
                     raise SeatLostError(fault)

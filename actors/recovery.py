@@ -220,6 +220,28 @@ class Vault:
         self.bytes_copied += sum(array.nbytes for array in arrays.values())
 
 
+class VaultHolder:
+    """An actor with a vault: what other seats and the conductor ask of it. See `Vault` for each."""
+
+    vault: Vault
+
+    def keep(self, copy: PieceCopy) -> bool:
+        """Hold a copy for another seat."""
+        return self.vault.keep(copy)
+
+    def names(self, key: PieceKey) -> list[str]:
+        """Return the names of a piece's tensors."""
+        return self.vault.names(key)
+
+    def fetch(self, key: PieceKey, wanted: Collection[str] | None = None) -> PieceCopy:
+        """Return a piece, or only the wanted tensors of it."""
+        return self.vault.fetch(key, wanted)
+
+    def write(self, key: PieceKey, url: str, file: str, with_shared: bool) -> PartWritten:
+        """Write a piece as a file of the checkpoint `url`."""
+        return self.vault.write(key, url, file, with_shared=with_shared)
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor in this process's memory."""
     return tensor.detach().to("cpu", copy=True)

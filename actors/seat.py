@@ -20,10 +20,10 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from nlray.actors.level import LevelRank
 from nlray.actors.processes import end_with_raylet, signal_actor
-from nlray.actors.recovery import Keeper, Snapshot, Vault
+from nlray.actors.recovery import Keeper, Snapshot, Vault, VaultHolder
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import ObjectStore, wait_for
-from nlray.actors.types import SEQUENCE, Assignment, PartWritten, PieceCopy, PieceKey, Role, SeatReport, Source
+from nlray.actors.types import SEQUENCE, Assignment, PieceCopy, Role, SeatReport, Source
 from nlray.errors import HaltedError, RemoteTimeoutError
 
 CONDUCTOR_PATIENCE = 3  # times `recovery.hang_timeout_s`: it may be writing to a slow storage
@@ -47,7 +47,7 @@ class Prepared:
     made: SequenceWorker | LevelRank
 
 
-class Seat:
+class Seat(VaultHolder):
     """One process of a run.
 
     Args:
@@ -197,21 +197,6 @@ class Seat:
             except (GetTimeoutError, RayError) as error:
                 logger.warning("the conductor does not ask and could not be killed: %s", error)
 
-    # The vault, for other seats and the conductor.
-
     def set_keeper(self, keeper: Keeper | None, keeps_shared: bool) -> None:
         """Say who holds this seat's copies from now on."""
         self.vault.set_keeper(keeper, keeps_shared=keeps_shared)
-
-    def keep(self, copy: PieceCopy) -> bool:
-        return self.vault.keep(copy)
-
-    def names(self, key: PieceKey) -> list[str]:
-        return self.vault.names(key)
-
-    def fetch(self, key: PieceKey, wanted: Collection[str] | None = None) -> PieceCopy:
-        return self.vault.fetch(key, wanted)
-
-    def write(self, key: PieceKey, url: str, file: str, with_shared: bool) -> PartWritten:
-        """Write a piece that is held here as a file of the checkpoint `url`."""
-        return self.vault.write(key, url, file, with_shared=with_shared)

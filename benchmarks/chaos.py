@@ -8,33 +8,24 @@ import argparse
 import itertools
 import logging
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks import soak
-from nlray.actors.conductor import namespace_of
+from benchmarks.strikes import How, Moment, Strike, striking, struck
 from nlray.actors.launch import RunHandle, launch, resolve
-from nlray.actors.level import LevelRank
 from nlray.actors.members import CONDUCTOR
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
 from nlray.actors.types import ENDED, RunStatus
 from nlray.config import Config
 from nlray.config_loading import load_config
-
-Moment = Literal["start", "step", "publish", "point", "recovery", "end"]
-How = Literal["kill", "stop", "raise", "node"]
 
 SMALL = [
     "run.steps=40",
@@ -57,91 +48,30 @@ KINDS: dict[str, tuple[tuple[str, ...], How]] = {
     "hang": (("sequence-1",), "stop"),
     "raise": ((), "raise"),
 }
-MOMENTS: tuple[Moment, ...] = ("step", "publish", "point", "start", "recovery", "end")
+# What it is for the one that strikes, and at which step.
+MOMENTS: dict[str, tuple[Moment, int | None]] = {
+    "step": ("step", 21),
+    "publish": ("publish", 20),
+    "point": ("point", 24),
+    "start": ("start", None),
+    "recovery": ("recovery", None),
+    "end": ("point", 40),
+}
 LIMIT_S = 240.0
 
 
-@dataclass(frozen=True)
-class Strike:
-    """A fault to be done once, when `moment` has come. With how `raise`, the one who is there raises; a rank, where one can."""
-
-    moment: Moment
-    victims: tuple[str, ...]
-    how: How
-
-
-def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
-    """Return roles that do each strike once; files in `folder` remember those that were done."""
-
-    def at(config: Config, moment: Moment, *, is_rank: bool) -> None:
-        for number, planned in enumerate(strikes):
-            # Both a worker and a rank pass some moments: who raises is a rank.
-            if planned.moment != moment or (planned.how == "raise") != is_rank:
-                continue
-            try:
-                os.close(os.open(folder / f"strike_{number}", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            if planned.how == "raise":
-                raise ArithmeticError(f"broken on purpose, moment {moment}")
-            conductor = ray.get_actor(CONDUCTOR, namespace_of(config.run.name))
-            run = ray.get(conductor.describe.remote(), timeout=30)
-            pids = {member.role: member.pid for member in run.members} | {CONDUCTOR: run.pid}
-            hit = [pids[victim] for victim in planned.victims]
-            if planned.how == "node":
-                hit = [psutil.Process(pid).ppid() for pid in hit]
-            number = signal.SIGSTOP if planned.how == "stop" else signal.SIGKILL
-            for pid in sorted(hit, key=lambda pid: pid == os.getpid()):
-                os.kill(pid, number)
-
-    class StrikingWorker(SequenceWorker):
-        def _forward_backward(self, blocks):
-            if self.worker == 0 and self.step == 20:
-                at(self.config, "step", is_rank=False)
-            return super()._forward_backward(blocks)
-
-        def _take_point(self, step):
-            snapshot = super()._take_point(step)
-            if self.worker == 0 and step in (24, 40):
-                at(self.config, "point" if step == 24 else "end", is_rank=False)
-            return snapshot
-
-        def load_heldout(self):
-            super().load_heldout()
-            if self.worker == 0:
-                at(self.config, "start", is_rank=False)
-
-        def restore(self, snapshot):
-            super().restore(snapshot)
-            if self.worker == 0:
-                at(self.config, "recovery", is_rank=False)
-
-    class StrikingRank(LevelRank):
-        def start(self):
-            at(self.config, "start", is_rank=True)
-            super().start()
-
-        def restore(self, snapshot):
-            super().restore(snapshot)
-            at(self.config, "recovery", is_rank=True)
-
-        def _apply(self, contributions):
-            if contributions[0].version == 5 and self.plan.name == "medium":
-                at(self.config, "step", is_rank=True)
-            super()._apply(contributions)
-
-        def snapshot(self, step, generation):
-            if step in (24, 40):
-                at(self.config, "point" if step == 24 else "end", is_rank=True)
-            return super().snapshot(step, generation)
-
-        def _publish(self, version, norm, *, is_skipped):
-            if version == 5 and self.plan.name == "medium":
-                at(self.config, "publish", is_rank=False)
-                at(self.config, "publish", is_rank=True)
-            super()._publish(version, norm, is_skipped=is_skipped)
-
-    return Behaviours(StrikingWorker, StrikingRank)
+def strikes_of(kind: str, moment: str) -> list[Strike]:
+    """Return what is done for a kind of fault and a moment of it; one that raises is a rank."""
+    victims, how = KINDS[kind]
+    own, at = MOMENTS[moment]
+    if how == "raise":
+        # The update of the same step.
+        strikes = [Strike(own, 20 if own == "step" else at, how=how, by="rank")]
+    else:
+        strikes = [Strike(own, at, victims, how, by="rank" if own == "publish" else "worker")]
+    if moment == "recovery":
+        strikes.append(Strike("step", 21, ("slow-0",)))
+    return strikes
 
 
 @contextmanager
@@ -188,7 +118,7 @@ def quiet_digest(config: Config) -> str:
     return status.summary["digest"]
 
 
-def table(kinds: Sequence[str], moments: Sequence[Moment], folder: Path) -> int:
+def table(kinds: Sequence[str], moments: Sequence[str], folder: Path) -> int:
     """Run every kind at every moment, print a line for each, and return how many differ from the quiet run."""
 
     def config_of(name: str) -> Config:
@@ -207,13 +137,11 @@ def table(kinds: Sequence[str], moments: Sequence[Moment], folder: Path) -> int:
                 name = f"{kind}-{moment}"
                 marks = folder / f"{name}.strikes"
                 marks.mkdir()
-                strikes = [Strike(moment, *KINDS[kind])]
-                if moment == "recovery":
-                    strikes.append(Strike("step", ("slow-0",), "kill"))
+                strikes = strikes_of(kind, moment)
                 started = time.monotonic()
                 status = run_to_end(config_of(name), behaviours=striking(marks, strikes))
                 took_s = time.monotonic() - started
-                if len(list(marks.iterdir())) < len(strikes):
+                if struck(marks) < len(strikes):
                     result = "NO FAULT"
                 elif status.state != "completed":
                     result = "FAILED"

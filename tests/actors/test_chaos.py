@@ -155,6 +155,7 @@ def test_kinds_that_do_not_apply_are_left_out_and_none_left_is_the_users_mistake
         Injector(client, kinds=("node", "rank"), every_s=1, seed=0, say=lines.append)
 
 
+@pytest.mark.chaos
 def test_a_run_under_random_faults_ends_with_the_bits_of_a_quiet_one(small, cluster):
     settings = ["run.steps=250", "sequence.workers=2", "recovery.window=20", "recovery.hang_timeout_s=3", "eval.sequences=0"]
     quiet, _, _ = run_to_end(small(*settings))

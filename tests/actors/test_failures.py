@@ -72,6 +72,7 @@ def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
     assert load_parameters(status.summary["checkpoint"])
 
 
+@pytest.mark.slow
 def test_a_fault_that_comes_again_at_the_same_step_ends_the_run_with_a_usable_checkpoint(small, cluster):
     config = small("memory.levels.fast.ranks=2", "run.steps=60", "recovery.window=2")
     status, _, _ = run_to_end(config, behaviours=Behaviours(level_rank=BrokenRank))

@@ -124,6 +124,7 @@ def test_under_ray_two_workers_agree_to_summation_order(small, cluster):
         assert error < 1e-5, f"{name}: {error:.2e}"
 
 
+@pytest.mark.slow
 def test_two_workers_repeat_their_bits_and_resume_to_them(small, cluster):
     overrides = ["sequence.workers=2", "memory.levels.slow.ranks=2", "run.steps=12"]
     whole, _, _ = run_to_end(small(*overrides, name="whole"))

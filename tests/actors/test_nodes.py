@@ -1,11 +1,13 @@
 """Runs over several nodes: copies lie on another node, a node goes, a node joins."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from nlray.actors.launch import resume_config
 from nlray.actors.processes import kill_node
 
 from .conftest import run_to_end
@@ -28,10 +30,11 @@ def node_of(handle, role: str) -> str:
     return next(member.node for member in handle.client.describe().members if member.role == role)
 
 
+@pytest.mark.slow
 def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
     spot = "memory.levels.medium.resources={cpus: 0.1, gpus: 0, custom: {spot: 1}}"
-    overrides = ["run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", "sequence.workers=2", spot]
-    quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
+    overrides = ["run.steps=300", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", spot]
+    config = small(*overrides)
     lost, joined = [], []
 
     def during(handle, rows):
@@ -42,13 +45,14 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
             nodes.add_node(num_cpus=3, resources={"spot": 4})
             joined.append(True)
 
-    status, _, events = run_to_end(small(*overrides), during=during)
+    status, _, events = run_to_end(config, during=during)
     assert status.state == "completed" and lost and joined, (status.message, events)
     assert 1 <= status.summary["recoveries"] <= 2, status.summary["recovery_log"]
     assert all(r["source"] == "memory" for r in status.summary["recovery_log"])
-    assert status.summary["digest"] == quiet.summary["digest"]
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
 
 
+@pytest.mark.chaos
 def test_growing_waits_for_a_node_while_the_run_goes_on(small, nodes):
     rare = "memory.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {rare: 1}}"
     config = small("run.steps=800", "recovery.window=50", "eval.every=0", rare, name="grow")
@@ -70,3 +74,30 @@ def test_growing_waits_for_a_node_while_the_run_goes_on(small, nodes):
     assert any(event.startswith("slow-1.") and "waits for resources: 0.1 CPU, 1 rare on one node" in event for event in events), events
     assert status.summary["levels"][2]["ranks"] == 2 and status.summary["recoveries"] == 0
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 800)[0])
+
+
+@pytest.mark.chaos
+def test_a_run_that_has_no_node_for_a_lost_rank_waits_and_can_be_stopped_and_resumed(small, nodes):
+    mine = "memory.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {mine: 1}}"
+    config = small("run.steps=300", "recovery.window=10", "run.timeout_s=8", "eval.every=0", mine, name="waits")
+    nodes.add_node(num_cpus=1, resources={"mine": 1})
+    lost, asked = [], []
+
+    def during(handle, rows):
+        if not lost and rows and rows[-1]["step"] >= 50:
+            lost.append(time.monotonic())
+            kill_node(node_of(handle, "slow-0"), timeout_s=20)
+        # Longer than any other wait may take.
+        if lost and not asked and time.monotonic() - lost[0] > 12:
+            asked.append(handle.request_stop())
+
+    status, rows, events = run_to_end(config, during=during)
+    assert status.state == "stopped" and asked, (status.message, events)
+    assert any(event.startswith("slow-0 waits for resources: 0.1 CPU, 1 mine on one node") for event in events), events
+    assert events[-2] == "the run was stopped while it waited for resources", events
+    stopped_at = status.summary["steps"]
+    assert 30 <= stopped_at <= rows[-1]["step"] and stopped_at % 10 == 0
+    nodes.add_node(num_cpus=1, resources={"mine": 1})
+    resumed, _, _ = run_to_end(resume_config(config.run.dir, []), resume=True)
+    assert resumed.state == "completed"
+    assert resumed.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])

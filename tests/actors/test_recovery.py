@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.strikes import Strike, striking, struck
+
 from .conftest import run_to_end
 from .plain_loop import digest_plainly, train_plainly
-from .strikes import Strike, striking, struck
 
 POINTS = ["run.steps=32", "recovery.window=4", "recovery.hang_timeout_s=3"]
 FAULTS = {
     "worker": (("sequence-0",), "kill"),
     "rank": (("medium-0",), "kill"),
-    "several": (("sequence-0", "fast-0", "slow-1"), "kill"),
     "conductor": (("conductor",), "kill"),
-    "hang": (("medium-0",), "stop"),
-    "hung-worker": (("sequence-0",), "stop"),
     "raise": ((), "raise"),
 }
 
@@ -24,9 +22,10 @@ FAULTS = {
 def at_three_moments(kind: str) -> list[Strike]:
     """Return faults in the middle of a step, while a level publishes, and while a recovery point is taken."""
     victims, how = FAULTS[kind]
-    return [Strike("step", 10, victims, how), Strike("publish", 4, victims, how), Strike("point", 24, victims, how)]
+    return [Strike("step", 10, victims, how), Strike("publish", 16, victims, how, by="rank"), Strike("point", 24, victims, how)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
     config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.checkpoint_every=12")
@@ -38,9 +37,23 @@ def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
     written = [json.loads(line)["step"] for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     assert written == list(range(1, 33))
     assert 1 <= status.summary["recoveries"] <= 3, status.summary["recovery_log"]
-    expected = {"conductor": "conductor", "raise": "raised", "hang": "hung", "hung-worker": "hung"}.get(kind, "died")
+    expected = {"conductor": "conductor", "raise": "raised"}.get(kind, "died")
     assert all(expected in recovery["kinds"] for recovery in status.summary["recovery_log"]), status.summary["recovery_log"]
     assert sum("recovered in" in event or "the conductor was killed" in event for event in events) == status.summary["recoveries"]
+
+
+@pytest.mark.slow
+def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path):
+    config = small(*POINTS, "memory.levels.slow.ranks=2")
+    strikes = [
+        Strike("publish", 12, ("sequence-0", "fast-0", "slow-1"), by="rank"),
+        Strike("step", 22, ("sequence-0", "medium-0"), "stop"),
+    ]
+    status, _, events = run_to_end(config, behaviours=striking(tmp_path, strikes))
+    assert status.state == "completed" and struck(tmp_path) == 2, (status.message, events)
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
+    killed, hung = status.summary["recovery_log"]
+    assert (set(killed["kinds"]), set(hung["kinds"])) == ({"died"}, {"hung"})
 
 
 def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small, cluster, tmp_path):
@@ -52,17 +65,18 @@ def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small
 
 def test_a_conductor_killed_while_the_run_starts_starts_it(small, cluster, tmp_path):
     config = small(*POINTS)
-    status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("publish", 0, ("conductor",))]))
+    status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("publish", 0, ("conductor",), by="rank")]))
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0]), events
     assert struck(tmp_path) == 1 and status.summary["recoveries"] == 1
 
 
+@pytest.mark.chaos
 def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
     overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1"]
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
     strikes = [
         Strike("step", 7, ("sequence-1",)),
-        Strike("publish", 4, ("sequence-0",)),
+        Strike("publish", 16, ("sequence-0",), by="rank"),
         Strike("point", 28, ("sequence-0", "sequence-1")),
     ]
     status, _, events = run_to_end(small(*overrides, name="struck"), behaviours=striking(tmp_path, strikes))
@@ -80,6 +94,7 @@ def test_a_run_with_a_single_actor_is_restored_from_the_conductors_copy(small, c
     assert recovery["restored"] in (8, 12) and recovery["source"] == "memory"
 
 
+@pytest.mark.slow
 def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster, tmp_path):
     everyone = ("sequence-0", "fast-0", "medium-0", "slow-0")
     config = small(*POINTS, "recovery.checkpoint_every=8")
@@ -90,7 +105,7 @@ def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster,
 
 
 def test_a_fault_while_the_run_recovers_is_met_too(small, cluster, tmp_path):
-    strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 2, ("conductor",))]
+    strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 8, ("conductor",), by="rank")]
     config = small(*POINTS)
     status, _, _ = run_to_end(config, behaviours=striking(tmp_path, strikes))
     assert struck(tmp_path) == 3

@@ -13,6 +13,7 @@ from .in_process import InProcessRun
 from .plain_loop import digest_plainly, train_plainly
 
 
+@pytest.mark.slow
 def test_stop_after_and_resume_give_the_digest_of_one_go(small, cluster):
     delays = ["memory.levels.medium.delay=3", "memory.levels.slow.ranks=2"]
     stopped, _, _ = run_to_end(small(*delays, "run.stop_after=13"))
@@ -42,6 +43,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, cluster):
     assert status.summary["digest"] == whole.summary["digest"]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small, cluster):
     config = small("run.stop_after=10", "memory.levels.slow.ranks=3", "memory.levels.medium.ranks=1", "sequence.workers=2")
     run_to_end(config)

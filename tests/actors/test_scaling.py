@@ -29,21 +29,23 @@ def scaling(plan: list[tuple[int, dict[str, int]]]):
     return during, waiting
 
 
+@pytest.mark.slow
 def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
-    config = small("run.steps=500", "recovery.window=16", "eval.every=0", "memory.levels.medium.delay=3")
-    during, waiting = scaling([(20, {"fast": 3}), (120, {"fast": 1, "slow": 2}), (240, {"medium": 2})])
+    config = small("run.steps=320", "recovery.window=16", "eval.every=0", "memory.levels.medium.delay=3")
+    during, waiting = scaling([(20, {"fast": 3}), (90, {"fast": 1, "slow": 2}), (180, {"medium": 2})])
     status, rows, events = run_to_end(config, during=during)
     assert status.state == "completed" and not waiting, (status.message, events)
     assert [level["ranks"] for level in status.summary["levels"]] == [1, 2, 2]
-    assert status.summary["digest"] == digest_plainly(train_plainly(config, 500)[0])
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 320)[0])
     assert status.summary["recoveries"] == 0
-    assert [row["step"] for row in rows] == list(range(1, 501))
+    assert [row["step"] for row in rows] == list(range(1, 321))
     fast = status.summary["levels"][0]
-    assert fast["bytes_pushed"] == 500 * fast["parameter_bytes"]
+    assert fast["bytes_pushed"] == 320 * fast["parameter_bytes"]
     assert sum("its resources are given back" in event for event in events) == 2
     assert resume_config(config.run.dir, []).levels["slow"].ranks == 2
 
 
+@pytest.mark.chaos
 def test_changes_that_come_before_the_last_one_is_done_are_carried_out_in_turn(small, cluster):
     config = small("run.steps=300", "recovery.window=16", "eval.every=0")
     wishes = [{"fast": 3}, {"fast": 2}, {"fast": 1}]
@@ -73,6 +75,7 @@ def test_workers_come_and_go_with_the_same_data(small, cluster):
     assert sum("the steps paused for" in event for event in events) == 2
 
 
+@pytest.mark.chaos
 def test_a_fault_while_a_group_changes_is_met_too(small, cluster):
     config = small("run.steps=300", "recovery.window=50", "eval.every=0")
     during, waiting = scaling([(20, {"fast": 3}), (100, {"fast": 2})])
@@ -99,6 +102,7 @@ class SlowRank(LevelRank):
         super()._apply(contributions)
 
 
+@pytest.mark.slow
 def test_a_level_that_is_late_grows_by_its_policy(small, cluster):
     policy = "memory.levels.fast.autoscale={max: 2, target_lag: 0.5}"
     config = small("run.steps=300", "recovery.window=50", "eval.every=0", policy)

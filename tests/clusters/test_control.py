@@ -57,7 +57,13 @@ SUMMARY = {
 def nlray(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "nlray.clusters.cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=environment, preexec_fn=hear_ctrl_c)
+
+
+def hear_ctrl_c() -> None:
+    """A program that a shell started in the background ignores SIGINT, and so would those that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -253,7 +259,7 @@ def test_a_run_outlives_its_driver_and_is_found_by_folder_and_by_name(live, ask)
         assert time.monotonic() < deadline
     assert second["state"] == "running" and second["sizes"] == {"sequence": 1, "fast": 1, "slow": 1}
     assert {m["role"] for m in second["members"]} == {"sequence-0", "fast-0", "slow-0"}
-    assert psutil.pid_exists(second["conductor"]["pid"]) and second["point"] >= first["point"]
+    assert psutil.pid_exists(second["conductor"]["pid"]) and second["point"] >= (first["point"] or 0)
 
 
 def test_scale_waits_until_the_sizes_are_in_force(live, ask):
@@ -279,8 +285,10 @@ def test_sizes_that_the_run_does_not_allow_are_one_line_and_status_2(sizes, mess
 def test_logs_follow_through_the_conductors_death_and_ctrl_c_leaves_the_run_alone(live, ask):
     pid = json.loads(ask("status", live.dir, "--json"))["conductor"]["pid"]
     follower, printed = nlray("logs", "live", "--address", live.address, "--follow"), []
+    deadline = time.monotonic() + 60
     for line in follower.stdout:
         printed.append(line)
+        assert time.monotonic() < deadline, printed
         if "| loss" in line and pid:
             os.kill(pid, signal.SIGKILL)
             pid = 0

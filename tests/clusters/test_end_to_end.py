@@ -31,7 +31,9 @@ TINY = [
 
 def nlray(*arguments: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "nlray.clusters.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Started in the background by a shell, this process would ignore SIGINT, and so would that one.
+    return subprocess.Popen(command, **pipes, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def data(tmp_path: Path) -> str:
     return f"data.sources=[{tmp_path}/text.txt]"
 
 
+@pytest.mark.slow
 def test_everything_killed_at_once_and_resumed_gives_the_digest_of_a_quiet_run(data, tmp_path):
     common = ["tiny", *TINY, data, "run.steps=60", "recovery.window=4", "recovery.checkpoint_every=10"]
     quiet = nlray("train", *common, f"run.dir={tmp_path}/quiet")
@@ -62,6 +65,7 @@ def test_everything_killed_at_once_and_resumed_gives_the_digest_of_a_quiet_run(d
     assert steps == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_train_is_interrupted_resumed_and_generates(data, tmp_path):
     run_dir = tmp_path / "run"
     first = nlray("train", "tiny", *TINY, data, f"run.dir={run_dir}", "run.steps=100000")

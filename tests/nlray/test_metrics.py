@@ -103,7 +103,7 @@ def test_truncate_removes_half_a_line(tmp_path):
         metrics.truncate_after(7)
         metrics.write_rows([row(2)])
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row(s)) + "\n" for s in (1, 2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "metrics.jsonl", "tensorboard"]
 
 
 def test_summary_is_replaced_whole(run_dir):

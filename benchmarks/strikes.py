@@ -1,0 +1,123 @@
+"""Faults at chosen moments of a run: roles that kill, stop or break something once, when a step, an update or a restore comes there."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import ray
+
+from nlray.actors.conductor import namespace_of
+from nlray.actors.level import LevelRank
+from nlray.actors.members import CONDUCTOR
+from nlray.actors.seat import Behaviours
+from nlray.actors.sequence import SequenceWorker
+from nlray.config import Config
+
+Moment = Literal["start", "step", "publish", "point", "recovery"]
+How = Literal["kill", "stop", "node", "raise"]
+
+
+@dataclass(frozen=True)
+class Strike:
+    """At `moment`, when the step `at` has come, do what `how` says to the victims.
+
+    moment: `start`: before the first step; `step`: while one is computed or a level updates; `publish`: before a level's version is
+    published; `point`: while a recovery point is taken; `recovery`: while a role restores.
+    at: the step, of a version the last one in it; None: the first time.
+    victims: roles, or `conductor`. With `node` the nodes they are on go. With `raise` there are none: the one who strikes is broken.
+    by: who strikes: worker 0, or rank 0 of `level`.
+    """
+
+    moment: Moment
+    at: int | None = None
+    victims: tuple[str, ...] = ()
+    how: How = "kill"
+    by: Literal["worker", "rank"] = "worker"
+    level: str = "medium"
+
+
+def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
+    """Return roles that carry out each strike once in a run; files in `folder` remember those that were."""
+    # The actors' processes may not find this module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    class StrikingWorker(SequenceWorker):
+        def _strike(self, moment: Moment, step: int) -> None:
+            if self.worker == 0:
+                strike(self.config, folder, strikes, ("worker", moment), step)
+
+        def load_heldout(self):
+            super().load_heldout()
+            self._strike("start", self.step)
+
+        def _forward_backward(self, blocks):
+            self._strike("step", self.step + 1)
+            return super()._forward_backward(blocks)
+
+        def _take_point(self, step):
+            snapshot = super()._take_point(step)
+            self._strike("point", step)
+            return snapshot
+
+        def restore(self, snapshot):
+            super().restore(snapshot)
+            self._strike("recovery", self.step)
+
+    class StrikingRank(LevelRank):
+        def _strike(self, moment: Moment, version: int) -> None:
+            if self.rank == 0:
+                strike(self.config, folder, strikes, ("rank", moment), version * self.plan.update_period, self.plan.name)
+
+        def start(self):
+            self._strike("start", self.version)
+            super().start()
+
+        def _apply(self, contributions):
+            self._strike("step", contributions[0].version)
+            super()._apply(contributions)
+
+        def _publish(self, version, norm, *, is_skipped):
+            self._strike("publish", version)
+            super()._publish(version, norm, is_skipped=is_skipped)
+
+        def snapshot(self, step, generation):
+            if self.rank == 0:
+                strike(self.config, folder, strikes, ("rank", "point"), step, self.plan.name)
+            return super().snapshot(step, generation)
+
+        def restore(self, snapshot):
+            super().restore(snapshot)
+            self._strike("recovery", self.version)
+
+    return Behaviours(StrikingWorker, StrikingRank)
+
+
+def strike(config: Config, folder: Path, strikes: Sequence[Strike], now: tuple[str, Moment], step: int, level: str | None = None) -> None:
+    """Carry out those strikes whose moment has come."""
+    for number, planned in enumerate(strikes):
+        if (planned.by, planned.moment) != now or planned.at not in (None, step) or level not in (None, planned.level):
+            continue
+        try:
+            os.close(os.open(folder / f"strike_{number}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        if planned.how == "raise":
+            raise ArithmeticError(f"broken on purpose at {planned.moment} {step}")
+        conductor = ray.get_actor(CONDUCTOR, namespace_of(config.run.name))
+        run = ray.get(conductor.describe.remote(), timeout=30)
+        pids = {member.role: member.pid for member in run.members if member.is_ready} | {CONDUCTOR: run.pid}
+        hit = {pids[victim] for victim in planned.victims}
+        if planned.how == "node":
+            hit = {psutil.Process(pid).ppid() for pid in hit}
+        for pid in sorted(hit, key=lambda pid: pid == os.getpid()):
+            os.kill(pid, signal.SIGSTOP if planned.how == "stop" else signal.SIGKILL)
+
+
+def struck(folder: Path) -> int:
+    """Return how many strikes were carried out."""
+    return len(list(folder.glob("strike_*")))
