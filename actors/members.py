@@ -4,9 +4,7 @@ One placement group per seat, since a placement group cannot be resized. Seats a
 which finds them again by their names, `GROUP-INDEX.SERIAL` in the run's namespace.
 """
 
-import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -14,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nlray.actors.faults import Fault
 from nlray.actors.placement import ActorPlan
-from nlray.actors.processes import signal_actor
+from nlray.actors.processes import kill_actor_process
 from nlray.actors.seat import Behaviours, Seat
 from nlray.actors.transports import describe_death
 from nlray.actors.types import Role, SeatReport
@@ -30,7 +28,6 @@ CONDUCTOR = "conductor"
 WAIT_S = 0.05
 SEAT_THREADS = 192  # of calls that may wait in a seat: a pull and a push of each worker, and the conductor's
 RESOURCES_NOTE_S = 5.0  # a seat that is not placed after so long is waiting for resources
-logger = logging.getLogger(__name__)
 
 
 class SeatLostError(NlrayError):
@@ -253,10 +250,7 @@ class Members:
         del self.all[member.name]
         if is_hung and member.report is not None:
             # A stopped process does not hear Ray; without this it would hold its memory, and its peers their connections.
-            try:
-                signal_actor(member.report.pid, member.report.node, signal.SIGKILL, timeout_s=self.hang_timeout_s)
-            except (GetTimeoutError, RayError) as error:
-                logger.warning("%s could not be killed: %s", member.name, error)
+            kill_actor_process(member.report.pid, member.report.node)
         ray.kill(member.handle)
         if member.group is not None:
             remove_placement_group(member.group)

@@ -1,13 +1,17 @@
 """Signals to the processes of actors, on whatever node they are."""
 
+import logging
 import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+logger = logging.getLogger(__name__)
 
 
 def signal_actor(pid: int, node: str, number: int, *, timeout_s: float) -> bool:
@@ -18,8 +22,25 @@ def signal_actor(pid: int, node: str, number: int, *, timeout_s: float) -> bool:
     """
     if node == ray.get_runtime_context().get_node_id():
         return _send(pid, number)
+    return ray.get(_send_there(pid, node, number), timeout=timeout_s)
+
+
+def kill_actor_process(pid: int, node: str) -> None:
+    """Have an actor's process killed on whatever node it is, without waiting for a node that may be gone; log where that fails."""
+    if node == ray.get_runtime_context().get_node_id():
+        _send(pid, signal.SIGKILL)
+        return
+
+    def look(future: Future) -> None:
+        if future.exception() is not None:
+            logger.warning("process %d on node %s could not be killed: %s", pid, node, future.exception())
+
+    _send_there(pid, node, signal.SIGKILL).future().add_done_callback(look)
+
+
+def _send_there(pid: int, node: str, number: int) -> ray.ObjectRef:
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_send).remote(pid, number), timeout=timeout_s)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_send).remote(pid, number)
 
 
 def end_with_raylet() -> None:

@@ -6,6 +6,7 @@ with recovery points (copies to their keepers included) alternate with blocks wi
 """
 
 import argparse
+import logging
 import os
 import signal
 import statistics
@@ -127,7 +128,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of the cost")
     args = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         window = ["recovery.window=16", "recovery.hang_timeout_s=5"]
