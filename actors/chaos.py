@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from nlray.actors.members import CONDUCTOR
+from nlray.actors.nodes import HEAD_RESOURCE
 from nlray.actors.processes import kill_node, signal_actor
 from nlray.actors.types import ENDED, SEQUENCE, RunDescription, RunStatus
 from nlray.errors import NlrayError, UserError
@@ -28,7 +29,6 @@ ChaosKind = Literal["worker", "rank", "node", "conductor", "hang"]
 KINDS: tuple[ChaosKind, ...] = ("worker", "rank", "node", "conductor", "hang")
 TICK_S = 0.1
 SIGNAL_TIMEOUT_S = 20.0
-HEAD_RESOURCE = "node:__internal_head__"
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,7 @@ class Conductor(VaultHolder):
                     self._save_state()
                     for note in self.notes:
                         self._note(note)
-                    self._start_again([])
+                    self._keep(self._start_again([]))
                 else:
                     self._come_back(state)
                 self._supervise()
@@ -247,10 +247,11 @@ class Conductor(VaultHolder):
                         self._begin_resized()
                     if self.changes.has_changed:
                         self._save_state()
+                    self.lineup.spread_copies(self._committed)
                     if self._is_over():
                         return
             except SeatLostError as error:
-                faults = [self._named(error.fault)]
+                faults = [self._at_step(error.fault)]
             except RayTaskError as error:
                 message, details, exit_code = explain(error)
                 if exit_code == 2:
@@ -279,9 +280,9 @@ class Conductor(VaultHolder):
         """Replace lost seats in which nobody sits, and return the faults of the others."""
         faults = []
         for fault in found:
-            member = self.members.all[fault.role]
+            member = self.members.all[fault.seat]
             if member.assigned is not None:
-                faults.append(self._named(fault))
+                faults.append(self._at_step(fault))
                 continue
             self.members.remove(member, is_hung=fault.kind == "hung")
             self._note(f"{fault.message}; it had no role")
@@ -290,10 +291,9 @@ class Conductor(VaultHolder):
             self.lineup.set_keepers()
         return faults
 
-    def _named(self, fault: Fault) -> Fault:
-        """Give a seat's fault its role, and the step as far as it is known."""
-        member = self.members.all.get(fault.role)
-        return replace(fault, role=fault.role if member is None else member.label, step=fault.step or self._step)
+    def _at_step(self, fault: Fault) -> Fault:
+        """Give a seat's fault the step as far as it is known."""
+        return replace(fault, step=fault.step or self._step)
 
     def _worker_reports(self) -> list[WorkerReport] | None:
         """Return the reports of all workers of the present generation, or None while some are missing."""
@@ -351,25 +351,12 @@ class Conductor(VaultHolder):
 
     def _recover(self, faults: list[Fault]) -> None:
         """Go back to the newest recovery point, with whoever lives and with new actors for the rest."""
-        seen_at, step = time.time(), max(self._step, self.journal.last_step)
+        seen_at = time.time()
         self._set_state("recovering")
         if all(fault.kind == "raised" for fault in faults):
             faults = self._look_again(faults)
         self.checkpoints.abandon()
-        restored, source, causes = self._start_again(faults)
-        took_s = time.time() - seen_at
-        kinds, roles = tuple(f.kind for f in causes), tuple(f.role for f in causes)
-        message = "; ".join(dict.fromkeys(f.message for f in causes))
-        # Where the worker was is known from its last report: it may have been further.
-        recovery = Recovery(seen_at, kinds, roles, message, step, restored, source, max(0, step - restored), took_s)
-        self._recoveries.append(recovery)
-        self._save_state()
-        self._note(
-            f"recovered in {took_s:.1f} s: {message}; back from step {step} to {restored}, from {source}; "
-            f"{recovery.replayed} steps run again",
-            recovery=recovery.as_dict(),
-        )
-        self._set_state("running")
+        self._keep(self._start_again(faults, seen_at))
 
     def _look_again(self, faults: list[Fault]) -> list[Fault]:
         """Wait a moment for what may explain these errors."""
@@ -377,39 +364,68 @@ class Conductor(VaultHolder):
         try:
             return self._look() or faults
         except SeatLostError as error:
-            return [*faults, self._named(error.fault)]
+            return [*faults, self._at_step(error.fault)]
 
-    def _start_again(self, faults: list[Fault]) -> tuple[int, str, list[Fault]]:
-        """Begin at the best recovery point, however many further faults come in between; return step, source and the causes."""
+    def _start_again(self, faults: list[Fault], seen_at: float = 0.0) -> Recovery | None:
+        """Begin at the best recovery point, however many further faults come in between; return the recovery where there were any.
+
+        seen_at: when the faults were seen.
+        """
         new, every = faults, list(faults)
+        done, reached = self._step, max(self._step, self.journal.last_step)
         for _ in range(MAX_TRIES):
             for fault in root_causes(new):
                 if self._repeats.count(fault, self._committed[1]) >= MAX_SAME_FAULTS:
                     raise RunFailedError(f"{fault.message}; {MAX_SAME_FAULTS} times at step {fault.step}, given up", fault.details)
             for fault in new:
-                member = next((m for m in self.members.all.values() if m.label == fault.role), None)
+                label = fault.seat or fault.role
+                member = next((m for m in self.members.all.values() if label == (m.name if fault.seat else m.label)), None)
                 if member is not None and fault.kind in ("died", "hung"):
                     self.members.remove(member, is_hung=fault.kind == "hung")
             try:
-                step, source, lost = self._begin()
-                return step, source, root_causes([*every, *(self._named(f) for f in lost)])
+                restored, source, lost = self._begin()
             except SeatLostError as error:
-                new = [self._named(error.fault)]
+                new = [self._at_step(error.fault)]
             except RayTaskError as error:
                 message, details, exit_code = explain(error)
                 if exit_code == 2 or isinstance(error.cause, RemoteTimeoutError):
                     raise
                 new = [Fault("raised", "the start", self._step, message, details)]
+            else:
+                causes = root_causes([*every, *(self._at_step(f) for f in lost)])
+                if not causes:
+                    return None
+                kinds, roles = tuple(f.kind for f in causes), tuple(f.role for f in causes)
+                message = "; ".join(dict.fromkeys(f.message for f in causes))
+                now = time.time()
+                seen_at = seen_at or now
+                # Where the worker was is known from its last report: it may have been further.
+                reached = max(reached, restored)
+                return Recovery(seen_at, kinds, roles, message, reached, restored, source, max(0, done - restored), now - seen_at)
+            seen_at = seen_at or time.time()
             every += new
         raise RunFailedError(f"{every[-1].message}; {MAX_TRIES} starts in a row were cut short")
+
+    def _keep(self, recovery: Recovery | None) -> None:
+        """Write down and tell a recovery, where there was one."""
+        if recovery is None:
+            return
+        self._recoveries.append(recovery)
+        self._save_state()
+        self._note(
+            f"recovered in {recovery.restore_s:.1f} s: {recovery.message}; back from step {recovery.step} to {recovery.restored}, "
+            f"from {recovery.source}; {recovery.replayed} steps run again",
+            recovery=recovery.as_dict(),
+        )
 
     def _begin_resized(self) -> None:
         """Go on with another number of sequence workers, which have paused."""
         before, started_s = self.lineup.sizes, time.monotonic()
-        step, _, _ = self._start_again([])
+        recovery = self._start_again([])
         sizes = {name: size for name, size in self.lineup.sizes.items() if size != before[name]}
         text = ", ".join(f"{name}={before[name]} -> {name}={size}" for name, size in sizes.items())
-        self._note(f"step {step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
+        self._note(f"step {self._step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
+        self._keep(recovery)
 
     def _begin(self) -> tuple[int, str, list[Fault]]:
         self._is_stop_sent = False
@@ -433,34 +449,24 @@ class Conductor(VaultHolder):
         seen_at = time.time()
         self.checkpoints.look()
         self.members.find(self.lineup.plan_of)
-        lost = [self._named(fault) for fault in self.members.hear_all()]
+        lost = [self._at_step(fault) for fault in self.members.hear_all()]
         fault = Fault("conductor", CONDUCTOR, self._step, "the conductor was killed and started again")
-        restored, source = self._step, "the running actors"
         try:
             is_intact = not lost and self.lineup.adopt()
             if is_intact:
                 self.lineup.set_keepers()
         except SeatLostError as error:
-            lost.append(self._named(error.fault))
-        if lost or not is_intact:
-            restored, source, _ = self._start_again([fault, *lost])
-        took_s = time.time() - seen_at
-        recovery = Recovery(
-            seen_at,
-            ("conductor", *(f.kind for f in lost)),
-            (CONDUCTOR, *(f.role for f in lost)),
-            fault.message,
-            self._step,
-            restored,
-            source,
-            max(0, self.journal.last_step - restored),
-            took_s,
-            0.0,
-        )
+            lost.append(self._at_step(error.fault))
+        if not lost and is_intact:
+            recovery = Recovery(seen_at, (), (), "", self._step, self._step, "the running actors", 0, time.time() - seen_at, 0.0)
+            self._set_state("running")
+        else:
+            recovery = self._start_again([fault, *lost], seen_at)
+        causes = [fault, *lost]
+        recovery = replace(recovery, kinds=tuple(f.kind for f in causes), roles=tuple(f.role for f in causes), message=fault.message)
         self._recoveries.append(recovery)
         self._save_state()
-        self._note(f"{fault.message}: {len(self.members.all)} actors found, going on from {source}", recovery=recovery.as_dict())
-        self._set_state("running")
+        self._note(f"{fault.message}: {len(self.members.all)} actors found, going on from {recovery.source}", recovery=recovery.as_dict())
 
     # The end.
 

@@ -80,12 +80,17 @@ class LevelChannel:
         self.skipped_updates = 0
         self.round_trip_s = math.nan
 
-    def start(self, visible: int, newest: int) -> None:
-        """Take up version `visible` now and ask for those after it that are under way, up to `newest`."""
+    def start(self, visible: int, newest: int, *, is_news: bool = False) -> None:
+        """Take up version `visible` now and ask for those after it that are under way, up to `newest`.
+
+        is_news: the run had not come to use `visible` yet; else it is read again, and not counted again.
+        """
+        counters = self.bytes_pulled, self.skipped_updates, self.stall_s
         for version in range(visible, newest + 1):
             self._arriving[version] = self._receiver.submit(self._receive, version, None)
         self._take(visible)
-        self.bytes_pulled, self.stall_s = 0, 0.0
+        if not is_news:
+            self.bytes_pulled, self.skipped_updates, self.stall_s = counters
 
     def take_over(self, before: "LevelChannel", step: int) -> None:
         """Go on where `before`, a channel to other ranks of the same level, is after `step`; nothing waits for the new ranks."""

@@ -11,21 +11,23 @@ FaultKind = Literal["died", "hung", "raised", "conductor"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that went wrong. role: whose; step: where the run was, as far as is known; message: one line."""
+    """One thing that went wrong. role: whose; step: where the run was, as far as is known; message: one line; seat: the actor, if known."""
 
     kind: FaultKind
     role: str
     step: int
     message: str
     details: str = ""
+    seat: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """One recovery, as `summary.json` and `events.jsonl` have it. Times in seconds, `at` since 1970.
 
-    at: when the fault was seen. kinds, roles: what failed. step: where the run was. restored: step of the recovery point; `source`: from
-    memory, from storage or from the start. replayed: steps run again. restore_s: from seeing the fault to the first step being run.
+    at: when the fault was seen. kinds, roles: what failed. step: how far the run had been. restored: step of the recovery point; `source`:
+    from memory, from storage or from the start. replayed: steps that were thrown away and are run again; less than from `restored` to
+    `step` where the fault came while steps were run again. restore_s: from seeing the fault to the first step being run.
     replay_s: from there until the run is where it was, None until then.
     """
 

@@ -14,6 +14,7 @@ from nlray.actors.attach import Follower, RunClient, join
 from nlray.actors.conductor import Conductor, namespace_of
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, end_run
+from nlray.actors.nodes import HEAD_RESOURCE
 from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
@@ -109,7 +110,8 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
         prepare_dir(config, checkpoint)
         num_events = len(read_events(config.run.dir))
-        actor = ray.remote(num_cpus=0, max_concurrency=16)(Conductor)
+        # On the head node: without that Ray's own state is lost too, so no other node takes the conductor with it.
+        actor = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001}, max_concurrency=16)(Conductor)
         conductor = actor.options(name=CONDUCTOR, namespace=namespace_of(config.run.name), lifetime="detached", max_restarts=-1).remote(
             config, plans, actors, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
         )

@@ -62,6 +62,7 @@ class LevelRank:
         for parameter, view in zip(self.parameters.values(), self.layout.views(self._gradient), strict=True):
             parameter.grad = view
         self._published: dict[int, Version] = {}
+        self._restored: dict[str, tuple[float | None, bool]] = {}
         self._contributions: dict[int, dict[int, Contribution]] = {}
         self._norms: dict[int, dict[str, float]] = {}
         self._changed = threading.Condition()
@@ -78,7 +79,8 @@ class LevelRank:
 
     def start(self) -> None:
         """Publish the current version and begin to apply periods as they become complete."""
-        self._publish(self.version, math.nan, is_skipped=False)
+        norm, is_skipped = self._outcome(self.version)
+        self._publish(self.version, norm, is_skipped=is_skipped)
         self._thread = threading.Thread(target=self._apply_periods, name=f"{self.plan.name}-{self.rank}", daemon=True)
         self._thread.start()
 
@@ -155,7 +157,9 @@ class LevelRank:
             if before is not None and self._keeps_version_before:
                 flat = torch.from_numpy(self._store.get(before.data).copy())
                 tensors |= {f"visible/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
-        self._last_snapshot = Snapshot(PieceKey(generation, step, self.role), self.plan.ranks, tensors, {"version": self.version})
+        outcomes = {str(v): (p.grad_norm if math.isfinite(p.grad_norm) else None, p.is_skipped) for v, p in self._published.items()}
+        state = {"version": self.version, "outcomes": outcomes}
+        self._last_snapshot = Snapshot(PieceKey(generation, step, self.role), self.plan.ranks, tensors, state)
         return self._last_snapshot
 
     def wants(self, tensor: str) -> bool:
@@ -166,7 +170,7 @@ class LevelRank:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot's tensors that this rank owns, whichever ranks they came from. Call before `start`."""
-        self.version = snapshot.state["version"]
+        self.version, self._restored = snapshot.state["version"], snapshot.state["outcomes"]
         names = set(self.parameters)
         for name, parameter in self.parameters.items():
             parameter.copy_(snapshot.tensors[f"param/{name}"])
@@ -177,12 +181,18 @@ class LevelRank:
             for spec, view in zip(self.layout.specs, self.layout.views(flat), strict=True):
                 view.copy_(snapshot.tensors[f"visible/{spec.name}"])
             data = self._store.put(flat.numpy())
-            self._published[self.version - 1] = Version(self.version - 1, data, math.nan, is_skipped=False)
+            norm, is_skipped = self._outcome(self.version - 1)
+            self._published[self.version - 1] = Version(self.version - 1, data, norm, is_skipped)
+
+    def _outcome(self, version: int) -> tuple[float, bool]:
+        """Return the gradient's norm and whether the update was skipped, of a version from before the restore."""
+        norm, is_skipped = self._restored.get(str(version), (None, False))
+        return math.nan if norm is None else norm, is_skipped
 
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
-        state = {"version": manifest.state["versions"][self.plan.name]}
+        state = {"version": manifest.state["versions"][self.plan.name], "outcomes": manifest.state["outcomes"][self.plan.name]}
         key = PieceKey(0, manifest.step, self.role)
         self.restore(Snapshot(key, self.plan.ranks, load_tensors(url, self.wants, manifest), state))
 

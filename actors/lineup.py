@@ -4,6 +4,7 @@
 workers.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import ray
 
 from nlray.actors.faults import Fault
 from nlray.actors.members import CONDUCTOR, Member, Members
-from nlray.actors.placement import STANDBY, ActorPlan, plan_standbys
+from nlray.actors.placement import KEEPER, STANDBY, ActorPlan, plan_keeper, plan_standbys
 from nlray.actors.points import Point, deal_keepers, needs_shared_copy, sources_of, whole_points
 from nlray.actors.recovery import Vault
 from nlray.actors.rescale import resized, sizes_of
@@ -21,6 +22,8 @@ from nlray.actors.types import SEQUENCE, Assignment, Command, Role, Source
 from nlray.config import Config
 from nlray.errors import NlrayError
 from nlray.levels import LevelPlan
+
+NODES_LOOK_S = 5.0  # between two looks for another node to keep copies on
 
 
 class StoppedError(NlrayError):
@@ -60,6 +63,9 @@ class Lineup:
         self._templates = {actor.group: actor for actor in reversed(actors)}
         for standby in plan_standbys(config, [a for a in actors if a.group != STANDBY])[:1]:
             self._templates.setdefault(STANDBY, standby)
+        self._templates[KEEPER] = plan_keeper()
+        self._dealt: set[str] = set()
+        self._looked_s = -NODES_LOOK_S
 
     @property
     def groups(self) -> list[str]:
@@ -119,10 +125,20 @@ class Lineup:
         return min(free, key=lambda m: (groups.index(m.plan.group), m.name), default=None)
 
     def left_over(self) -> list[Member]:
-        """Return the seats that no role needs any more, standbys beyond those that are wanted among them."""
+        """Return the seats that no role needs any more, standbys and keepers beyond those that are wanted among them."""
         idle = [m for m in self.members.all.values() if m.assigned is None and not m.is_reserved]
         standbys = [m for m in idle if m.plan.group == STANDBY]
-        return [m for m in idle if m.plan.group != STANDBY] + standbys[self.config.recovery.standbys :]
+        keepers = [m for m in idle if m.plan.group == KEEPER and not self._is_apart(m)]
+        return [m for m in idle if m.plan.group not in (STANDBY, KEEPER)] + standbys[self.config.recovery.standbys :] + keepers
+
+    def _nodes(self) -> set[str]:
+        """Return the nodes on which seats are, beside a keeper."""
+        return {m.report.node for m in self.members.all.values() if m.report is not None and m.plan.group != KEEPER}
+
+    def _is_apart(self, keeper: Member) -> bool:
+        """Return whether all other seats are on one node and the keeper is, or is going to be, on another."""
+        nodes = self._nodes()
+        return len(nodes) == 1 and (keeper.report is None or keeper.report.node not in nodes)
 
     def adopt(self) -> bool:
         """Take over the roles as the seats report them; return whether they are all there and running, of one generation each."""
@@ -292,6 +308,24 @@ class Lineup:
             member.surplus_at = (self.generation, point.step)
         self.set_keepers()
 
+    def spread_copies(self, committed: tuple[int, int]) -> None:
+        """Have copies lie on another node where all roles are on one and the cluster has another: in a seat there that only keeps them.
+
+        Called again and again. committed: the last recovery point; a keeper that is not needed any more goes after the next.
+        """
+        keepers = [m for m in self.members.all.values() if m.plan.group == KEEPER]
+        for member in keepers:
+            member.surplus_at = None if self._is_apart(member) else member.surplus_at or committed
+        useful = {m.name for m in keepers if m.surplus_at is None}
+        if {m.name for m in keepers if m.report is not None and m.surplus_at is None} != {m.name for m in keepers if m.name in self._dealt}:
+            self.set_keepers()
+        if not useful and len(self._nodes()) == 1 and time.monotonic() - self._looked_s > NODES_LOOK_S:
+            self._looked_s = time.monotonic()
+            (node,) = self._nodes()
+            if self.members.nodes.others(node):
+                member = self.members.add(self._templates[KEEPER], avoided=[node])
+                self.note(f"all actors are on one node: {member.name} is to keep copies on another")
+
     def set_keepers(self) -> None:
         """Say who keeps whose copies, and have those of the pieces that are held already sent there."""
         seated = {self.seat(role).name: role for role in self.roles}
@@ -301,6 +335,7 @@ class Lineup:
             for n, role in seated.items()
         }
         worker_nodes = [nodes[m.name] for m in self.workers]
+        self._dealt = set(nodes)
         copies_shared = needs_shared_copy(worker_nodes, nodes.values())
         keepers = deal_keepers(sizes, nodes, CONDUCTOR)
         calls = {}

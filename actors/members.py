@@ -16,7 +16,8 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from nlray.actors.faults import Fault
+from nlray.actors.faults import Fault, FaultKind
+from nlray.actors.nodes import Nodes
 from nlray.actors.placement import ActorPlan
 from nlray.actors.processes import kill_actor_process
 from nlray.actors.seat import Behaviours, Seat
@@ -25,7 +26,9 @@ from nlray.actors.types import Role, SeatReport
 from nlray.errors import NlrayError, RemoteTimeoutError
 
 CONDUCTOR = "conductor"
+NODE_LABEL = "ray.io/node-id"
 WAIT_S = 0.05
+SUSPECT_S = 0.5  # an answer that takes longer: it is looked whether the node is there
 SEAT_THREADS = 192  # of calls that may wait in a seat: a pull and a push of each worker, and the conductor's
 RESOURCES_NOTE_S = 5.0  # a seat that is not placed after so long is waiting for resources
 
@@ -83,16 +86,24 @@ class Members:
     def __init__(self, namespace: str, *, timeout_s: float, hang_timeout_s: float, behaviours: Behaviours) -> None:
         self.namespace, self.timeout_s, self.hang_timeout_s, self.behaviours = namespace, timeout_s, hang_timeout_s, behaviours
         self.all: dict[str, Member] = {}
+        self.nodes = Nodes()
         self.conductor = (os.getpid(), ray.get_runtime_context().get_node_id() if ray.is_initialized() else "")
         self._serial = 0
 
-    def add(self, plan: ActorPlan) -> Member:
-        """Ask for a seat; it stands when its first report has come."""
+    def add(self, plan: ActorPlan, avoided: Collection[str] = ()) -> Member:
+        """Ask for a seat, not on lost nodes nor on those to be avoided; it stands when its first report has come."""
         self._serial += 1
         name = f"{plan.name}.{self._serial}"
-        labels = [dict(plan.resources.labels)] if plan.resources.labels else None
+        labels = dict(plan.resources.labels)
+        not_there = sorted(self.nodes.lost.union(avoided))
+        if not_there:
+            labels[NODE_LABEL] = f"!in({', '.join(not_there)})"
         group = placement_group(
-            [plan.bundle], strategy="PACK", name=f"{self.namespace}/{name}", lifetime="detached", bundle_label_selector=labels
+            [plan.bundle],
+            strategy="PACK",
+            name=f"{self.namespace}/{name}",
+            lifetime="detached",
+            bundle_label_selector=[labels] if labels else None,
         )
         options = {
             "num_cpus": plan.bundle.get("CPU", 0),
@@ -139,10 +150,10 @@ class Members:
             lost += self.poll()
             if time.monotonic() > deadline:
                 silent = [m for m in self.all.values() if m.report is None]
-                lost += [Fault("hung", m.name, 0, f"{m.name} did not answer for {self.hang_timeout_s:g} s") for m in silent]
+                lost += [_fault("hung", m, f"{m.label} did not answer for {self.hang_timeout_s:g} s") for m in silent]
             for fault in lost:
-                if fault.role in self.all:
-                    self.remove(self.all[fault.role], is_hung=fault.kind == "hung")
+                if fault.seat in self.all:
+                    self.remove(self.all[fault.seat], is_hung=fault.kind == "hung")
             time.sleep(WAIT_S)
         return lost
 
@@ -158,11 +169,30 @@ class Members:
             return []
         ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         faults = [fault for ref in ready if (fault := self._take(waiting[ref])) is not None]
+        faults += self._lost_with_nodes({fault.seat for fault in faults})
+        known = {fault.seat for fault in faults}
         for member in self.all.values():
             silent_s = now - (member.asked_s if member.lost_s is None else member.lost_s)
-            if member.report is not None and member.asked is not None and silent_s > self.hang_timeout_s:
+            if member.name not in known and member.report is not None and member.asked is not None and silent_s > self.hang_timeout_s:
+                # Its place is not to be taken again where the whole machine is silent.
+                self.nodes.is_lost(member.report.node, is_silence_loss=True)
                 message = f"{member.label} did not answer for {self.hang_timeout_s:g} s (recovery.hang_timeout_s)"
-                faults.append(Fault("hung", member.name, 0, message))
+                faults.append(_fault("hung", member, message))
+        return faults
+
+    def _lost_with_nodes(self, known: Collection[str]) -> list[Fault]:
+        """Return the seats, beside those known, of nodes that are lost; a node is looked at where an actor on it is late or unavailable."""
+        before = set(self.nodes.lost)
+        now = time.monotonic()
+        late = [m for m in self.all.values() if m.lost_s is not None or (m.asked is not None and now - m.asked_s > SUSPECT_S)]
+        for node in {m.report.node for m in [*late, *(self.all[name] for name in known)] if m.report is not None}:
+            self.nodes.is_lost(node)
+        is_news = self.nodes.lost != before
+        faults = []
+        for member in self.all.values():
+            node = member.report.node if member.report is not None else _node_of(member.group) if is_news else None
+            if node in self.nodes.lost and member.name not in known:
+                faults.append(_fault("died", member, f"{member.label} was lost with its node {node[:8]}"))
         return faults
 
     def _take(self, member: Member) -> Fault | None:
@@ -173,7 +203,7 @@ class Members:
             if member.report.worker is not None:
                 member.events += member.report.worker.events
         except ActorDiedError as error:
-            return Fault("died", member.name, 0, describe_death(error).replace(member.name, member.label))
+            return _fault("died", member, describe_death(error).replace(member.name, member.label))
         except RayActorError:
             # Unavailable: on its way to be dead, or back again; asked again until one is certain.
             member.lost_s = member.lost_s if member.lost_s is not None else time.monotonic()
@@ -222,7 +252,7 @@ class Members:
                     if not tolerates_loss:
                         raise
                     member = self.all[waiting[ref]]
-                    lost.append(Fault("hung", member.name, 0, f"{member.label}: {error.cause}"))
+                    lost.append(_fault("hung", member, f"{member.label}: {error.cause}"))
                     self.remove(member, is_hung=True)
                 del waiting[ref]
             if on_wait is not None and on_wait():
@@ -231,15 +261,13 @@ class Members:
                 if not tolerates_loss:
                     raise SeatLostError(fault)
                 lost.append(fault)
-                self.remove(self.all[fault.role], is_hung=fault.kind == "hung")
-                waiting = {ref: name for ref, name in waiting.items() if name != fault.role}
+                self.remove(self.all[fault.seat], is_hung=fault.kind == "hung")
+                waiting = {ref: name for ref, name in waiting.items() if name != fault.seat}
             if waiting and time.monotonic() > deadline:
                 if tolerates_loss:
                     late = [self.all[name] for name in waiting.values()]
                     for member in late:
-                        lost.append(
-                            Fault("hung", member.name, 0, f"{member.label} took more than {self.timeout_s:g} s {what} (run.timeout_s)")
-                        )
+                        lost.append(_fault("hung", member, f"{member.label} took more than {self.timeout_s:g} s {what} (run.timeout_s)"))
                         self.remove(member, is_hung=True)
                     break
                 raise RemoteTimeoutError(f"waited {self.timeout_s:g} s for {', '.join(sorted(waiting.values()))} {what} (run.timeout_s)")
@@ -248,7 +276,7 @@ class Members:
     def remove(self, member: Member, *, is_hung: bool = False) -> None:
         """End a seat and give its resources back."""
         del self.all[member.name]
-        if is_hung and member.report is not None:
+        if is_hung and member.report is not None and member.report.node not in self.nodes.lost:
             # A stopped process does not hear Ray; without this it would hold its memory, and its peers their connections.
             kill_actor_process(member.report.pid, member.report.node)
         ray.kill(member.handle)
@@ -273,6 +301,15 @@ def end_run(namespace: str) -> None:
     for entry in placement_group_table().values():
         if entry["name"].startswith(f"{namespace}/") and entry["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(_group_id(entry)))
+
+
+def _fault(kind: FaultKind, member: Member, message: str) -> Fault:
+    return Fault(kind, member.label, 0, message, seat=member.name)
+
+
+def _node_of(group: PlacementGroup | None) -> str | None:
+    """Return the node on which a placement group is, None while it is nowhere."""
+    return None if group is None else placement_group_table(group)["bundles_to_node_id"].get(0) or None
 
 
 def _group_id(entry: Mapping[str, Any]) -> Any:

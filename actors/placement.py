@@ -10,11 +10,12 @@ from nlray.config import Config, ResourcesConfig
 from nlray.errors import UserError
 
 STANDBY = "standby"
+KEEPER = "keeper"
 
 
 @dataclass(frozen=True, slots=True)
 class ActorPlan:
-    """One actor. group: `sequence`, a level's name, or `standby`. gpus: resolved, never `auto`."""
+    """One actor. group: `sequence`, a level's name, `standby` or `keeper`. gpus: resolved, never `auto`."""
 
     group: str
     index: int
@@ -28,7 +29,8 @@ class ActorPlan:
     @property
     def key(self) -> str:
         """The configuration key that asks for these resources."""
-        return {SEQUENCE: "sequence.resources", STANDBY: "recovery.standbys"}.get(self.group, f"memory.levels.{self.group}.resources")
+        keys = {SEQUENCE: "sequence.resources", STANDBY: "recovery.standbys", KEEPER: "recovery.window"}
+        return keys.get(self.group, f"memory.levels.{self.group}.resources")
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -72,6 +74,11 @@ def plan_standbys(config: Config, plans: Sequence[ActorPlan]) -> list[ActorPlan]
     resources = ResourcesConfig(cpus=max(plan.resources.cpus for plan in plans))
     gpus = max(plan.gpus for plan in plans)
     return [ActorPlan(STANDBY, index, resources, gpus) for index in range(config.recovery.standbys)]
+
+
+def plan_keeper() -> ActorPlan:
+    """Return the actor that holds copies on another node where all others are on one; it asks for next to nothing."""
+    return ActorPlan(KEEPER, 0, ResourcesConfig(cpus=0, gpus=0), 0.0)
 
 
 def cpus_needed(config: Config) -> int:

@@ -321,13 +321,14 @@ class SequenceWorker:
         for channel in self.channels:
             name, plan = channel.plan.name, channel.plan
             due = visible_version(self.step + 1, plan.update_period, plan.delay)
-            channel.start(max(due, self._visible[name]), newest_version(self.step, plan.update_period))
-            if name in self._open:
-                channel.load_accumulators(*self._open.pop(name))
             moved = self._totals.get("levels", {}).get(name)
             if moved is not None:
                 pushed, pulled = moved["bytes_pushed"] // self.group_size, moved["bytes_pulled"] // self.group_size
                 channel.resume_counters(pushed, pulled, moved["stall_s"], moved["skipped_updates"])
+            newest, used = newest_version(self.step, plan.update_period), self._visible[name]
+            channel.start(max(due, used), newest, is_news=due > used)
+            if name in self._open:
+                channel.load_accumulators(*self._open.pop(name))
 
     def _is_point(self, step: int) -> bool:
         recovery = self.config.recovery

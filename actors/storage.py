@@ -1,7 +1,7 @@
 """Checkpoints on storage: recovery points that the seats write from their vaults, in the background, made whole by the manifest."""
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from nlray.actors.faults import Fault
 from nlray.actors.lineup import Lineup
 from nlray.actors.members import CONDUCTOR, SeatLostError
 from nlray.actors.points import Point, whole_points
-from nlray.actors.types import SEQUENCE, PartWritten, PieceKey
+from nlray.actors.types import SEQUENCE, PartWritten, PieceKey, Role
 from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, latest_checkpoint, read_manifest, write_manifest
 from nlray.errors import CheckpointError
 
@@ -121,11 +121,18 @@ class Checkpoints:
             raise SeatLostError(Fault("died", owner, step, f"{owner} died while it wrote the checkpoint of step {step}")) from error
 
     def _complete(self, step: int, writing: Writing) -> None:
-        written = [self._part(ref, owner, step) for ref, owner in writing.parts.items()]
-        state = next(w.state for w in written if w.part.file == f"{SEQUENCE}_0.safetensors")
+        by_owner = {owner: self._part(ref, owner, step) for ref, owner in writing.parts.items()}
+        written = list(by_owner.values())
+        state = whole_state(by_owner, [plan.name for plan in self.lineup.plans])
         self.flush()
         self.digest = write_manifest(writing.url, step, [w.part for w in written], state).digest
         self.newest, self.written_step = writing.url, step
         delete_old_checkpoints(self.run_dir, self.recovery.keep)
         size = sum(w.part.size_bytes for w in written)
         self.note(f"step {step}: checkpoint {posixpath.basename(writing.url)} written, {size / 1e6:.1f} MB")
+
+
+def whole_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
+    """Return what a manifest holds beside tensors: worker 0's state, and of each level how its last updates went."""
+    outcomes = {name: written[str(Role(name, 0))].state["outcomes"] for name in levels}
+    return written[str(Role(SEQUENCE, 0))].state | {"outcomes": outcomes}

@@ -189,7 +189,7 @@ class SeatReport:
 
 @dataclass(frozen=True, slots=True)
 class MemberStatus:
-    """One actor of a run, for `nlray status` and the fault injector. role: `standby` where it has none."""
+    """One actor of a run, for `nlray status` and the fault injector. role: `standby` or `keeper` where it has none."""
 
     role: str
     actor: str

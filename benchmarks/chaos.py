@@ -94,6 +94,12 @@ def ray_nodes(num_nodes: int) -> Iterator[Cluster | None]:
         cluster.shutdown()
 
 
+def keep_nodes(cluster: Cluster | None, num_nodes: int) -> None:
+    """Have a node join for each that is lost."""
+    while cluster is not None and sum(n["Alive"] for n in ray.nodes()) < num_nodes + 1:
+        cluster.add_node(num_cpus=8)
+
+
 def run_to_end(config: Config, *, during: Callable[[RunHandle], Any] | None = None, limit_s: float = LIMIT_S, **options: Any) -> RunStatus:
     """Run to the end; `during` is called at each poll. A run that does not end in time is one that failed."""
     handle = launch(config, **options)
@@ -151,8 +157,7 @@ def table(kinds: Sequence[str], moments: Sequence[str], folder: Path) -> int:
                 log = [] if status.summary is None else status.summary["recovery_log"]
                 seen = "; ".join(f"{'+'.join(r['kinds'])} {r['restore_s']:.1f}+{r['replay_s'] or 0:.1f} from {r['source']}" for r in log)
                 print(f"{kind:<10} {moment:<9} {result:<10} {took_s:>7.1f}  {seen} {status.message or ''}".rstrip(), flush=True)
-                while cluster is not None and sum(n["Alive"] for n in ray.nodes()) < num_nodes + 1:
-                    cluster.add_node(num_cpus=8)
+                keep_nodes(cluster, num_nodes)
     return num_bad
 
 
@@ -177,7 +182,8 @@ def main() -> int:
         if "soak" in args.parts:
             kinds = args.soak_kinds.split(",")
             with ray_nodes(3 if "node" in kinds else 0) as cluster:
-                is_good = soak.soak(folder / "soak", run_to_end, cluster, kinds, args.soak_minutes, args.soak_every, args.seed)
+                options = {"minutes": args.soak_minutes, "every_s": args.soak_every, "seed": args.seed}
+                is_good = soak.soak(folder / "soak", run_to_end, lambda: keep_nodes(cluster, 3), kinds, **options)
             num_bad += not is_good
     print("all runs equal their quiet twins" if num_bad == 0 else f"{num_bad} results are not as they must be", flush=True)
     return min(num_bad, 1)

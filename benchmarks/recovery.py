@@ -1,41 +1,68 @@
 """What faults and recovery points cost: `python -m benchmarks.recovery [PRESET] [key=value ...]`, `make bench-recovery`.
 
 Part `faults`: one run, in which each kind of fault is injected some times, one after the other; printed are the seconds until it is seen,
-until all roles have started again, and until the run is where it had been. Part `cost`: one run without faults, in which blocks of steps
+until all roles have started again, and until the run is where it had been. Part `nodes`: the same for the loss of one of three nodes, that
+of a level's rank; another joins. Part `standby`: the same with a standby. Part `cost`: one run without faults, in which blocks of steps
 with recovery points (copies to their keepers included) alternate with blocks without any; printed is the ratio of their speeds.
 """
 
 import argparse
-import logging
 import os
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
+from benchmarks.chaos import keep_nodes, ray_nodes
 from nlray.actors.launch import launch, resolve
-from nlray.actors.members import CONDUCTOR
+from nlray.actors.level import LevelRank
 from nlray.actors.seat import Behaviours
 from nlray.actors.sequence import SequenceWorker
-from nlray.actors.types import ENDED
+from nlray.actors.types import ENDED, RunDescription
 from nlray.config import Config
 from nlray.config_loading import load_config
 
 BLOCK_STEPS = 32
 POINT_STEPS = 16
-FAULTS = {
-    "worker": ("sequence-0", signal.SIGKILL),
-    "rank": ("medium-0", signal.SIGKILL),
-    "conductor": (CONDUCTOR, signal.SIGKILL),
-    "hang": ("medium-0", signal.SIGSTOP),
-}
+FAULTS = ("worker", "rank", "conductor", "hang", "raise")
 LIMIT_S = 120.0
+
+
+def strike(kind: str, run: RunDescription, trigger: Path) -> None:
+    """Do a fault of a kind. trigger: the file that makes a rank of `raising` raise."""
+    members = {m.role: m for m in run.members}
+    if kind == "worker":
+        os.kill(members["sequence-0"].pid, signal.SIGKILL)
+    elif kind == "rank":
+        os.kill(members["medium-0"].pid, signal.SIGKILL)
+    elif kind == "conductor":
+        os.kill(run.pid, signal.SIGKILL)
+    elif kind == "hang":
+        os.kill(members["medium-0"].pid, signal.SIGSTOP)
+    elif kind == "raise":
+        trigger.touch()
+    else:
+        os.kill(psutil.Process(members["medium-0"].pid).ppid(), signal.SIGKILL)
+
+
+def raising(trigger: Path) -> Behaviours:
+    """Return ranks of which one raises at its next update once `trigger` exists."""
+
+    class RaisingRank(LevelRank):
+        def _apply(self, contributions):
+            if self.plan.name == "medium" and trigger.exists():
+                trigger.unlink()
+                raise ArithmeticError("broken on purpose")
+            super()._apply(contributions)
+
+    return Behaviours(level_rank=RaisingRank)
 
 
 def configure(folder: Path, overrides: Sequence[str], *own: str) -> Config:
@@ -44,19 +71,21 @@ def configure(folder: Path, overrides: Sequence[str], *own: str) -> Config:
     return resolve(load_config(preset, [*common, *(a for a in overrides if "=" in a)], default_name="benchmark"))
 
 
-def measure_faults(config: Config, kinds: Sequence[str], repeats: int) -> None:
-    """Inject each kind `repeats` times into one run and print the median, least and most seconds of each phase."""
+def measure_faults(config: Config, kinds: Sequence[str], repeats: int, folder: Path, *, during: Callable[[], Any] = lambda: None) -> None:
+    """Inject each kind `repeats` times into one run and print the median, least and most seconds of each phase.
+
+    during: called again and again.
+    """
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
-    handle = launch(config)
+    trigger = folder / "trigger"
+    handle = launch(config, behaviours=raising(trigger))
     try:
         for kind in [kind for _ in range(repeats) for kind in kinds]:
-            count = wait_for(handle, lambda run: run.state == "running" and all(m.is_ready for m in run.members), settle_steps=20)
-            role, number = FAULTS[kind]
+            count = wait_for(handle, during, lambda run: run.state == "running" and all(m.is_ready for m in run.members), settle_steps=20)
             run = handle.client.describe()
-            pid = run.pid if role == CONDUCTOR else next(m.pid for m in run.members if m.role == role)
             injected_at = time.time()
-            os.kill(pid, number)
-            wait_for(handle, lambda run, n=count: len(run.recoveries) > n and run.recoveries[-1]["replay_s"] is not None)
+            strike(kind, run, trigger)
+            wait_for(handle, during, lambda run, n=count: len(run.recoveries) > n and run.recoveries[-1]["replay_s"] is not None)
             recovery = handle.client.describe().recoveries[-1]
             found[kind].append((recovery["at"] - injected_at, recovery["restore_s"], recovery["replay_s"]))
     finally:
@@ -66,15 +95,16 @@ def measure_faults(config: Config, kinds: Sequence[str], repeats: int) -> None:
         print(f"{kind:<10} seen after {phases[0]} s, started after {phases[1]} s more, where it was after {phases[2]} s more", flush=True)
 
 
-def wait_for(handle: Any, condition: Any, *, settle_steps: int = 0) -> int:
+def wait_for(handle: Any, during: Callable[[], Any], condition: Callable[[RunDescription], bool], *, settle_steps: int = 0) -> int:
     """Wait until a run is as told, and some steps more; return its number of recoveries."""
     deadline = time.monotonic() + LIMIT_S
     first: int | None = None
     while True:
         status = handle.poll()
+        during()
         if status.state in ENDED:
             raise SystemExit(f"the run has ended: {status.state} {status.message or ''}")
-        run = handle.client.describe() if status.state != "recovering" else None
+        run = handle.client.describe() if status.state == "running" else None
         if run is not None and condition(run):
             first = run.step if first is None else first
             if run.step >= first + settle_steps:
@@ -123,24 +153,31 @@ def measure_cost(config: Config, times: Path, num_pairs: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arguments", nargs="*", help="a preset or file, and key=value overrides")
-    parser.add_argument("--parts", default="faults,standby,cost", help="of faults, standby, cost")
+    parser.add_argument("--parts", default="faults,nodes,standby,cost", help="of faults, nodes, standby, cost")
     parser.add_argument("--repeats", type=int, default=5, help="faults of each kind")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of the cost")
     args = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
+    # The actors' processes may not find this module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         window = ["recovery.window=16", "recovery.hang_timeout_s=5"]
-        if "faults" in args.parts:
-            measure_faults(configure(folder / "run", args.arguments, *window), list(FAULTS), args.repeats)
-        if "standby" in args.parts:
-            print("with a standby:")
-            measure_faults(configure(folder / "run", args.arguments, *window, "recovery.standbys=1"), ["worker", "rank"], args.repeats)
-        if "cost" in args.parts:
-            steps = (2 * args.pairs + 2) * BLOCK_STEPS + 1
-            own = ["recovery={window: 0, checkpoint_every: 0}", f"run.stop_after={steps}"]
-            measure_cost(configure(folder / "run", args.arguments, *own), folder / "times", args.pairs)
+        if "nodes" in args.parts:
+            with ray_nodes(3) as cluster:
+                config = configure(folder / "run", args.arguments, *window)
+                measure_faults(config, ["node"], args.repeats, folder, during=lambda: keep_nodes(cluster, 3))
+        with ray_nodes(0):
+            if "faults" in args.parts:
+                measure_faults(configure(folder / "run", args.arguments, *window), FAULTS, args.repeats, folder)
+            if "standby" in args.parts:
+                print("with a standby:")
+                config = configure(folder / "run", args.arguments, *window, "recovery.standbys=1")
+                measure_faults(config, ["worker", "rank"], args.repeats, folder)
+            if "cost" in args.parts:
+                steps = (2 * args.pairs + 2) * BLOCK_STEPS + 1
+                own = ["recovery={window: 0, checkpoint_every: 0}", f"run.stop_after={steps}"]
+                measure_cost(configure(folder / "run", args.arguments, *own), folder / "times", args.pairs)
     return 0
 
 

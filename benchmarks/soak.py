@@ -42,7 +42,9 @@ SETTINGS = [
 ]
 
 
-def soak(folder: Path, run_to_end: Callable, cluster: Any | None, kinds: Sequence[str], minutes: float, every_s: float, seed: int) -> bool:
+def soak(
+    folder: Path, run_to_end: Callable, keep_nodes: Callable, kinds: Sequence[str], *, minutes: float, every_s: float, seed: int
+) -> bool:
     """Run for some minutes with faults, run the twin, print what came of it, and return whether all is as it must be."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     steps = int(60 * minutes * MAX_STEPS_PER_S)
@@ -72,8 +74,7 @@ def soak(folder: Path, run_to_end: Callable, cluster: Any | None, kinds: Sequenc
         if not injector.tick() and not is_stopping:
             is_stopping = True
             handle.request_stop()
-        while cluster is not None and sum(n["Alive"] for n in ray.nodes()) < 4:
-            cluster.add_node(num_cpus=8)
+        keep_nodes()
 
     status = run_to_end(config, during=during, limit_s=60 * minutes + 600, behaviours=saving(blocks))
     print(f"the run is {status.state} {status.message or ''}", flush=True)

@@ -8,6 +8,7 @@ import torch
 from nlray.actors.level import LevelRank
 from nlray.actors.recovery import Vault
 from nlray.actors.sequence import SequenceWorker
+from nlray.actors.storage import whole_state
 from nlray.actors.types import Contribution, PieceKey, Version
 from nlray.checkpoint import write_manifest
 from nlray.config import Config
@@ -60,11 +61,11 @@ class InProcessRun:
 
     def write(self, step: int, url: str) -> None:
         """Write the recovery point of `step` as a checkpoint."""
-        written = []
+        written = {}
         for actor, vault in zip([*self.all_ranks, self.worker], self.vaults, strict=True):
             key = PieceKey(0, step, actor.role)
-            written.append(vault.write(key, url, f"{actor.role}.safetensors", with_shared=True))
-        write_manifest(url, step, [w.part for w in written], written[-1].state)
+            written[str(actor.role)] = vault.write(key, url, f"{actor.role}.safetensors", with_shared=True)
+        write_manifest(url, step, [w.part for w in written.values()], whole_state(written, list(self.ranks)))
 
     def load(self, url: str) -> None:
         for actor in [self.worker, *self.all_ranks]:

@@ -1,5 +1,6 @@
 """Runs over several nodes: copies lie on another node, a node goes, a node joins."""
 
+import socket
 import time
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from nlray.actors.launch import resume_config
+from nlray.actors.nodes import Nodes
 from nlray.actors.processes import kill_node
 
 from .conftest import run_to_end
@@ -24,6 +26,30 @@ def nodes() -> Iterator[Cluster]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def test_a_node_is_lost_when_nothing_listens_at_its_raylets_port(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as raylet:
+        port = raylet.getsockname()[1]
+        known = [{"NodeID": "there", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}]
+        monkeypatch.setattr(ray, "nodes", lambda: known)
+        found = Nodes()
+        assert not found.is_lost("there") and not found.is_lost("never heard of") and found.lost == set()
+    assert not found.is_lost("there"), "it was looked at a moment ago"
+    assert found.is_lost("there", is_silence_loss=True)
+    known.clear()
+    assert found.is_lost("there") and found.lost == {"there"}
+
+
+def test_a_silent_machine_is_lost_only_where_silence_counts(monkeypatch):
+    def no_answer(*_: object, **__: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "far", "NodeManagerAddress": "192.0.2.1", "NodeManagerPort": 1}])
+    monkeypatch.setattr(socket, "create_connection", no_answer)
+    found = Nodes()
+    assert not found.is_lost("far") and found.lost == set()
+    assert found.is_lost("far", is_silence_loss=True) and found.lost == {"far"}
 
 
 def node_of(handle, role: str) -> str:
@@ -47,9 +73,36 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
 
     status, _, events = run_to_end(config, during=during)
     assert status.state == "completed" and lost and joined, (status.message, events)
-    assert 1 <= status.summary["recoveries"] <= 2, status.summary["recovery_log"]
-    assert all(r["source"] == "memory" for r in status.summary["recovery_log"])
+    (recovery,) = status.summary["recovery_log"]
+    assert recovery["source"] == "memory" and f"was lost with its node {lost[0][:8]}" in recovery["message"], recovery
+    assert set(recovery["kinds"]) == {"died"} and "medium-0" in recovery["roles"], recovery
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
+
+
+@pytest.mark.slow
+def test_a_run_on_one_node_keeps_its_copies_on_another_and_outlives_its_own(small, nodes):
+    pair = "resources={cpus: 0.1, gpus: 0, threads: 1, custom: {pair: 1}}"
+    levels = [f"memory.levels.{name}.{pair}" for name in ("fast", "medium", "slow")]
+    config = small("run.steps=500", "recovery.window=20", "eval.every=0", f"sequence.{pair}", *levels, name="pair")
+    nodes.add_node(num_cpus=3, resources={"pair": 4})
+    lost = []
+
+    def during(handle, rows):
+        run = handle.client.describe()
+        keepers = [m for m in run.members if m.role == "keeper" and m.is_ready]
+        if not lost and keepers and run.point is not None and run.point >= 40:
+            lost.append(node_of(handle, "sequence-0"))
+            assert {m.node for m in run.members if m.role != "keeper"} == set(lost) and keepers[0].node != lost[0]
+            nodes.add_node(num_cpus=3, resources={"pair": 4})
+            kill_node(lost[0], timeout_s=20)
+
+    status, _, events = run_to_end(config, during=during)
+    assert status.state == "completed" and lost, (status.message, events)
+    assert any("all actors are on one node: keeper-0." in event for event in events), events
+    (recovery,) = status.summary["recovery_log"]
+    assert recovery["source"] == "memory" and recovery["restored"] >= 40, recovery
+    assert sorted(recovery["roles"]) == ["fast-0", "medium-0", "sequence-0", "slow-0"]
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 500)[0])
 
 
 @pytest.mark.chaos

@@ -70,6 +70,15 @@ def test_a_conductor_killed_while_the_run_starts_starts_it(small, cluster, tmp_p
     assert struck(tmp_path) == 1 and status.summary["recoveries"] == 1
 
 
+@pytest.mark.slow
+def test_a_rank_killed_while_the_run_starts_is_a_recovery_that_names_it(small, cluster, tmp_path):
+    config = small(*POINTS)
+    status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("publish", 0, ("medium-0",), by="rank")]))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0]), events
+    (recovery,) = status.summary["recovery_log"]
+    assert struck(tmp_path) == 1 and (recovery["roles"], recovery["source"]) == (["medium-0"], "the start")
+
+
 @pytest.mark.chaos
 def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
     overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1"]
@@ -97,16 +106,19 @@ def test_a_run_with_a_single_actor_is_restored_from_the_conductors_copy(small, c
 @pytest.mark.slow
 def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster, tmp_path):
     everyone = ("sequence-0", "fast-0", "medium-0", "slow-0")
-    config = small(*POINTS, "recovery.checkpoint_every=8")
-    status, _, _ = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 6, everyone), Strike("step", 15, everyone)]))
-    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
-    log = status.summary["recovery_log"]
-    assert [(r["restored"], r["source"]) for r in log] == [(0, "the start"), (8, "storage")]
+    config = small(*POINTS, "run.steps=64", "recovery.checkpoint_every=8")
+    status, _, _ = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 6, everyone), Strike("step", 47, everyone)]))
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 64)[0])
+    first, second = status.summary["recovery_log"]
+    assert (first["restored"], first["source"]) == (0, "the start")
+    # A checkpoint that was still being written is none.
+    assert second["source"] == "storage" and second["restored"] in (8, 16, 24, 32, 40)
 
 
 def test_a_fault_while_the_run_recovers_is_met_too(small, cluster, tmp_path):
     strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 8, ("conductor",), by="rank")]
     config = small(*POINTS)
     status, _, _ = run_to_end(config, behaviours=striking(tmp_path, strikes))
+    assert all(r["replayed"] <= r["step"] - r["restored"] for r in status.summary["recovery_log"])
     assert struck(tmp_path) == 3
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])

@@ -65,6 +65,18 @@ def test_resume_is_exact_wherever_the_run_stopped(small, tmp_path, stop):
     second = InProcessRun(config)
     second.load(url)
     assert digest_plainly(second.train().parameters) == digest_plainly(train_plainly(config, 14)[0])
+    whole = InProcessRun(config).train()
+    assert rows_after(second, stop) == rows_after(whole, stop)
+
+
+def rows_after(run: InProcessRun, step: int) -> list[dict]:
+    """Return the rows of metrics of the steps after one, without what is measured in seconds."""
+    measured = {"tokens_per_second", "stall_s", "ready_steps"}
+
+    def plain(row: dict) -> dict:
+        return {k: plain(v) if isinstance(v, dict) else v for k, v in row.items() if k not in measured}
+
+    return [plain(row) for row in run.worker.report(0).rows if row["step"] > step]
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(small, tmp_path):
