@@ -192,8 +192,7 @@ class LevelRank:
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
-        state = {"version": manifest.state["versions"][self.plan.name], "outcomes": manifest.state["outcomes"][self.plan.name]}
-        key = PieceKey(0, manifest.step, self.role)
+        key, state = PieceKey(0, manifest.step, self.role), manifest.state["levels"][self.plan.name]
         self.restore(Snapshot(key, self.plan.ranks, load_tensors(url, self.wants, manifest), state))
 
     @property

@@ -209,7 +209,6 @@ class SequenceWorker:
             "totals": dict(self._totals),
             "rows": list(self._rows) if self.worker == 0 else [],
             "visible": {c.plan.name: c.visible for c in self.channels},
-            "versions": {c.plan.name: newest_version(step, c.plan.update_period) for c in self.channels},
             "open_steps": {c.plan.name: c.num_open_steps for c in self.channels},
             "workers": self.group_size,
         }

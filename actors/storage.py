@@ -133,6 +133,5 @@ class Checkpoints:
 
 
 def whole_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
-    """Return what a manifest holds beside tensors: worker 0's state, and of each level how its last updates went."""
-    outcomes = {name: written[str(Role(name, 0))].state["outcomes"] for name in levels}
-    return written[str(Role(SEQUENCE, 0))].state | {"outcomes": outcomes}
+    """Return what a manifest holds beside tensors: worker 0's state, and as `levels` that of each level, in which its ranks agree."""
+    return written[str(Role(SEQUENCE, 0))].state | {"levels": {name: written[str(Role(name, 0))].state for name in levels}}

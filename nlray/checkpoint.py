@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 from nlray.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class FilePart:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The contents of manifest.json. `state` is what is not a tensor: data position, versions, counts of skipped steps."""
+    """The contents of manifest.json. `state` is what is not a tensor: data position, counts of skipped steps, levels' versions."""
 
     step: int
     digest: str

@@ -62,7 +62,7 @@ def test_the_digest_hears_of_names_types_shapes_and_bytes_and_not_of_order():
         ("no file", "level_slow_0.safetensors is missing"),
         ("short file", "level_slow_0.safetensors has .* bytes, the manifest says"),
         ("flipped bit", "corrupted checkpoint: level_slow_0.safetensors does not match"),
-        ("other format", "checkpoint format 99; this version reads 1"),
+        ("other format", "checkpoint format 99; this version reads 2"),
     ],
 )
 def test_a_harmed_checkpoint_is_named_and_the_one_before_it_used(run_dir, harm, says):
