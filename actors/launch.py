@@ -36,6 +36,8 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "run.seed": config.run.seed,
         "memory.hidden": config.memory.hidden,
+        "memory.variant": config.memory.variant,
+        "memory.layout": config.memory.layout,
         "sequence.global_batch": config.sequence.global_batch,
         "sequence.optimizer.name": config.sequence.optimizer.name,
         "data.tokenizer": config.data.tokenizer,

@@ -23,7 +23,7 @@ from nlray.flat import FlatLayout, as_tensor
 from nlray.levels import LevelPlan, newest_version
 from nlray.models.layers import initialize_, parameter_inits
 from nlray.models.lm import build_model
-from nlray.optimizers import OuterOptimizer, clip_factor, tensor_norms, total_norm
+from nlray.optimizers import LevelLearner, clip_factor, tensor_norms, total_norm
 
 SendNorms = Callable[[int, dict[str, float]], None]
 
@@ -57,7 +57,7 @@ class LevelRank:
         self.parameters = {s.name: torch.empty(s.shape, dtype=torch.float32, device=device) for s in self.layout.specs}
         for name, parameter in self.parameters.items():
             initialize_(name, parameter, inits[name], config.run.seed)
-        self.optimizer = OuterOptimizer(self.parameters, self.level.optimizer, horizon=config.run.steps)
+        self.learner = LevelLearner(self.parameters, config, plan.name, horizon=config.run.steps)
         self._gradient = self.layout.new_buffer(device)
         for parameter, view in zip(self.parameters.values(), self.layout.views(self._gradient), strict=True):
             parameter.grad = view
@@ -151,31 +151,25 @@ class LevelRank:
         if last is not None and last.state["version"] == self.version:
             tensors = last.tensors
         else:
-            tensors = {f"param/{n}": to_host(p) for n, p in self.parameters.items()}
-            tensors |= {f"optimizer/{k}": to_host(v) for k, v in self.optimizer.state_tensors().items()}
+            tensors = {name: to_host(t) for name, t in self.learner.state_tensors().items()}
             before = self._published.get(self.version - 1)
             if before is not None and self._keeps_version_before:
                 flat = torch.from_numpy(self._store.get(before.data).copy())
                 tensors |= {f"visible/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
         outcomes = {str(v): (p.grad_norm if math.isfinite(p.grad_norm) else None, p.is_skipped) for v, p in self._published.items()}
-        state = {"version": self.version, "outcomes": outcomes}
+        state = {"version": self.version, "outcomes": outcomes, **self.learner.state()}
         self._last_snapshot = Snapshot(PieceKey(generation, step, self.role), self.plan.ranks, tensors, state)
         return self._last_snapshot
 
     def wants(self, tensor: str) -> bool:
         """Return whether a snapshot's tensor is one that this rank restores."""
-        kind, _, rest = tensor.partition("/")
-        name = rest.rpartition("/")[0] if kind == "optimizer" else rest
-        return kind in ("param", "optimizer", "visible") and name in self.parameters
+        kind, _, name = tensor.partition("/")
+        return self.learner.wants(tensor) or (kind == "visible" and name in self.parameters)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot's tensors that this rank owns, whichever ranks they came from. Call before `start`."""
         self.version, self._restored = snapshot.state["version"], snapshot.state["outcomes"]
-        names = set(self.parameters)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(snapshot.tensors[f"param/{name}"])
-        state = {k.removeprefix("optimizer/"): t for k, t in snapshot.tensors.items() if k.startswith("optimizer/")}
-        self.optimizer.load_state_tensors({k: t for k, t in state.items() if k.rpartition("/")[0] in names})
+        self.learner.load(snapshot.tensors, snapshot.state)
         if all(f"visible/{s.name}" in snapshot.tensors for s in self.layout.specs):
             flat = self.layout.new_buffer()
             for spec, view in zip(self.layout.specs, self.layout.views(flat), strict=True):
@@ -240,7 +234,7 @@ class LevelRank:
             factor = clip_factor(norm, self.level.optimizer.clip)
             if factor < 1.0:
                 self._gradient.mul_(factor)
-            self.optimizer.step(version * self.plan.update_period)
+        self.learner.update(version, version * self.plan.update_period, is_skipped=is_skipped)
         self._publish(version, norm, is_skipped=is_skipped)
 
     def _level_norm(self, version: int) -> float:

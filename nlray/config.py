@@ -7,6 +7,7 @@ before anything slow starts.
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -295,10 +296,14 @@ class LevelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
-    """The continuum memory system: a chain of residual MLP levels in every layer (Eq. 70)."""
+    """The continuum memory system: residual MLPs in every layer, one per level (Eq. 70)."""
 
-    variant: Literal["sequential"] = "sequential"
-    """How the levels are joined: a chain, fastest first (Eq. 70, 73)."""
+    variant: Literal["sequential", "nested", "independent"] = "sequential"
+    """How the levels are joined. sequential: a chain, fastest first (Eq. 70, 73). nested: the same chain, in which each level but the
+    slowest is set back at every update of the next slower one, to an initial state that is learned at that frequency (Eq. 72).
+    independent: side by side on the same input, their outputs added with learned weights (Eq. 74)."""
+    layout: Literal["chain", "by_layer"] = "chain"
+    """chain: every layer has all levels. by_layer: every layer has one, the fastest in the first layers, the slowest in the last."""
     hidden: int | None = None
     """Hidden width of each level's MLP; null: 2 dim."""
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -308,16 +313,44 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _require(self.hidden is None or self.hidden >= 1, f"memory.hidden is {self.hidden}; allowed: 1 or more, or null")
+        _require(
+            self.variant != "independent" or self.layout == "chain",
+            f"memory.layout is {self.layout}; allowed for variant independent: chain, since a layer of one level has nothing to join",
+        )
+        if self.variant == "nested":
+            self._check_nested()
         for name in self.levels:
             _require(
                 _NAME.fullmatch(name) is not None and name != "sequence",
                 f"memory.levels.{name}: a level's name is letters, digits and _, and not 'sequence'",
             )
 
+    def _check_nested(self) -> None:
+        levels = list(self.ordered_levels.items())
+        for (_, faster), (name, level) in pairwise(levels):
+            _require(
+                level.update_period % faster.update_period == 0 and level.update_period > faster.update_period,
+                f"memory.levels.{name}.update_period is {level.update_period}; allowed for variant nested: a multiple, 2 or more, of the "
+                f"next faster level's {faster.update_period}",
+            )
+
     @property
     def ordered_levels(self) -> dict[str, LevelConfig]:
         """The levels, fastest first; equal periods keep the order of the file."""
         return dict(sorted(self.levels.items(), key=lambda item: item[1].update_period))
+
+    def slower_than(self, name: str) -> LevelConfig | None:
+        """Return the level in which the initial state of level `name` is learned, the next slower one; None: there is none to learn."""
+        if self.variant != "nested":
+            return None
+        names = list(self.ordered_levels)
+        following = names[names.index(name) + 1 :]
+        return self.levels[following[0]] if following else None
+
+    def levels_of(self, layer: int, num_layers: int) -> dict[str, LevelConfig]:
+        """Return the levels that a layer has, fastest first."""
+        levels = list(self.ordered_levels.items())
+        return dict(levels if self.layout == "chain" else [levels[layer * len(levels) // num_layers]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -424,6 +457,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.model.uses_cms:
             _require(len(self.memory.levels) > 0, f"memory.levels is empty; model.kind={self.model.kind} needs one level or more")
+            _require(
+                self.memory.layout == "chain" or self.model.layers >= len(self.memory.levels),
+                f"model.layers is {self.model.layers}; allowed for memory.layout=by_layer: at least the {len(self.memory.levels)} levels",
+            )
 
     @property
     def levels(self) -> dict[str, LevelConfig]:

@@ -264,6 +264,7 @@ def _level_problems(config: Config, plan: LevelPlan) -> list[Problem]:
     frequency = 1.0 / (plan.update_period * _step_tokens(config))
     runs_on = f"level {plan.name}"
     memories = optimizer_problems(f"cms.{plan.name}", level.optimizer, plan.tensors, frequency, runs_on)
+    initial = _initial_state_problems(config, plan, runs_on)
     objective, rule = _lookup(_RULES, level.rule, f"update rule {level.rule!r}")(level)
     cms = Problem(
         name=f"cms.{plan.name}",
@@ -277,7 +278,30 @@ def _level_problems(config: Config, plan: LevelPlan) -> list[Problem]:
         runs_on=runs_on,
         after=tuple(m.name for m in memories),
     )
-    return [*memories, cms]
+    return [*memories, cms, *initial]
+
+
+def _initial_state_problems(config: Config, plan: LevelPlan, runs_on: str) -> list[Problem]:
+    """In the nested variant the initial state of a level is learned at the frequency of the next slower one (Eq. 72)."""
+    slower = config.memory.slower_than(plan.name)
+    if slower is None:
+        return []
+    name, frequency = f"cms.{plan.name}.initial_state", 1.0 / (slower.update_period * _step_tokens(config))
+    memories = optimizer_problems(name, slower.optimizer, plan.tensors, frequency, runs_on)
+    state = Problem(
+        name=name,
+        updates_per_token=frequency,
+        context_flow="stream",
+        key="a context of the level",
+        value="its loss",
+        objective="mean loss over contexts (Eq. 72)",
+        rule=f"{slower.optimizer.name} along the context's mean gradient; every {slower.update_period} steps the level is set back to it",
+        # The state itself and the open context's sum of gradients.
+        state_values=2 * plan.num_parameters,
+        runs_on=runs_on,
+        after=tuple(m.name for m in memories),
+    )
+    return [*memories, state]
 
 
 _RULES: dict[str, Callable[[LevelConfig], tuple[str, str]]] = {
@@ -361,6 +385,9 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         shard = plan.shards[max(range(plan.ranks), key=lambda r: _size(plan.shards[r]))]
         size = _VALUE_BYTES * _size(shard)
         optimizer = _optimizer_bytes(config.levels[plan.name].optimizer, shard)
+        slower = config.memory.slower_than(plan.name)
+        if slower is not None:
+            optimizer += 2 * size + _optimizer_bytes(slower.optimizer, shard)
         ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))
     return (worker, *ranks)
 

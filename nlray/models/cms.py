@@ -1,8 +1,10 @@
-"""The continuum memory system: a chain of residual MLP levels, fastest first (Eq. 70, 73), each with its own update rule.
+"""The continuum memory system: residual MLP levels, in a chain (Eq. 70, 72, 73) or side by side (Eq. 74), each with its own update rule.
 
-When a level's weights change is not decided here: the runtime does that, once per `update_period` steps (Eq. 71).
+When a level's weights change is not decided here: the runtime does that, once per `update_period` steps (Eq. 71), by
+`nlray.optimizers.level`.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -69,7 +71,11 @@ class Level(ParameterModule):
         self.add("w_out", dim, hidden, init=normal(out_std(hidden, num_layers)))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.linear(F.silu(self.linear(rms_norm(x_BTD, self.norm), self.w_in)), self.w_out)
+        return x_BTD + self.change(x_BTD)
+
+    def change(self, x_BTD: Tensor) -> Tensor:
+        """Return what the level adds to its input, [B, T, D]."""
+        return self.linear(F.silu(self.linear(rms_norm(x_BTD, self.norm), self.w_in)), self.w_out)
 
     def linear(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         if self.rule == "gd":
@@ -78,15 +84,25 @@ class Level(ParameterModule):
 
 
 class ContinuumMemory(ParameterModule):
-    """The levels of one block in a chain, fastest first (Eq. 70): y = level_k(.. level_1(x))."""
+    """The levels of one block.
 
-    def __init__(self, dim: int, hidden: int, num_layers: int, levels: dict[str, LevelConfig]) -> None:
+    In a chain, fastest first (Eq. 70): y = level_k(.. level_1(x)). Independent (Eq. 74): y = x + sum_l w_l change_l(x), w the softmax
+    of `mix`, which belongs to no level and is learned with the sequence parameters; equal weights at the start.
+    """
+
+    def __init__(self, dim: int, hidden: int, num_layers: int, levels: Mapping[str, LevelConfig], *, is_independent: bool = False) -> None:
         super().__init__()
+        self.is_independent = is_independent
+        if is_independent:
+            self.add("mix", len(levels), init=constant(0.0))
         for name, level in levels.items():
             # Not add_module: it refuses names that nn.Module has, and a user may call a level `half` or `type`.
             self._modules[name] = Level(dim, hidden, num_layers, rule=level.rule, dgd_lambda=level.dgd_lambda)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.is_independent:
+            changes = [level.change(x_BTD) for level in self._modules.values()]
+            return x_BTD + sum(weight * change for weight, change in zip(self.mix.softmax(0), changes, strict=True))
         for level in self._modules.values():
             x_BTD = level(x_BTD)
         return x_BTD

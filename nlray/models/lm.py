@@ -43,14 +43,16 @@ class FinalNorm(ParameterModule):
 class Block(ParameterModule):
     """A sequence mixer (`memory` or `attention`), then per-token MLPs (`cms` or `mlp`), each with its residual."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        model = config.model
+        model, memory = config.model, config.memory
         self.mixer_name = "attention" if model.uses_attention else "memory"
         self.mlp_name = "cms" if model.uses_cms else "mlp"
         self.add_module(self.mixer_name, Attention(model) if model.uses_attention else Titans(model))
         if model.uses_cms:
-            mlp = ContinuumMemory(model.dim, config.cms_hidden, model.layers, config.levels)
+            levels = memory.levels_of(layer, model.layers)
+            is_independent = memory.variant == "independent"
+            mlp = ContinuumMemory(model.dim, config.cms_hidden, model.layers, levels, is_independent=is_independent)
         elif model.kind == "titans":
             mlp = Level(model.dim, model.mlp_hidden or 4 * model.dim, model.layers)
         else:
@@ -73,7 +75,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(vocab_size, config.model.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.model.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.model.layers))
         self.final_norm = FinalNorm(config.model.dim)
         self.head = None if config.model.tie_head else Embedding(vocab_size, config.model.dim)
 

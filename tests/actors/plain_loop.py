@@ -23,12 +23,18 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
     outer = sequence_parameters(model)
     outer_optimizer = OuterOptimizer(outer, config.sequence.optimizer, horizon=config.run.steps)
     newest, optimizers, sums, versions = {}, {}, {}, {}
+    initial, initial_optimizers, context = {}, {}, {}
     in_model = level_parameters(model)
     for name, level in config.levels.items():
         newest[name] = {n: p.detach().clone() for n, p in in_model[name].items()}
         optimizers[name] = OuterOptimizer(newest[name], level.optimizer, horizon=config.run.steps)
         sums[name] = {}
         versions[name] = {0: {n: p.clone() for n, p in newest[name].items()}}
+        slower = config.memory.slower_than(name)
+        if slower is not None:
+            initial[name] = {n: p.clone() for n, p in newest[name].items()}
+            initial_optimizers[name] = OuterOptimizer(initial[name], slower.optimizer, horizon=config.run.steps)
+            context[name] = []
     losses = []
     for step in range(1, num_steps + 1):
         for name, level in config.levels.items():
@@ -53,6 +59,15 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
                 norm = total_norm([torch.linalg.vector_norm(g).item() for g in gradients])
                 torch._foreach_mul_(gradients, clip_factor(norm, level.optimizer.clip))
                 optimizers[name].step(step)
+                if name in initial:
+                    context[name].append({n: p.grad for n, p in newest[name].items()})
+                    if step % config.memory.slower_than(name).update_period == 0:
+                        for n, p in initial[name].items():
+                            p.grad = sum(gradients[n] for gradients in context[name]) / len(context[name])
+                        initial_optimizers[name].step(step)
+                        newest[name] = {n: p.clone() for n, p in initial[name].items()}
+                        optimizers[name] = OuterOptimizer(newest[name], level.optimizer, horizon=config.run.steps)
+                        context[name] = []
                 versions[name][step // level.update_period] = {n: p.clone() for n, p in newest[name].items()}
                 sums[name] = {}
         clip_gradients_([p.grad for p in outer.values()], config.sequence.optimizer.clip)

@@ -50,8 +50,11 @@ def test_level_ranks_change_no_bit(small, ranks):
         ["memory.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
         ["sequence.micro_batch=2", "memory.defaults.optimizer.clip=0"],
         ["model.kind=hope_attention", "model.tie_head=false"],
+        ["memory.variant=nested", "memory.levels.slow.ranks=2", "memory.levels.slow.optimizer.name=muon"],
+        ["memory.variant=independent", "memory.levels.fast.ranks=3"],
+        ["memory.layout=by_layer", "memory.levels.medium=null"],
     ],
-    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention"],
+    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention", "nested", "independent", "by_layer"],
 )
 def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
     config = small(*overrides)
