@@ -173,7 +173,7 @@ class SequenceWorker:
         return self._error
 
     def halt(self) -> None:
-        """End the training thread before its next step, and everything that it holds open.
+        """End the training thread before its next step, also where it waits for data, and everything that it holds open.
 
         Whoever else it waits for has to be halted too: the ranks' answers and the other workers' sums then end with an error.
 
@@ -181,6 +181,7 @@ class SequenceWorker:
             RemoteTimeoutError: it does not end.
         """
         self._is_halted = True
+        self.stream.cancel()
         if self._thread is not None:
             self._thread.join(self.config.run.timeout_s)
             if self._thread.is_alive():

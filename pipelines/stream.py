@@ -10,8 +10,11 @@ not matter how many blocks are taken at a time nor how the rows are split over w
 copies out its own rows.
 """
 
+import math
 import queue
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +29,7 @@ from nlray.pipelines.sources import open_source
 from nlray.pipelines.tokenizers import Tokenizer, load_tokenizer
 
 _DRAW_AHEAD = 1 << 16
+CANCELLED_WAIT_S = 1.0  # for a read that is under way when nobody wants it any more
 
 
 @dataclass(frozen=True)
@@ -197,13 +201,13 @@ class PrefetchStream:
         self._num_blocks, self._start, self._stop = num_blocks, start, stop
         self._state = stream.state_dict()
         self._error: BaseException | None = None
-        self._is_closed = False
+        self._is_closed = self._is_cancelled = self._is_abandoned = False
         self._start_thread()
 
     def next(self) -> Batch:
-        """Return the next batch; raise what the thread raised, RemoteTimeoutError, or NlrayError after `close`."""
-        if self._is_closed:
-            raise NlrayError("PrefetchStream.next() after close()")
+        """Return the next batch; raise what the thread raised, RemoteTimeoutError, or NlrayError after `close` or `cancel`."""
+        if self._is_closed or self._is_cancelled:
+            raise NlrayError("PrefetchStream.next() after close() or cancel()")
         if self._error is not None:
             raise self._error
         try:
@@ -227,16 +231,27 @@ class PrefetchStream:
         self._state, self._error, self._is_closed = state, None, False
         self._start_thread()
 
+    def cancel(self) -> None:
+        """From another thread: end a `next` that waits for a slow source; `close` will not wait long for that source either."""
+        self._is_cancelled = True
+        self._stopping.set()
+        with suppress(queue.Full):
+            self._queue.put_nowait(NlrayError("the stream was cancelled"))
+
     def close(self) -> None:
-        """Stop the thread and wait for its end; may be called more than once."""
+        """Stop the thread and wait for its end, after `cancel` for a moment only; may be called more than once."""
         self._is_closed = True
-        if self._thread is not None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._stopping.set()
-            while self._thread.is_alive():
+            deadline = time.monotonic() + (CANCELLED_WAIT_S if self._is_cancelled else math.inf)
+            while thread.is_alive() and time.monotonic() < deadline:
                 self._drain()
-                self._thread.join(0.01)
-            self._thread = None
-        self._stream.close()
+                thread.join(0.01)
+            # Its read goes on; it closes the stream when that ends.
+            self._is_abandoned = thread.is_alive()
+        if thread is None or not thread.is_alive():
+            self._stream.close()
 
     def __enter__(self) -> "PrefetchStream":
         return self
@@ -256,7 +271,10 @@ class PrefetchStream:
             while not self._stopping.is_set():
                 self._queue.put(self._prepare())
         except BaseException as error:  # handed to the caller of next()
-            self._queue.put(error)
+            if not self._is_abandoned:
+                self._queue.put(error)
+        if self._is_abandoned:
+            self._stream.close()
 
     def _prepare(self) -> tuple[Batch, dict[str, Any]]:
         return self._stream.take(self._num_blocks, start=self._start, stop=self._stop), self._stream.state_dict()

@@ -94,3 +94,32 @@ def test_close_is_final_until_a_position_is_loaded(config: DataConfig) -> None:
     stream.load_state_dict(state)
     assert np.array_equal(stream.next().blocks, first.blocks)
     stream.close()
+
+
+def test_cancel_ends_a_wait_for_a_slow_source_and_close_does_not_wait_for_it(config: DataConfig, monkeypatch) -> None:
+    inner, is_read, closed = open_stream(config), threading.Event(), threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        is_read.wait(60)
+        raise DataError("the source has ended")
+
+    monkeypatch.setattr(inner, "take", slow)
+    monkeypatch.setattr(inner, "close", closed.set)
+    stream = PrefetchStream(inner, 4, prefetch=2, timeout_s=60)
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            stream.next()
+        except NlrayError as error:
+            errors.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    stream.cancel()
+    waiter.join(10)
+    assert not waiter.is_alive() and "cancel" in str(errors[0])
+    stream.close()
+    assert num_threads() == 1 and not closed.is_set(), "it reads on"
+    is_read.set()
+    assert closed.wait(10), "and closes the stream in the end"
