@@ -165,19 +165,19 @@ def main() -> int:
         window = ["recovery.window=16", "recovery.hang_timeout_s=5"]
         if "nodes" in args.parts:
             with ray_nodes(3) as cluster:
-                config = configure(folder / "run", args.arguments, *window)
+                config = configure(folder / "nodes", args.arguments, *window)
                 measure_faults(config, ["node"], args.repeats, folder, during=lambda: keep_nodes(cluster, 3))
         with ray_nodes(0):
             if "faults" in args.parts:
-                measure_faults(configure(folder / "run", args.arguments, *window), FAULTS, args.repeats, folder)
+                measure_faults(configure(folder / "faults", args.arguments, *window), FAULTS, args.repeats, folder)
             if "standby" in args.parts:
                 print("with a standby:")
-                config = configure(folder / "run", args.arguments, *window, "recovery.standbys=1")
+                config = configure(folder / "standby", args.arguments, *window, "recovery.standbys=1")
                 measure_faults(config, ["worker", "rank"], args.repeats, folder)
             if "cost" in args.parts:
                 steps = (2 * args.pairs + 2) * BLOCK_STEPS + 1
                 own = ["recovery={window: 0, checkpoint_every: 0}", f"run.stop_after={steps}"]
-                measure_cost(configure(folder / "run", args.arguments, *own), folder / "times", args.pairs)
+                measure_cost(configure(folder / "cost", args.arguments, *own), folder / "times", args.pairs)
     return 0
 
 
