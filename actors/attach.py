@@ -18,7 +18,8 @@ import ray
 from fsspec.core import url_to_fs
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
-from nlray.actors.conductor import explain, namespace_of
+from nlray.actors.conductor import namespace_of
+from nlray.actors.faults import explain
 from nlray.actors.journal import STATE
 from nlray.actors.members import CONDUCTOR
 from nlray.actors.transports import describe_death

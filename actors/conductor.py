@@ -9,22 +9,20 @@ import logging
 import os
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from nlray.actors.changes import Changes
-from nlray.actors.faults import MAX_SAME_FAULTS, Fault, Recovery, RepeatGuard, root_causes
+from nlray.actors.faults import MAX_SAME_FAULTS, Fault, Recovery, RepeatGuard, RunFailedError, explain, root_causes
 from nlray.actors.journal import Journal
 from nlray.actors.lineup import Lineup, StoppedError
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, Members, SeatLostError
 from nlray.actors.placement import ActorPlan
-from nlray.actors.points import Point, whole_points
 from nlray.actors.processes import end_with_raylet
 from nlray.actors.recovery import Vault, VaultHolder
 from nlray.actors.rescale import check_sizes
@@ -33,17 +31,15 @@ from nlray.actors.storage import Checkpoints
 from nlray.actors.summary import make_summary
 from nlray.actors.types import (
     ENDED,
-    SEQUENCE,
     Command,
     MemberStatus,
-    Role,
     RunDescription,
     RunState,
     RunStatus,
-    WorkerReport,
 )
+from nlray.actors.watch import Watch
 from nlray.config import Config
-from nlray.errors import NlrayError, RemoteTimeoutError, UserError
+from nlray.errors import RemoteTimeoutError, UserError
 from nlray.levels import LevelPlan
 
 POLL_S = 0.2
@@ -52,18 +48,6 @@ SYMPTOM_S = 0.5  # an error is often seen before the death that explains it
 LINGER_S = 60.0  # a run that nobody follows keeps its conductor so long after its end
 MAX_TRIES = 10  # starts in a row that a further fault may cut short
 logger = logging.getLogger(__name__)
-
-
-class RunFailedError(NlrayError):
-    """A run cannot go on. `details`: the remote traceback, where there is one."""
-
-    def __init__(self, message: str, details: str = "", exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.details = details
-        self.exit_code = exit_code
-
-    def __reduce__(self) -> tuple:
-        return RunFailedError, (str(self), self.details, self.exit_code)
 
 
 class Conductor(VaultHolder):
@@ -100,6 +84,7 @@ class Conductor(VaultHolder):
         self.lineup = Lineup(config, plans, actors, self.members, self.vault, note=self._note, should_stop=lambda: self._is_stop_requested)
         self.changes = Changes(self.lineup, self._note)
         self.checkpoints = Checkpoints(self.lineup, checkpoint, lambda: self.journal.flush(), self._note)
+        self.watch = Watch(self.lineup, self.changes, self.checkpoints, self._note)
         self.journal: Journal | None = None
         self._lock = threading.Lock()
         self._state: RunState = "starting"
@@ -107,10 +92,6 @@ class Conductor(VaultHolder):
         self._summary: dict[str, Any] | None = None
         self._asked_s = time.monotonic()
         self._is_stop_requested = self._is_stop_sent = False
-        self._committed = (0, -1)
-        self._point: Point | None = None
-        self._step = 0
-        self._totals: dict[str, Any] = {}
         self._recoveries: list[Recovery] = []
         self._repeats = RepeatGuard()
         self._started_at = time.time()
@@ -161,9 +142,9 @@ class Conductor(VaultHolder):
             self.run.name,
             self.run.dir,
             self._state,
-            self._step,
+            self.watch.step,
             self.run.steps,
-            self._committed[1] if self._committed[1] >= 0 else None,
+            self.watch.committed[1] if self.watch.committed[1] >= 0 else None,
             self.lineup.sizes,
             self.changes.wanted,
             members,
@@ -198,7 +179,7 @@ class Conductor(VaultHolder):
         try:
             if "://" not in self.run.dir:
                 lock = RunLock(self.run.dir, wait_s=self.timeout_s)
-            self.journal = Journal(self.run.dir)
+            self.journal = self.watch.journal = Journal(self.run.dir)
             state = self.journal.load_state()
             if state is not None and state["status"] in ENDED:
                 self.members.find(self.lineup.plan_of)
@@ -217,11 +198,11 @@ class Conductor(VaultHolder):
                 else:
                     self._come_back(state)
                 self._supervise()
-                self._finish("completed" if self._step >= self.run.steps else "stopped")
+                self._finish("completed" if self.watch.step >= self.run.steps else "stopped")
         except StoppedError as error:
             self._note(str(error))
             self._rescue()
-            self._step = self.checkpoints.written_step
+            self.watch.step = self.checkpoints.written_step
             self._finish("stopped")
         except Exception as error:
             logger.exception("the run failed")
@@ -240,111 +221,40 @@ class Conductor(VaultHolder):
             try:
                 faults = self._look()
                 if not faults:
-                    self._note_commit()
+                    self.watch.note_commit()
                     self._advance_checkpoints()
                     self._send_stop()
-                    if self.changes.advance(self._committed):
+                    if self.changes.advance(self.watch.committed):
                         self._begin_resized()
                     if self.changes.has_changed:
                         self._save_state()
-                    self.lineup.spread_copies(self._committed)
+                    self.lineup.spread_copies(self.watch.committed)
                     if self._is_over():
                         return
             except SeatLostError as error:
-                faults = [self._at_step(error.fault)]
+                faults = [self.watch.at_step(error.fault)]
             except RayTaskError as error:
                 message, details, exit_code = explain(error)
                 if exit_code == 2:
                     raise
-                faults = [Fault("raised", "a change of sizes", self._step, message, details)]
+                faults = [Fault("raised", "a change of sizes", self.watch.step, message, details)]
             if faults:
                 self._recover(faults)
             time.sleep(URGENT_POLL_S if self.changes.is_urgent else POLL_S)
 
     def _look(self) -> list[Fault]:
         """Take in what the seats report; return what went wrong."""
-        kept = self.checkpoints.steps_under_way
-        faults = self._without_idle(self.members.poll(self.journal.durable_step, self._committed[1], kept))
-        self.vault.release(self._committed[1], kept)
-        self._take_report()
-        for member in self.members.all.values():
-            error = None if member.report is None or member.assigned is None else member.report.error
-            if error is not None and member.report.generation == self.lineup.role_generations[member.assigned.group]:
-                if error.is_final:
-                    raise RunFailedError(error.message, error.details, error.exit_code)
-                faults.append(Fault("raised", str(member.assigned), error.step, error.message, error.details))
-        self.lineup.note_waiting()
-        return faults
-
-    def _without_idle(self, found: list[Fault]) -> list[Fault]:
-        """Replace lost seats in which nobody sits, and return the faults of the others."""
-        faults = []
-        for fault in found:
-            member = self.members.all[fault.seat]
-            if member.assigned is not None:
-                faults.append(self._at_step(fault))
-                continue
-            self.members.remove(member, is_hung=fault.kind == "hung")
-            self._note(f"{fault.message}; it had no role")
-            self.changes.replace_seat(member)
-            self.lineup.fill()
-            self.lineup.set_keepers()
-        return faults
-
-    def _at_step(self, fault: Fault) -> Fault:
-        """Give a seat's fault the step as far as it is known."""
-        return replace(fault, step=fault.step or self._step)
-
-    def _worker_reports(self) -> list[WorkerReport] | None:
-        """Return the reports of all workers of the present generation, or None while some are missing."""
-        reports = [m.report for i in range(self.lineup.sizes[SEQUENCE]) if (m := self.members.of_role(Role(SEQUENCE, i))) is not None]
-        if len(reports) < self.lineup.sizes[SEQUENCE]:
-            return None
-        if any(r is None or r.worker is None or r.generation != self.lineup.generation for r in reports):
-            return None
-        return [r.worker for r in reports]
-
-    def _take_report(self) -> None:
-        """Write down what worker 0 says."""
-        reports = self._worker_reports()
-        if reports is None:
-            return
-        first, seats = reports[0], [m.report for m in self.members.all.values() if m.report is not None]
-        self._step, self._totals = first.step, first.totals
-        held, copied = sum(s.bytes_held for s in seats), sum(s.bytes_copied for s in seats)
-        self.changes.observe(self.journal.add_rows(first.rows, points={"bytes_held": held, "bytes_copied": copied}))
-        member = self.lineup.workers[0]
-        events, member.events = member.events, []
-        for event in events:
-            self._note(event)
+        faults = self.watch.look()
         last = self._recoveries[-1] if self._recoveries else None
-        if last is not None and last.replay_s is None and first.state != "idle" and self._step >= last.step:
+        if last is not None and last.replay_s is None and self.watch.is_running and self.watch.step >= last.step:
             self._recoveries[-1] = replace(last, replay_s=time.time() - last.at - last.restore_s)
             self._save_state()
-
-    def _note_commit(self) -> None:
-        """Commit the recovery points of which every piece has a copy elsewhere; what is older is then let go of."""
-        generation = self.lineup.generation
-        protected = {
-            n: [h for h in m.report.holdings if h.is_protected and h.key.generation == generation]
-            for n, m in self.members.all.items()
-            if m.report is not None
-        }
-        for point in reversed(whole_points(protected, self.lineup.groups)):
-            if (generation, point.step) >= self._committed:
-                self._committed, self._point = (generation, point.step), point
-                if self.checkpoints.is_due(point.step):
-                    self.checkpoints.begin(point)
-        for member in self.lineup.left_over():
-            is_free = member.surplus_at is not None and self._committed > member.surplus_at
-            if is_free and not self.checkpoints.steps_under_way:
-                self.members.remove(member)
-                self._note(f"{member.name}: ended, its resources are given back")
+        return faults
 
     def _advance_checkpoints(self) -> None:
         """Have the last point written, and complete the checkpoints that are written."""
-        if self._is_trained() and self._committed == (self.lineup.generation, self._step):
-            self.checkpoints.begin(self._point)
+        if self.watch.is_trained and self.watch.is_last_committed:
+            self.checkpoints.begin(self.watch.point)
         self.checkpoints.advance()
 
     # Faults.
@@ -364,7 +274,7 @@ class Conductor(VaultHolder):
         try:
             return self._look() or faults
         except SeatLostError as error:
-            return [*faults, self._at_step(error.fault)]
+            return [*faults, self.watch.at_step(error.fault)]
 
     def _start_again(self, faults: list[Fault], seen_at: float = 0.0) -> Recovery | None:
         """Begin at the best recovery point, however many further faults come in between; return the recovery where there were any.
@@ -372,10 +282,10 @@ class Conductor(VaultHolder):
         seen_at: when the faults were seen.
         """
         new, every = faults, list(faults)
-        done, reached = self._step, max(self._step, self.journal.last_step)
+        done, reached = self.watch.step, max(self.watch.step, self.journal.last_step)
         for _ in range(MAX_TRIES):
             for fault in root_causes(new):
-                if self._repeats.count(fault, self._committed[1]) >= MAX_SAME_FAULTS:
+                if self._repeats.count(fault, self.watch.committed[1]) >= MAX_SAME_FAULTS:
                     raise RunFailedError(f"{fault.message}; {MAX_SAME_FAULTS} times at step {fault.step}, given up", fault.details)
             for fault in new:
                 label = fault.seat or fault.role
@@ -385,14 +295,14 @@ class Conductor(VaultHolder):
             try:
                 restored, source, lost = self._begin()
             except SeatLostError as error:
-                new = [self._at_step(error.fault)]
+                new = [self.watch.at_step(error.fault)]
             except RayTaskError as error:
                 message, details, exit_code = explain(error)
                 if exit_code == 2 or isinstance(error.cause, RemoteTimeoutError):
                     raise
-                new = [Fault("raised", "the start", self._step, message, details)]
+                new = [Fault("raised", "the start", self.watch.step, message, details)]
             else:
-                causes = root_causes([*every, *(self._at_step(f) for f in lost)])
+                causes = root_causes([*every, *(self.watch.at_step(f) for f in lost)])
                 if not causes:
                     return None
                 kinds, roles = tuple(f.kind for f in causes), tuple(f.role for f in causes)
@@ -424,16 +334,16 @@ class Conductor(VaultHolder):
         recovery = self._start_again([])
         sizes = {name: size for name, size in self.lineup.sizes.items() if size != before[name]}
         text = ", ".join(f"{name}={before[name]} -> {name}={size}" for name, size in sizes.items())
-        self._note(f"step {self._step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
+        self._note(f"step {self.watch.step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
         self._keep(recovery)
 
     def _begin(self) -> tuple[int, str, list[Fault]]:
         self._is_stop_sent = False
         self.changes.settle()
         result = self.lineup.begin(self.checkpoints.stored)
-        self._step = result[0]
+        self.watch.step = result[0]
         # A restore from further back than memory: the points to come are not older than what is released.
-        self._committed = (self._committed[0], min(self._committed[1], self._step))
+        self.watch.committed = (self.watch.committed[0], min(self.watch.committed[1], self.watch.step))
         self._save_state()
         self._set_state("running")
         return result
@@ -445,20 +355,20 @@ class Conductor(VaultHolder):
         self.changes.request(state["wanted"])
         self._recoveries = [Recovery(**r | {"kinds": tuple(r["kinds"]), "roles": tuple(r["roles"])}) for r in state["recoveries"]]
         self._is_stop_requested, self._started_at = state["stop"], state["started_at"]
-        self._step = self.journal.last_step
+        self.watch.step = self.journal.last_step
         seen_at = time.time()
         self.checkpoints.look()
         self.members.find(self.lineup.plan_of)
-        lost = [self._at_step(fault) for fault in self.members.hear_all()]
-        fault = Fault("conductor", CONDUCTOR, self._step, "the conductor was killed and started again")
+        lost = [self.watch.at_step(fault) for fault in self.members.hear_all()]
+        fault = Fault("conductor", CONDUCTOR, self.watch.step, "the conductor was killed and started again")
         try:
             is_intact = not lost and self.lineup.adopt()
             if is_intact:
                 self.lineup.set_keepers()
         except SeatLostError as error:
-            lost.append(self._at_step(error.fault))
+            lost.append(self.watch.at_step(error.fault))
         if not lost and is_intact:
-            recovery = Recovery(seen_at, (), (), "", self._step, self._step, "the running actors", 0, time.time() - seen_at, 0.0)
+            recovery = Recovery(seen_at, (), (), "", self.watch.step, self.watch.step, "the running actors", 0, time.time() - seen_at, 0.0)
             self._set_state("running")
         else:
             recovery = self._start_again([fault, *lost], seen_at)
@@ -477,16 +387,11 @@ class Conductor(VaultHolder):
             self.lineup.command(Command.STOP)
             self._note("stopping after the step under way, with a checkpoint")
 
-    def _is_trained(self) -> bool:
-        reports = self._worker_reports()
-        return reports is not None and all(report.state == "ended" for report in reports)
-
     def _is_over(self) -> bool:
-        if not self._is_trained():
+        if not self.watch.is_trained:
             return False
         self._set_state("finishing")
-        is_complete = self._committed == (self.lineup.generation, self._step)
-        return is_complete and not self.checkpoints.steps_under_way and self.checkpoints.written_step == self._step
+        return self.watch.is_last_committed and not self.checkpoints.steps_under_way and self.checkpoints.written_step == self.watch.step
 
     def _finish(self, status: RunState) -> None:
         """Write summary.json, give the resources back, and let the asker know that the run has ended."""
@@ -494,8 +399,8 @@ class Conductor(VaultHolder):
             self.lineup.config,
             self.lineup.plans,
             status=status,
-            step=self._step,
-            totals=self._totals,
+            step=self.watch.step,
+            totals=self.watch.totals,
             recoveries=self._recoveries,
             started_at=self._started_at,
             checkpoint=self.checkpoints.newest,
@@ -575,13 +480,3 @@ class Conductor(VaultHolder):
 def namespace_of(run_name: str) -> str:
     """Return the Ray namespace of a run's actors."""
     return f"nlray-{run_name}"
-
-
-def explain(error: BaseException) -> tuple[str, str, int]:
-    """Return one line, the traceback, and the exit status for an error that crossed Ray."""
-    details = "".join(traceback.format_exception(error))
-    cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    if isinstance(cause, RayActorError):
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        return (lines[-1] if lines else type(cause).__name__), details, 1
-    return f"{cause}", details, 2 if isinstance(cause, UserError) else 1

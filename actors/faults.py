@@ -1,12 +1,29 @@
 """What went wrong in a run, and when to give up: decisions without any I/O."""
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ray.exceptions import RayActorError, RayTaskError
+
+from nlray.errors import NlrayError, UserError
+
 MAX_SAME_FAULTS = 3
 
 FaultKind = Literal["died", "hung", "raised", "conductor"]
+
+
+class RunFailedError(NlrayError):
+    """A run cannot go on. `details`: the remote traceback, where there is one."""
+
+    def __init__(self, message: str, details: str = "", exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.details = details
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple:
+        return RunFailedError, (str(self), self.details, self.exit_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +89,13 @@ class RepeatGuard:
         steps = self._seen.setdefault((fault.kind, fault.role, restored), [])
         steps.append(fault.step)
         return sum(abs(step - fault.step) <= self.slack for step in steps)
+
+
+def explain(error: BaseException) -> tuple[str, str, int]:
+    """Return one line, the traceback, and the exit status for an error that crossed Ray."""
+    details = "".join(traceback.format_exception(error))
+    cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    if isinstance(cause, RayActorError):
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        return (lines[-1] if lines else type(cause).__name__), details, 1
+    return f"{cause}", details, 2 if isinstance(cause, UserError) else 1

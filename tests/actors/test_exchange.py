@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nlray.actors.conductor import RunFailedError
 from nlray.actors.exchange import LevelChannel
-from nlray.actors.faults import Fault
+from nlray.actors.faults import Fault, RunFailedError
 from nlray.actors.level import LevelRank
 from nlray.actors.members import SeatLostError
 from nlray.actors.recovery import Vault

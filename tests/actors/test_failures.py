@@ -50,7 +50,7 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_le
     # Steps 5 to 8 are a whole period of `medium`: its version counts on, its optimizer does not.
     medium = run.ranks["medium"][0]
     assert medium.version == 3
-    assert {int(v) for k, v in medium.optimizer.state_tensors().items() if k.endswith("/step")} == {2}
+    assert {int(v) for k, v in medium.learner.optimizer.state_tensors().items() if k.endswith("/step")} == {2}
     assert {int(v) for k, v in run.worker.optimizer.state_tensors().items() if k.endswith("/step")} == {7}
 
 

@@ -57,7 +57,7 @@ def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path
 
 
 def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small, cluster, tmp_path):
-    config = small(*POINTS, "recovery.hang_timeout_s=1")
+    config = small(*POINTS, "recovery.hang_timeout_s=2")
     status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 14, ("conductor",), "stop")]))
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
     assert any("the conductor was killed and started again: 4 actors found" in event for event in events), events
