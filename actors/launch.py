@@ -23,9 +23,10 @@ from nlray.checkpoint import latest_checkpoint, read_manifest
 from nlray.config import Config
 from nlray.config_loading import config_to_yaml, parse_config, with_run
 from nlray.errors import UserError
+from nlray.initial import check_initial
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter, read_events
-from nlray.nested_system import level_plans
+from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import checked_vocab_size
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints")
@@ -98,7 +99,9 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
     if resume:
         checkpoint = latest_checkpoint(config.run.dir, warn=notes.append)
         check_resume(config, checkpoint)
-    elif not config.run.overwrite and holds_run(config.run.dir):
+    else:
+        check_initial(config, parameter_shapes(config, config.model.vocab_size))
+    if not resume and not config.run.overwrite and holds_run(config.run.dir):
         raise UserError(
             f"run.dir: {config.run.dir} already holds a run; use `nlray resume {config.run.dir}`, or run.overwrite=true to replace it"
         )
@@ -136,6 +139,8 @@ def resolve(config: Config) -> Config:
     config = replace(
         config, model=replace(config.model, vocab_size=vocab_size), data=replace(config.data, sources=sources, tokenizer=tokenizer)
     )
+    if config.init is not None:
+        config = replace(config, init=absolute(config.init))
     return resolve_threads(with_run(config, dir=absolute(config.run.dir)))
 
 

@@ -20,8 +20,9 @@ from nlray.config import Config
 from nlray.device import device_for
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
+from nlray.initial import fill_parameters_
 from nlray.levels import LevelPlan, newest_version
-from nlray.models.layers import initialize_, parameter_inits
+from nlray.models.layers import parameter_inits
 from nlray.models.lm import build_model
 from nlray.optimizers import LevelLearner, clip_factor, tensor_norms, total_norm
 
@@ -38,9 +39,12 @@ class LevelRank:
         store: where versions are published.
         vault: where the pieces of recovery points are held.
         gpus: GPUs that Ray gave this actor; above 0 the tensors live on one.
+        is_restored: the initial parameters are not needed, `restore` or `load` comes next.
     """
 
-    def __init__(self, config: Config, plan: LevelPlan, rank: int, *, store: Store, vault: Vault, gpus: float = 0) -> None:
+    def __init__(
+        self, config: Config, plan: LevelPlan, rank: int, *, store: Store, vault: Vault, gpus: float = 0, is_restored: bool = False
+    ) -> None:
         self.config, self.plan, self.rank = config, plan, rank
         self.level = config.levels[plan.name]
         self.role = Role(plan.name, rank)
@@ -53,10 +57,10 @@ class LevelRank:
         self._store = store
         self.device = device = device_for(gpus)
         torch.set_num_threads(self.level.resources.num_threads)
-        inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
         self.parameters = {s.name: torch.empty(s.shape, dtype=torch.float32, device=device) for s in self.layout.specs}
-        for name, parameter in self.parameters.items():
-            initialize_(name, parameter, inits[name], config.run.seed)
+        if not is_restored:
+            inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
+            fill_parameters_(self.parameters, inits, config, config.run.seed)
         self.learner = LevelLearner(self.parameters, config, plan.name, horizon=config.run.steps)
         self._gradient = self.layout.new_buffer(device)
         for parameter, view in zip(self.parameters.values(), self.layout.views(self._gradient), strict=True):

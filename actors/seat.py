@@ -80,7 +80,8 @@ class Seat(VaultHolder):
         with self._changed:
             prepared, self._prepared = self._prepared, None
         is_ready = prepared is not None and (prepared.role, prepared.generation) == (assignment.role, assignment.generation)
-        role = prepared.made if is_ready else self._make(assignment)
+        is_restored = bool(assignment.sources) or assignment.checkpoint is not None
+        role = prepared.made if is_ready else self._make(assignment, is_restored=is_restored)
         if assignment.sources:
             role.restore(self._gather(assignment.sources, role))
         elif assignment.checkpoint is not None:
@@ -94,7 +95,7 @@ class Seat(VaultHolder):
 
     def prepare(self, assignment: Assignment) -> None:
         """Make a role that this seat is going to become, beside the present one; its state comes with `become`."""
-        made = self._make(assignment)
+        made = self._make(assignment, is_restored=True)
         with self._changed:
             self._prepared = Prepared(assignment.role, assignment.generation, made)
 
@@ -149,7 +150,7 @@ class Seat(VaultHolder):
             role.report(rows_after) if isinstance(role, SequenceWorker) else None,
         )
 
-    def _make(self, assignment: Assignment) -> SequenceWorker | LevelRank:
+    def _make(self, assignment: Assignment, *, is_restored: bool) -> SequenceWorker | LevelRank:
         role, config, plans = assignment.role, assignment.config, assignment.plans
         if role.is_worker:
             return self.behaviours.sequence_worker(
@@ -159,11 +160,11 @@ class Seat(VaultHolder):
                 vault=self.vault,
                 generation=assignment.generation,
                 gpus=self.gpus,
-                is_restored=bool(assignment.sources) or assignment.checkpoint is not None,
+                is_restored=is_restored,
             )
         plan = next(plan for plan in plans if plan.name == role.group)
         store = ObjectStore(self.timeout_s)
-        return self.behaviours.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus)
+        return self.behaviours.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus, is_restored=is_restored)
 
     def _gather(self, sources: Sequence[Source], role: SequenceWorker | LevelRank) -> Snapshot:
         """Put together what the role wants from the pieces that hold it; what is not a tensor comes from the first."""

@@ -112,7 +112,7 @@ def train(arguments: _Arguments = None, address: _Address = None, debug: _Debug 
     from nlray.config_loading import default_run_name, load_config
 
     source, overrides = split_arguments(arguments or [])
-    name = default_run_name(source, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
     return train_run(load_config(source, overrides, default_name=name), address=address, debug=debug)
 
 
@@ -218,6 +218,24 @@ def generate(
     for piece in stream_text(path, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def stack(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Local folder of a pretrained decoder: config.json and safetensors files.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="New folder, for `nlray train init=DIR`.")],
+    overrides: _Overrides = None,
+    debug: _Debug = False,
+) -> None:
+    """Turn a pretrained decoder into Hope-Attention whose levels start from its MLP blocks."""
+    from nlray.clusters.progress import describe_levels, format_count
+    from nlray.nested_system import NestedSystem
+    from nlray.stacking import stack as write_stack
+
+    config = write_stack(source, out, overrides or [])
+    size = NestedSystem.build(config, config.model.vocab_size).num_parameters
+    print(f"model    {config.model.layers} layers, dim {config.model.dim}, {format_count(size)} parameters, {config.memory.layout}")
+    print(f"{describe_levels(config)}\nwritten  {out}; go on with  nlray train init={out} 'data.sources=[...]'")
 
 
 @app.command()

@@ -188,6 +188,17 @@ def load_tensors(url: str, wanted: Callable[[str], bool], manifest: Manifest | N
     return found
 
 
+def read_shapes(url: str, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a checkpoint, from the headers of its files."""
+    fs, path = url_to_fs(url)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in manifest.files:
+        with fs.open(posixpath.join(path, file), "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        shapes |= {name: tuple(what["shape"]) for name, what in header.items() if name != "__metadata__"}
+    return shapes
+
+
 def load_parameters(url: str, manifest: Manifest | None = None) -> dict[str, Any]:
     """Return every parameter of a checkpoint by name: the sequence model's, and each level's newest version.
 

@@ -105,6 +105,46 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """The softmax attention of `hope_attention` and `transformer`; all but the defaults serves pretrained decoders."""
+
+    kv_heads: int | None = None
+    """Heads of keys and values, each shared by heads / kv_heads queries; null: model.heads."""
+    head_dim: int | None = None
+    """Width of a head; null: dim / heads."""
+    qkv_bias: bool = False
+    """Whether the projections to q, k and v have a bias."""
+    out_bias: bool = False
+    """Whether the output projection has a bias."""
+    qk_norm: bool = False
+    """RMSNorm of every head's q and k."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """rotary: q and k are rotated. learned: a table of vectors, added to the embedding."""
+    max_positions: int | None = None
+    """Rows of that table; only with learned positions."""
+    rope_scaling: dict[str, float] = field(default_factory=dict)
+    """Longer contexts for rotary positions: `{factor}` divides the frequencies by it; with low_freq_factor, high_freq_factor and
+    original_max_positions too, slow ones only, as Llama 3 does."""
+
+    def __post_init__(self) -> None:
+        for key in ("kv_heads", "head_dim", "max_positions"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"model.attention.{key} is {value}; allowed: 1 or more, or null")
+        is_learned = self.positions == "learned"
+        allowed = "a number" if is_learned else "null"
+        _require(
+            is_learned == (self.max_positions is not None),
+            f"model.attention.max_positions is {self.max_positions}; allowed for {self.positions} positions: {allowed}",
+        )
+        forms = ({"factor"}, {"factor", "low_freq_factor", "high_freq_factor", "original_max_positions"})
+        _require(
+            not self.rope_scaling or (not is_learned and set(self.rope_scaling) in forms),
+            f"model.attention.rope_scaling has {', '.join(self.rope_scaling)}; allowed for rotary positions: factor, or "
+            "factor, low_freq_factor, high_freq_factor, original_max_positions",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The sequence model; the memory levels that follow each block are in `memory`."""
 
@@ -141,23 +181,52 @@ class ModelConfig:
     """Hidden width of the one MLP of `titans` and `transformer`; null: 4 dim and 8/3 dim (in steps of 8)."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding of the attention kinds."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Softmax attention."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norm of the attention, of the levels and before the head: RMSNorm, or for hope_attention LayerNorm with a bias."""
+    norm_eps: float = 1e-6
+    """Added to the mean square or variance in these norms."""
     tie_head: bool = True
     """Whether the output head is the embedding's transpose."""
 
     def __post_init__(self) -> None:
         for key in ("dim", "layers", "heads", "seq_len", "chunk_size"):
             _require(getattr(self, key) >= 1, f"model.{key} is {getattr(self, key)}; allowed: 1 or more")
-        _require(self.dim % self.heads == 0, f"model.heads is {self.heads}; allowed: a divisor of model.dim={self.dim}")
+        _require(
+            self.dim % self.heads == 0 or (self.uses_attention and self.attention.head_dim is not None),
+            f"model.heads is {self.heads}; allowed: a divisor of model.dim={self.dim}",
+        )
         if self.uses_attention:
-            _require(self.head_dim % 2 == 0, f"model.dim / model.heads is {self.head_dim}; allowed for {self.kind}: an even number")
+            self._check_attention()
+        _require(self.norm == "rms" or self.kind == "hope_attention", f"model.norm is {self.norm}; allowed for kind {self.kind}: rms")
+        _require(self.norm_eps >= 0, f"model.norm_eps is {self.norm_eps}; allowed: 0 or more")
         _require(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; allowed: 2 or more, or null")
         _require(self.inner_lr > 0, f"model.inner_lr is {self.inner_lr}; allowed: more than 0")
         _require(self.conv_width >= 0, f"model.conv_width is {self.conv_width}; allowed: 0 or more")
         _require(self.mlp_hidden is None or self.mlp_hidden >= 1, f"model.mlp_hidden is {self.mlp_hidden}; allowed: 1 or more, or null")
 
+    def _check_attention(self) -> None:
+        attention, width = self.attention, self.head_dim
+        key = "model.dim / model.heads" if attention.head_dim is None else "model.attention.head_dim"
+        is_even = attention.positions == "learned" or width % 2 == 0
+        _require(is_even, f"{key} is {width}; allowed for {self.kind}: an even number")
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"model.attention.kv_heads is {self.kv_heads}; allowed: a divisor of model.heads={self.heads}, or null",
+        )
+        longest = attention.max_positions
+        _require(longest is None or self.seq_len <= longest, f"model.seq_len is {self.seq_len}; allowed: at most max_positions={longest}")
+
     @property
     def head_dim(self) -> int:
-        return self.dim // self.heads
+        """Width of a head of the memory or the attention."""
+        own = self.attention.head_dim if self.uses_attention else None
+        return own if own is not None else self.dim // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.attention.kv_heads if self.attention.kv_heads is not None else self.heads
 
     @property
     def uses_attention(self) -> bool:
@@ -306,6 +375,10 @@ class MemoryConfig:
     """chain: every layer has all levels. by_layer: every layer has one, the fastest in the first layers, the slowest in the last."""
     hidden: int | None = None
     """Hidden width of each level's MLP; null: 2 dim."""
+    mlp: Literal["silu", "swiglu", "gelu"] = "silu"
+    """A level's MLP: W_out silu(W_in x), W_out (silu(W_gate x) * W_in x), or W_out gelu(W_in x) with the tanh form of gelu."""
+    mlp_bias: bool = False
+    """Whether the MLP's matrices have biases."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Keys of a level that hold for every level that does not set them itself."""
     levels: dict[str, LevelConfig] = field(default_factory=dict)
@@ -453,6 +526,9 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    init: str | None = None
+    """Folder or URL of a run, a checkpoint, or what `nlray stack` wrote, whose parameters the training starts from; null: random ones.
+    Where no preset or file is given, its model, levels, optimizers and tokenizer hold too."""
 
     def __post_init__(self) -> None:
         if self.model.uses_cms:

@@ -4,6 +4,7 @@ Nothing here imports torch or ray, so that a mistake is told before anything slo
 """
 
 import difflib
+import re
 from dataclasses import fields, is_dataclass, replace
 from importlib import resources as package_files
 from pathlib import Path
@@ -23,14 +24,16 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
     """Read a preset or YAML file, apply `key=value` overrides, and return the checked configuration.
 
     Args:
-        source: a preset's name, a path of a YAML file, or None for the preset `tiny`.
+        source: a preset's name, a path of a YAML file, or None: what `init` says, if it is among the overrides, else the preset `tiny`.
         overrides: `key=value` strings with dotted keys; values are YAML.
         default_name: `run.name` where neither file nor overrides set it; `run.dir` is then filled in too.
 
     Raises:
         UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
     """
-    return parse_config(*_read_source(source), overrides, default_name=default_name)
+    init = _init_of(overrides or [])
+    found = _read_init(init) if source is None and init else _read_source(source)
+    return parse_config(*found, overrides, default_name=default_name)
 
 
 def parse_config(name: str, text: str, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
@@ -77,9 +80,15 @@ def config_to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def default_run_name(source: str | None, stamp: str) -> str:
-    """Return `<preset or file>-<stamp>`."""
-    return f"{Path(source).stem if source and source not in PRESETS else source or 'tiny'}-{stamp}"
+def default_run_name(source: str | None, overrides: list[str], stamp: str) -> str:
+    """Return `<preset or file>-<stamp>`, or that of the folder that `init` names where there is neither."""
+    if source is None:
+        return f"{Path(_init_of(overrides) or 'tiny').name}-{stamp}"
+    return f"{source if source in PRESETS else Path(source).stem}-{stamp}"
+
+
+def _init_of(overrides: list[str]) -> str | None:
+    return next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("init=")), None)
 
 
 def with_run(config: Config, **changes: Any) -> Config:
@@ -99,6 +108,22 @@ def _read_source(source: str | None) -> tuple[str, str]:
     close = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UserError(f"{name!r}: no such preset or file; {hint}presets: {', '.join(PRESETS)}")
+
+
+def _read_init(init: str) -> tuple[str, str]:
+    """Return name and text of the configuration that belongs to a run's folder or one of its checkpoints: what the parameters need."""
+    import fsspec
+
+    run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
+    name = f"{run_dir}/config.yaml"
+    try:
+        with fsspec.open(name, "r") as file:
+            plain = OmegaConf.to_container(OmegaConf.create(file.read()))
+    except (OSError, ValueError, ImportError, YAMLError) as error:
+        raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`") from error
+    kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}
+    kept["data"] = {"tokenizer": plain.get("data", {}).get("tokenizer", "bytes")}
+    return name, OmegaConf.to_yaml(OmegaConf.create(kept))
 
 
 def _expand_shorthands(plain: dict[str, Any]) -> None:

@@ -120,6 +120,11 @@ def level_plans(config: Config, vocab_size: int) -> tuple[LevelPlan, ...]:
     return _level_plans(config, build_model(config, vocab_size, device="meta", seed=None))
 
 
+def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the model."""
+    return {name: tuple(p.shape) for name, p in build_model(config, vocab_size, device="meta", seed=None).named_parameters()}
+
+
 def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
     parameters = level_parameters(model)
     return tuple(
@@ -203,7 +208,7 @@ def _attention_problems(layers: list[nn.Module], model: ModelConfig) -> list[Pro
             value="v = W_v x",
             objective="sum_i exp(<q, k_i> / sqrt d) |y - v_i|^2",
             rule="solved for every token (softmax attention)",
-            state_values=len(layers) * 2 * model.dim * model.seq_len,
+            state_values=len(layers) * 2 * model.kv_heads * model.head_dim * model.seq_len,
             runs_on=WORKERS,
         )
     ]

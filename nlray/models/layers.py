@@ -70,6 +70,13 @@ class ParameterModule(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.inits[name] = init
 
+    def add_bias(self, name: str, size: int, *, is_there: bool) -> None:
+        """Register the bias `name`, zero at the start, or None in its place."""
+        if is_there:
+            self.add(name, size, init=constant(0.0))
+        else:
+            self.register_parameter(name, None)
+
 
 def parameter_inits(model: nn.Module) -> dict[str, Init]:
     """Return the Init of every parameter by its full name, in model order."""
@@ -85,9 +92,16 @@ def out_std(fan_in: int, num_layers: int) -> float:
     return 1.0 / math.sqrt(fan_in * 2 * num_layers)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Return x over its root mean square along the last dimension, times weight; computed in float32 at least."""
-    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, NORM_EPS)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Return RMSNorm of x where there is no bias, else LayerNorm, along the last dimension; computed in float32 at least."""
+    if bias is None:
+        return rms_norm(x, weight, eps)
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps)
 
 
 class ShortConvolution(ParameterModule):

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlray.config import Config
+from nlray.config import Config, ModelConfig
+from nlray.initial import fill_parameters_
 from nlray.models.attention import Attention, AttentionState
-from nlray.models.cms import ContinuumMemory, Level
+from nlray.models.cms import ContinuumMemory, Level, MLPForm
 from nlray.models.hope import Titans, TitansState
-from nlray.models.layers import GatedMLP, ParameterModule, constant, initialize_, normal, parameter_inits, rms_norm
+from nlray.models.layers import GatedMLP, ParameterModule, constant, normal, normalize, parameter_inits
 
 EMBEDDING_STD = 0.02
 
@@ -35,9 +36,14 @@ class Embedding(ParameterModule):
 class FinalNorm(ParameterModule):
     """The norm before the head."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.add("weight", dim, init=constant(1.0))
+        self.eps = model.norm_eps
+        self.add("weight", model.dim, init=constant(1.0))
+        self.add_bias("bias", model.dim, is_there=model.norm == "layer")
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return normalize(x_BTD, self.weight, self.bias, self.eps)
 
 
 class Block(ParameterModule):
@@ -52,7 +58,8 @@ class Block(ParameterModule):
         if model.uses_cms:
             levels = memory.levels_of(layer, model.layers)
             is_independent = memory.variant == "independent"
-            mlp = ContinuumMemory(model.dim, config.cms_hidden, model.layers, levels, is_independent=is_independent)
+            form = MLPForm(kind=memory.mlp, has_bias=memory.mlp_bias, norm=model.norm, norm_eps=model.norm_eps)
+            mlp = ContinuumMemory(model.dim, config.cms_hidden, model.layers, levels, is_independent=is_independent, form=form)
         elif model.kind == "titans":
             mlp = Level(model.dim, model.mlp_hidden or 4 * model.dim, model.layers)
         else:
@@ -75,8 +82,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(vocab_size, config.model.dim)
+        longest = config.model.attention.max_positions if config.model.uses_attention else None
+        self.positions = Embedding(longest, config.model.dim) if longest is not None else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.model.layers))
-        self.final_norm = FinalNorm(config.model.dim)
+        self.final_norm = FinalNorm(config.model)
         self.head = None if config.model.tie_head else Embedding(vocab_size, config.model.dim)
 
     def init_state(self, batch_size: int) -> State:
@@ -94,12 +103,20 @@ class LanguageModel(nn.Module):
             logits_BTV: [B, T, vocab_size]; and the new state (the given one is not modified).
         """
         x_BTD = F.embedding(tokens_BT, self.embedding.weight)
+        if self.positions is not None:
+            x_BTD = x_BTD + self._positions(0 if state is None else state[0].keys.shape[2], tokens_BT.shape[1])
         after: State = []
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x_BTD, block_state = block(x_BTD, before)
             after.append(block_state)
         head = self.embedding if self.head is None else self.head
-        return F.linear(rms_norm(x_BTD, self.final_norm.weight), head.weight), after
+        return F.linear(self.final_norm(x_BTD), head.weight), after
+
+    def _positions(self, start: int, length: int) -> Tensor:
+        longest = self.positions.weight.shape[0]
+        if start + length > longest:
+            raise ValueError(f"{start + length} tokens; allowed with learned positions: at most model.attention.max_positions={longest}")
+        return self.positions.weight[start : start + length]
 
     def token_losses(self, blocks: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return the cross-entropy of every next token in nats, [B, T], float32, and the state; blocks are [B, T + 1] ids."""
@@ -122,14 +139,12 @@ class LanguageModel(nn.Module):
 
 
 def build_model(config: Config, vocab_size: int, *, device: str | torch.device = "cpu", seed: int | None) -> LanguageModel:
-    """Return the model on `device`; seed None leaves the parameters unset, for a caller that loads them."""
+    """Return the model on `device`, with the parameters that `config.init` or the seed says; seed None leaves them unset."""
     with torch.device("meta"):
         model = LanguageModel(config, vocab_size)
     model.to_empty(device=device)
     if seed is not None:
-        inits = parameter_inits(model)
-        for name, parameter in model.named_parameters():
-            initialize_(name, parameter, inits[name], seed)
+        fill_parameters_(dict(model.named_parameters()), parameter_inits(model), config, seed)
     return model
 
 

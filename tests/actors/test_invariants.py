@@ -67,6 +67,15 @@ def test_kinds_without_levels_equal_the_plain_loop(small, kind):
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
+def test_a_run_that_starts_from_a_checkpoint_equals_the_plain_loop_that_does(small, tmp_path):
+    first = InProcessRun(small("run.stop_after=4")).train()
+    first.write(4, str(tmp_path / "start"))
+    config = small(f"init={tmp_path}/start", "memory.levels.slow.ranks=2", "run.seed=3")
+    second = InProcessRun(config)
+    assert digest_plainly(second.parameters) == digest_plainly(first.parameters)
+    assert digest_plainly(second.train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_periods_and_delays_equal_the_plain_loop(small, data):

@@ -91,9 +91,10 @@ def test_a_path_alone_is_a_source():
 
 
 def test_names_of_runs():
-    assert default_run_name(None, "S") == "tiny-S"
-    assert default_run_name("hope-1.3b", "S") == "hope-1.3b-S"
-    assert default_run_name("some/where/mine.yaml", "S") == "mine-S"
+    assert default_run_name(None, [], "S") == "tiny-S"
+    assert default_run_name("hope-1.3b", ["init=a/b"], "S") == "hope-1.3b-S"
+    assert default_run_name("some/where/mine.yaml", [], "S") == "mine-S"
+    assert default_run_name(None, ["init=runs/stacked"], "S") == "stacked-S"
     assert load_config("tiny", default_name="n").run.name == "n"
     assert load_config("tiny", ["run.name=own"], default_name="n").run.name == "own"
     assert with_run(Config(memory=load_config("tiny").memory), dir="d").run.dir == "d"

@@ -1,0 +1,205 @@
+"""Level stacking: the logits of small random decoders of each family, as the transformers library computes them, and bad sources."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlray.config_loading import load_config
+from nlray.errors import CheckpointError, UserError
+from nlray.evals.generate import generate
+from nlray.initial import check_initial
+from nlray.models.lm import build_model, level_parameters
+from nlray.nested_system import NestedSystem, parameter_shapes
+from nlray.stacking import stack
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-5
+COMMON = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+SOURCES = {
+    "llama": ("Llama", COMMON | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-3": ("Llama", COMMON | {"num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_parameters": LLAMA3, "head_dim": 16}),
+    "llama-biased": ("Llama", COMMON | {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", COMMON | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3", COMMON | {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2", {"vocab_size": 61, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 48}),
+}
+
+
+def save_source(folder: Path, name: str) -> torch.nn.Module:
+    """Write a random decoder, every one of its parameters other than at a usual start, as transformers does; return it."""
+    kind, options = SOURCES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**options)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", ["by_layer", "chain"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_logits_are_those_of_the_source(tmp_path, name, layout):
+    source = save_source(tmp_path / "source", name)
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), [f"memory.layout={layout}"])
+    config = load_config(None, [f"init={tmp_path}/out"])
+    assert config.model.kind == "hope_attention" and config.memory.layout == layout
+    model = build_model(config, config.model.vocab_size, seed=0)
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        expected = source(ids).logits
+        found, _ = model(ids)
+        first, state = model(ids[:, :23])
+        second, _ = model(ids[:, 23:], state)
+    scale = expected.abs().max()
+    assert scale > 0.1 and (found - expected).abs().max() < TOLERANCE * scale
+    assert (torch.cat([first, second], 1) - expected).abs().max() < TOLERANCE * scale
+
+
+def test_by_layer_the_levels_start_from_the_mlps_and_in_a_chain_the_slowest_does(tmp_path):
+    source = save_source(tmp_path / "source", "llama").model.layers
+    for layout in ("by_layer", "chain"):
+        stack(str(tmp_path / "source"), str(tmp_path / layout), [f"memory.layout={layout}"])
+    by_layer, chain = (load_config(None, [f"init={tmp_path}/{layout}"]) for layout in ("by_layer", "chain"))
+    levels = level_parameters(build_model(by_layer, 61, seed=0))
+    for index, level in enumerate(("fast", "medium", "slow", "slowest")):
+        assert torch.equal(levels[level][f"blocks.{index}.cms.{level}.w_in"], source[index].mlp.up_proj.weight)
+    levels = level_parameters(build_model(chain, 61, seed=0))
+    assert torch.equal(levels["slowest"]["blocks.2.cms.slowest.w_out"], source[2].mlp.down_proj.weight)
+    assert (levels["fast"]["blocks.2.cms.fast.w_out"] == 0).all()
+    assert torch.equal(levels["fast"]["blocks.2.cms.fast.w_gate"], source[2].mlp.gate_proj.weight)
+
+
+def test_what_was_stacked_learns_in_every_level_generates_and_is_listed(tmp_path):
+    save_source(tmp_path / "source", "gpt2")
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), ["memory.layout=chain", "memory.levels.slowest=null"])
+    config = load_config(None, [f"init={tmp_path}/out", "memory.levels.slow.rule=dgd"])
+    model = build_model(config, 61, seed=0)
+    model.token_losses(tokens(2, 25))[0].mean().backward()
+    for level, parameters in level_parameters(model).items():
+        gradients = {n.rsplit(".", 1)[-1]: p.grad.abs().max() for n, p in parameters.items()}
+        assert gradients["w_out"] > 0 and (gradients["w_in"] > 0) == (level == "slow"), level
+    text = list(generate(model, [1, 2, 3], max_tokens=20, temperature=0.0, top_k=None, seed=0))
+    assert len(text) == 20
+    with pytest.raises(ValueError, match="max_positions=48"):
+        list(generate(model, [1, 2, 3], max_tokens=60, temperature=0.0, top_k=None, seed=0))
+    system = NestedSystem.build(config, 61)
+    assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
+    state = model(tokens(1, config.model.seq_len))[1]
+    attention = next(p for p in system.problems if p.name == "attention")
+    assert attention.state_values == sum(layer.keys.numel() + layer.values.numel() for layer in state)
+
+
+def test_weights_in_several_files_are_put_together(tmp_path):
+    source = save_source(tmp_path / "source", "llama")
+    source.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for name in ("source", "shards"):
+        stack(str(tmp_path / name), str(tmp_path / f"{name}-out"), [])
+    one, many = (build_model(load_config(None, [f"init={tmp_path}/{n}-out"]), 61, seed=0) for n in ("source", "shards"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), many.parameters(), strict=True))
+
+
+def test_a_new_level_that_the_start_does_not_have_is_one_line(tmp_path):
+    save_source(tmp_path / "source", "llama")
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), ["memory.layout=chain"])
+    for overrides, words in (
+        (["memory.levels={new: {update_period: 2}}"], r"init: .* has no parameter blocks.0.cms.new.norm"),
+        (["memory.hidden=8"], r"init: blocks.0.cms.fast.w_gate is \[40, 32\] in .*; the configuration makes it \[8, 32\]"),
+    ):
+        config = load_config(None, [f"init={tmp_path}/out", *overrides])
+        with pytest.raises(CheckpointError, match=words):
+            check_initial(config, parameter_shapes(config, 61))
+        with pytest.raises(CheckpointError, match=words):
+            build_model(config, 61, seed=0)
+
+
+def broken(change: str, folder: Path) -> None:
+    """Break a source in one way."""
+    settings = json.loads((folder / "config.json").read_text())
+    if change == "pickled":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif change == "torn":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    elif change == "no config":
+        (folder / "config.json").unlink()
+    elif change == "layers":
+        settings["num_hidden_layers"] = 5
+    elif change == "width":
+        settings["intermediate_size"] = 48
+    elif change == "yarn":
+        settings["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    else:
+        settings[change] = {"model_type": "mamba", "hidden_act": "relu", "quantization_config": {"bits": 4}}[change]
+    if (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("pickled", r"pickled weights \(pytorch_model.bin\); allowed: safetensors"),
+        ("torn", r"model.safetensors: not a safetensors file"),
+        ("no config", r"no config.json"),
+        ("layers", r"have no tensor layers.4"),
+        ("width", r"w_gate would be \[40, 32\]; config.json makes it \[48, 32\]"),
+        ("yarn", r"rope_type is 'yarn'; allowed: default, linear, llama3"),
+        ("model_type", r"architecture 'mamba'; allowed: llama, qwen2, qwen3, gpt2"),
+        ("hidden_act", r"hidden_act is 'relu'; allowed: 'silu'"),
+        ("quantization_config", r"quantization_config is {'bits': 4}; allowed: None"),
+    ],
+)
+def test_a_source_that_cannot_be_taken_over_is_one_line_and_leaves_nothing(tmp_path, change, words):
+    save_source(tmp_path / "source", "llama")
+    broken(change, tmp_path / "source")
+    with pytest.raises(UserError, match=words) as caught:
+        stack(str(tmp_path / "source"), str(tmp_path / "out"), [])
+    assert "\n" not in str(caught.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.dim=64", r"model.dim is 64; .* has 32"),
+        ("model.attention.kv_heads=1", r"model.attention is "),
+        ("memory.hidden=8", r"memory.hidden is 8; .* has 40"),
+        ("memory.variant=independent", r"memory.variant is independent; allowed for a pretrained model: sequential, nested"),
+    ],
+)
+def test_what_the_weights_decide_cannot_be_changed(tmp_path, override, words):
+    save_source(tmp_path / "source", "llama")
+    with pytest.raises(UserError, match=words):
+        stack(str(tmp_path / "source"), str(tmp_path / "out"), ["memory.layout=chain", override])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    save_source(tmp_path / "source", "llama")
+    shutil.copytree(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(UserError, match="holds something already"):
+        stack(str(tmp_path / "source"), str(tmp_path / "out"), [])
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_init_without_a_configuration_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"init: .*nowhere: no configuration there"):
+        load_config(None, [f"init={tmp_path}/nowhere"])
