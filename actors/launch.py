@@ -38,6 +38,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "memory.hidden": config.memory.hidden,
         "sequence.global_batch": config.sequence.global_batch,
         "sequence.optimizer.name": config.sequence.optimizer.name,
+        "sequence.optimizer.options": config.sequence.optimizer.options,
         "data.tokenizer": config.data.tokenizer,
         "data.eval_fraction": config.data.eval_fraction,
         "data.stream.shuffle": config.data.stream.shuffle,
@@ -50,6 +51,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
         keys[f"memory.levels.{name}.optimizer.name"] = level.optimizer.name
+        keys[f"memory.levels.{name}.optimizer.options"] = level.optimizer.options
     return keys
 
 
