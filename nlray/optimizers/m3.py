@@ -35,7 +35,7 @@ class M3(GradientOptimizer):
         slow_every: int | Sequence[int] = 16,
         averages: bool = True,
         newton_schulz_steps: int = 5,
-        eps: float = 1e-10,
+        eps: float = 1e-8,
         update_rms: float | None = 0.2,
     ) -> None:
         """
@@ -47,7 +47,7 @@ class M3(GradientOptimizer):
                 and alpha are one number for all of them, or as many.
             averages: decayed averages M <- beta M + (1 - beta) g; False: the sums M <- M + beta g, as Algorithm 1 prints them.
             newton_schulz_steps: iterations, >= 1.
-            eps: added to V, > 0.
+            eps: added to V, > 0; it bounds how far an element with next to no gradient stands out.
             params, lr, weight_decay, update_rms: see `GradientOptimizer`; update_rms=None is the printed step, whose size
                 goes with that of 1 / g.
 
