@@ -7,10 +7,10 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels chaos bench bench-recovery bench-long
+.PHONY: help install train test test-fast check doctor levels chaos bench bench-recovery bench-long bench-optimizers
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Options go in ARGS, for example: make train ARGS="small run.steps=500"'
 
 install: $(INSTALLED)  ## create .venv with pinned packages (the others do it when needed)
@@ -47,6 +47,9 @@ bench-recovery: $(INSTALLED)  ## measure detection, restore and replay of faults
 bench-long: $(INSTALLED)  ## measure a trained model far beyond its training length: make bench-long RUN=runs/NAME
 	@test -n "$(RUN)" || { echo 'say which run: make bench-long RUN=runs/NAME' >&2; exit 2; }
 	$(VENV)/bin/python -m benchmarks.long_context $(RUN) $(ARGS)
+
+bench-optimizers: $(INSTALLED)  ## measure a step of each optimizer; ARGS="--part table": the loss each reaches, hours, goes on where it stopped
+	$(VENV)/bin/python -m benchmarks.optimizers $(or $(ARGS),--part cost)
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -41,6 +41,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "memory.layout": config.memory.layout,
         "sequence.global_batch": config.sequence.global_batch,
         "sequence.optimizer.name": config.sequence.optimizer.name,
+        "sequence.optimizer.options": config.sequence.optimizer.options,
         "data.tokenizer": config.data.tokenizer,
         "data.eval_fraction": config.data.eval_fraction,
         "data.stream.shuffle": config.data.stream.shuffle,
@@ -53,6 +54,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
         keys[f"memory.levels.{name}.optimizer.name"] = level.optimizer.name
+        keys[f"memory.levels.{name}.optimizer.options"] = level.optimizer.options
     return keys
 
 

@@ -11,12 +11,11 @@ import time
 
 import torch
 
+from benchmarks.bare import BareLoop
 from nlray.actors.launch import launch, resolve
 from nlray.actors.types import ENDED
 from nlray.config import Config
 from nlray.config_loading import load_config
-from nlray.models.lm import build_model, level_parameters, sequence_parameters
-from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream
 
 WARM_UP_STEPS = 8
@@ -24,24 +23,12 @@ WARM_UP_STEPS = 8
 
 def bare_loop(config: Config, num_steps: int) -> float:
     """Return the tokens per second of a plain loop: no Ray, no exchange, every level in this process."""
-    torch.set_num_threads(config.sequence.resources.num_threads)
-    model = build_model(config, config.model.vocab_size, seed=config.run.seed)
+    loop = BareLoop(config)
     blocks = torch.from_numpy(BlockStream(config.data, seq_len=config.model.seq_len, seed=0).take(config.sequence.global_batch).blocks)
-    groups = [(1, sequence_parameters(model), config.sequence.optimizer)]
-    groups += [(config.levels[n].update_period, p, config.levels[n].optimizer) for n, p in level_parameters(model).items()]
-    optimizers = [(period, parameters, OuterOptimizer(parameters, o, horizon=config.run.steps), o.clip) for period, parameters, o in groups]
     seconds = []
     for step in range(1, num_steps + 1):
         started = time.perf_counter()
-        model.token_losses(blocks)[0].mean().backward()
-        for period, parameters, optimizer, clip in optimizers:
-            if step % period == 0:
-                for parameter in parameters.values():
-                    parameter.grad.div_(period)
-                clip_gradients_([p.grad for p in parameters.values()], clip)
-                optimizer.step(step)
-                for parameter in parameters.values():
-                    parameter.grad = None
+        loop.step(step, blocks)
         seconds.append(time.perf_counter() - started)
     return blocks.shape[0] * config.model.seq_len / statistics.median(seconds[WARM_UP_STEPS:])
 

@@ -6,6 +6,7 @@ failures are one line on stderr; `--debug` adds the traceback. Everything slow t
 so that `nlray --help` is instant.
 """
 
+import os
 import sys
 import traceback
 from datetime import datetime
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     session = SimpleNamespace(debug=False)
+    # A command's path lacks the folder it is run in, which a user's own optimizer is imported from; Ray's actors have it.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         # Not `app()`: it has its own ways with Ctrl-C and errors.
         command = typer.main.get_command(app)

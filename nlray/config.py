@@ -4,6 +4,7 @@ Inside the program only the frozen dataclasses below travel. Nothing here import
 before anything slow starts.
 """
 
+import difflib
 import math
 import re
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from omegaconf import MISSING
 from nlray.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+OPTIMIZERS = ("adamw", "muon", "gradient_descent", "adagrad", "momentum", "delta_momentum", "deep_momentum", "m3")
+"""Names of the optimizers of `nlray.optimizers`; its registry has the class of each."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -255,10 +260,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """An outer optimizer. `muon` takes the matrices and AdamW the rest."""
+    """An outer optimizer. One that works on matrices only takes the weight matrices, and AdamW the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the weight matrices with AdamW for everything else."""
+    name: str = "adamw"
+    """One of OPTIMIZERS, or `package.module:Class`, a class of your own (`docs/extending.md`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer's class, by name, for example {slow_every: 32}; `nlray/optimizers/` says which there are."""
     lr: float = 3e-3
     """Peak learning rate (for Muon's matrices scaled to AdamW's update size, so one number serves both)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -274,6 +281,10 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS and _IMPORT_PATH.fullmatch(self.name) is None:
+            close = difflib.get_close_matches(self.name, OPTIMIZERS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            _require(False, f"name is {self.name!r}; {hint}allowed: {', '.join(OPTIMIZERS)}, or package.module:Class")
         _require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}; allowed: more than 0")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),

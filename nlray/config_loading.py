@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nlray.config import Config, DataConfig, LevelConfig, MemoryConfig, SourceConfig
+from nlray.config import Config, DataConfig, LevelConfig, MemoryConfig, OptimizerConfig, SourceConfig
 from nlray.errors import UserError
 
 PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
@@ -137,10 +137,21 @@ def _expand_shorthands(plain: dict[str, Any]) -> None:
         defaults = memory.get("defaults") or {}
         _check_keys(defaults, LevelConfig, prefix="memory.defaults.")
         memory["levels"] = {
-            name: OmegaConf.to_container(OmegaConf.merge(defaults, level)) if isinstance(level, dict) else level
+            name: OmegaConf.to_container(OmegaConf.merge(_defaults_of(level, defaults), level)) if isinstance(level, dict) else level
             for name, level in memory["levels"].items()
             if level is not None
         }
+
+
+def _defaults_of(level: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults that hold for a level: options belong to an optimizer, so not those of another one than the level's."""
+    optimizer, own = defaults.get("optimizer"), level.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(own, dict):
+        return defaults
+    name = optimizer.get("name", OptimizerConfig().name)
+    if own.get("name", name) == name:
+        return defaults
+    return defaults | {"optimizer": {key: value for key, value in optimizer.items() if key != "options"}}
 
 
 def _check_keys(value: Any, schema: type, *, prefix: str) -> None:

@@ -5,9 +5,9 @@
     system.levels       a LevelPlan for each CMS level; the runtime's placement and exchange follow it
     system.actors       bytes that each kind of actor holds
 
-A problem comes from the component that solves it: `_MODULES`, `_RULES` and `_OPTIMIZERS` below map each module type,
-update rule and optimizer to the function that contributes its problems; one that is missing there is an error, so
-nothing can be trained that is not listed. Equation numbers are those of arXiv 2512.24695.
+A problem comes from the component that solves it: `_MODULES` and `_RULES` below map each module type and update rule to
+the function that contributes its problems, and an optimizer's class contributes its own (`gradient_memories`); one that
+contributes none is an error, so nothing can be trained that is not listed. Equation numbers are those of arXiv 2512.24695.
 """
 
 import math
@@ -25,7 +25,7 @@ from nlray.models.cms import ContinuumMemory, Level
 from nlray.models.hope import Titans
 from nlray.models.layers import GatedMLP, ShortConvolution
 from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, build_model, level_parameters, sequence_parameters
-from nlray.optimizers.outer import is_matrix
+from nlray.optimizers.registry import check_optimizers, gradient_memories
 
 _VALUE_BYTES = 4
 WORKERS = "workers"
@@ -89,7 +89,9 @@ class NestedSystem:
 
         Raises:
             NlrayError: a module, update rule or optimizer that contributes no problems.
+            UserError: an optimizer that cannot be built; the message names the key.
         """
+        check_optimizers(config)
         model = build_model(config, vocab_size, device="meta", seed=None)
         levels = _level_plans(config, model)
         sequence = _specs(sequence_parameters(model))
@@ -116,7 +118,8 @@ class NestedSystem:
 
 
 def level_plans(config: Config, vocab_size: int) -> tuple[LevelPlan, ...]:
-    """Return what the runtime needs of each CMS level, fastest first."""
+    """Return what the runtime needs of each CMS level, fastest first; raise UserError for an optimizer that cannot be built."""
+    check_optimizers(config)
     return _level_plans(config, build_model(config, vocab_size, device="meta", seed=None))
 
 
@@ -238,7 +241,7 @@ def _outer_problems(config: Config, sequence: tuple[TensorSpec, ...]) -> list[Pr
     frequency = 1.0 / _step_tokens(config)
     optimizer = config.sequence.optimizer
     memories = optimizer_problems("sequence", optimizer, sequence, frequency, WORKERS)
-    after = tuple(m.name for m in memories)
+    after = _of_frequency(memories, frequency)
 
     def problem(name: str, key: str, value: str, objective: str, tensors: list[TensorSpec]) -> Problem:
         return Problem(
@@ -281,7 +284,7 @@ def _level_problems(config: Config, plan: LevelPlan) -> list[Problem]:
         rule=f"{rule}; every {'step' if plan.update_period == 1 else f'{plan.update_period} steps'} (Eq. 71)",
         parameters=plan.num_parameters,
         runs_on=runs_on,
-        after=tuple(m.name for m in memories),
+        after=_of_frequency(memories, frequency),
     )
     return [*memories, cms, *initial]
 
@@ -309,6 +312,10 @@ def _initial_state_problems(config: Config, plan: LevelPlan, runs_on: str) -> li
     return [*memories, state]
 
 
+def _of_frequency(problems: list[Problem], frequency: float) -> tuple[str, ...]:
+    return tuple(p.name for p in problems if p.updates_per_token == frequency)
+
+
 _RULES: dict[str, Callable[[LevelConfig], tuple[str, str]]] = {
     "gd": lambda level: ("<W x, delta> (Eq. 8-9)", level.optimizer.name),
     "dgd": lambda level: ("1/2 |W x + delta|^2 (Eq. 56)", f"delta rule, lambda {level.dgd_lambda:g} (Eq. 57), {level.optimizer.name}"),
@@ -319,55 +326,22 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
     """Return the memories that an optimizer keeps of the gradients of `owner`, one problem each.
 
     Raises:
-        NlrayError: an optimizer that contributes none.
+        UserError: an optimizer that lists none, or cannot be used.
     """
-    contribute = _lookup(_OPTIMIZERS, config.name, f"optimizer {config.name!r}")
     return [
         Problem(
             name=f"{owner}.{memory.name}",
-            updates_per_token=frequency,
+            updates_per_token=frequency / memory.every,
             context_flow="gradients",
-            key="gradient g",
+            key=memory.key,
             value=memory.value,
             objective=memory.objective,
             rule=memory.rule,
             state_values=memory.size,
             runs_on=runs_on,
         )
-        for memory in contribute(config, list(tensors))
-        if memory.size
+        for memory in gradient_memories(config, {t.name: t.shape for t in tensors})
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _GradientMemory:
-    """What an optimizer remembers of gradients; `size` values."""
-
-    name: str
-    value: str
-    objective: str
-    rule: str
-    size: int
-
-
-def _adamw(config: OptimizerConfig, tensors: list[TensorSpec]) -> list[_GradientMemory]:
-    size = sum(t.numel for t in tensors)
-    beta1, beta2 = config.betas
-    return [
-        _GradientMemory("momentum", "sqrt of the sum of g^2", "|m g - P|^2 (Eq. 101-105)", f"decayed sum, beta {beta1:g}", size),
-        _GradientMemory("second_moment", "g^2", "|v - g^2|^2", f"decayed sum, beta {beta2:g}", size),
-    ]
-
-
-def _muon(config: OptimizerConfig, tensors: list[TensorSpec]) -> list[_GradientMemory]:
-    """Muon for the weight matrices; AdamW takes the rest."""
-    size = sum(t.numel for t in tensors if is_matrix(t.name))
-    rule = f"decayed sum, beta {config.momentum:g}; read through Newton-Schulz (Eq. 52)"
-    muon = _GradientMemory("muon_momentum", "none", "-<m, g> (Eq. 10-13)", rule, size)
-    return [muon, *_adamw(config, [t for t in tensors if not is_matrix(t.name)])]
-
-
-_OPTIMIZERS: dict[str, Callable[[OptimizerConfig, list[TensorSpec]], list[_GradientMemory]]] = {"adamw": _adamw, "muon": _muon}
 
 
 # What it costs.
@@ -398,8 +372,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
 
 
 def _optimizer_bytes(config: OptimizerConfig, tensors: Iterable[TensorSpec]) -> int:
-    memories = _lookup(_OPTIMIZERS, config.name, f"optimizer {config.name!r}")(config, list(tensors))
-    return _VALUE_BYTES * sum(m.size for m in memories)
+    return _VALUE_BYTES * sum(m.size for m in gradient_memories(config, {t.name: t.shape for t in tensors}))
 
 
 def _size(tensors: Iterable[TensorSpec]) -> int:

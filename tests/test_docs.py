@@ -1,6 +1,7 @@
 """The documents describe today's code: the paths, functions, commands and configuration keys that they name exist."""
 
 import ast
+import inspect
 import re
 import shlex
 from dataclasses import is_dataclass
@@ -9,14 +10,19 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 import typer
+from torch import nn
 
 from nlray.clusters.cli import app, split_arguments
-from nlray.config import Config, LevelConfig
+from nlray.config import OPTIMIZERS, Config, LevelConfig
 from nlray.config_loading import PRESETS, load_config, parse_config
+from nlray.nested_system import NestedSystem
+from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
+from nlray.optimizers.registry import CLASSES
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("architecture", "paper_map", "glossary", "lab_notes"))]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("architecture", "extending", "paper_map", "glossary", "lab_notes"))]
 PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
 KEY = re.compile(r"(?:run|data|model|memory|sequence|exchange|recovery|eval)(?:\.\w+)+")
 
@@ -138,3 +144,45 @@ def test_the_example_file_of_the_readme_loads():
     config = parse_config("README.md", example)
     assert [source.path for source in config.data.sources] == ["a.parquet", "b/"]
     assert list(config.levels) == ["fast", "slow"] and config.levels["slow"].ranks == 2
+
+
+def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
+    (example,) = code_blocks("docs/extending.md", "python")
+    (tmp_path / "lion.py").write_text(example)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    commands = [shlex.split(line)[1:] for line in "".join(code_blocks("docs/extending.md", "sh")).splitlines()]
+    assert [words[:2] for words in commands] == [["levels", "tiny"], ["train", "tiny"]]
+    for words in commands:
+        config = load_config("tiny", [*words[2:], "memory.defaults.optimizer.schedule.kind=constant"])
+        names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        assert names["cms.slow.momentum"].state_values == names["cms.slow"].parameters
+        level = config.levels["slow"].optimizer
+        assert level.name == "lion:Lion" and level.lr == 1e-3 and level.options in ({}, {"beta1": 0.95})
+        beta1 = level.options.get("beta1", 0.9)
+        parameters = {"w_in": torch.zeros(2, 2), "norm": torch.zeros(2)}
+        optimizer = OuterOptimizer(parameters, level, horizon=10)
+        first, second = torch.tensor([1.0, -2.0]), torch.tensor([-0.5 * beta1 / (1 - beta1) * 0.01, -1.0])
+        for step, gradient in ((17, first), (18, second)):
+            for parameter in parameters.values():
+                parameter.grad = gradient.expand_as(parameter).clone()
+            optimizer.step(step)
+        # The second answer is the sign of beta1 m + (1 - beta1) g, with m = 0.01 of the first gradient.
+        answer = (beta1 * 0.01 * first + (1 - beta1) * second).sign()
+        assert torch.allclose(parameters["norm"], -1e-3 * (first.sign() + answer)) and answer.tolist() == [1, -1] != second.sign().tolist()
+
+
+def test_the_optimizers_of_the_readme_are_those_of_the_configuration():
+    section = text_of("README.md").partition("\n### Optimizers")[2].partition("\n### ")[0]
+    rows = {name: row for row in section.splitlines() if (name := row.partition("`")[2].partition("`")[0]) and row.startswith("| `")}
+    assert tuple(rows) == OPTIMIZERS
+    for name, row in rows.items():
+        arguments = set(inspect.signature(CLASSES[name].__init__).parameters)
+        assert set(re.findall(r"`(\w+)`", row)) - {name} <= arguments, name
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    (example,) = code_blocks("README.md", "python")
+    scope = {"model": model, "torch": torch}
+    exec(example, scope)
+    before = model[0].weight.detach().clone()
+    model(torch.ones(5, 4)).square().mean().backward()
+    scope["optimizer"].step()
+    assert isinstance(scope["optimizer"], DeltaGradientDescent) and not torch.equal(model[0].weight, before)

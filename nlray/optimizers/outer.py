@@ -1,7 +1,7 @@
-"""The outer optimizers: AdamW and Muon over named parameters, with state that travels as named tensors.
+"""The outer optimizers by configuration, over named parameters, with state that travels as named tensors.
 
-The optimizers are torch's own. Each parameter is stepped as a tensor of its own (never as part of a flat buffer), so the
-result does not depend on which process holds which tensors.
+Each parameter is stepped as a tensor of its own (never as part of a flat buffer), so the result does not depend on which
+process holds which tensors.
 """
 
 from collections.abc import Mapping
@@ -10,44 +10,31 @@ import torch
 from torch import Tensor
 
 from nlray.config import OptimizerConfig
+from nlray.optimizers.registry import Share, deal, is_matrix
 from nlray.optimizers.schedules import learning_rate
 
 
 class OuterOptimizer:
     """One level's (or the sequence model's) optimizer over named parameters.
 
-    Muon takes the weight matrices of linear layers (`is_matrix`); embedding, head, convolutions, memory states and vectors
-    go to AdamW. Weight decay holds for matrices, embedding and head.
+    A class that takes only matrices gets the weight matrices of linear layers (`is_matrix`); embedding, head, convolutions,
+    memory states and vectors then go to AdamW. Weight decay holds for matrices, embedding and head.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, *, horizon: int) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.horizon = horizon
-        matrices = [n for n in parameters if is_matrix(n)]
-        decayed = [n for n in parameters if has_decay(n)]
-        by_muon = matrices if config.name == "muon" else []
+        self._optimizers = [self._build(share) for share in deal(config, list(parameters))]
+
+    def _build(self, share: Share) -> torch.optim.Optimizer:
+        config = self.config
         groups = [
-            {"params": self._select(n for n in decayed if n not in by_muon), "weight_decay": config.weight_decay},
-            {"params": self._select(n for n in parameters if n not in decayed and n not in by_muon), "weight_decay": 0.0},
+            {"params": [self.parameters[n] for n in share.names if has_decay(n)], "weight_decay": config.weight_decay},
+            {"params": [self.parameters[n] for n in share.names if not has_decay(n)], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
-        self._optimizers: list[torch.optim.Optimizer] = []
-        if groups:
-            self._optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True))
-        if by_muon:
-            self._optimizers.append(
-                torch.optim.Muon(
-                    self._select(by_muon),
-                    lr=config.lr,
-                    weight_decay=config.weight_decay,
-                    momentum=config.momentum,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
-
-    def _select(self, names) -> list[Tensor]:
-        return [self.parameters[n] for n in names]
+        return share.optimizer(groups, lr=config.lr, weight_decay=config.weight_decay, **share.options)
 
     def step(self, step: int) -> float:
         """Update the parameters in place from their `.grad`, at the learning rate of `step`; return that rate."""
@@ -74,19 +61,16 @@ class OuterOptimizer:
         Raises:
             KeyError: a state for a parameter that is not here.
         """
-        owner = {id(p): o for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        owner = {id(p): (o, g) for o in self._optimizers for g in o.param_groups for p in g["params"]}
         for optimizer in self._optimizers:
             optimizer.state.clear()
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
             parameter = self.parameters[name]
-            device = "cpu" if value.ndim == 0 and parameter.device.type == "cpu" else parameter.device
-            owner[id(parameter)].state[parameter][field] = value.detach().clone().to(device)
-
-
-def is_matrix(name: str) -> bool:
-    """Return whether a parameter is the weight matrix of a linear layer: these are named `w_*`."""
-    return name.rsplit(".", 1)[-1].startswith("w_")
+            optimizer, group = owner[id(parameter)]
+            # torch's own rule: a counter is on the CPU, where it can be read without waiting, unless a fused kernel reads it.
+            device = parameter.device if value.ndim or group.get("fused") or group.get("capturable") else "cpu"
+            optimizer.state[parameter][field] = value.detach().clone().to(device)
 
 
 def has_decay(name: str) -> bool:

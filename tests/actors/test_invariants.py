@@ -61,6 +61,13 @@ def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(smal
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("optimizer", ["{name: m3, options: {slow_every: 3}}", "{name: deep_momentum, options: {hidden: 8}}"])
+def test_optimizers_with_memories_of_their_own_equal_the_plain_loop(small, optimizer, ranks):
+    config = small(f"memory.defaults.optimizer={optimizer}", f"sequence.optimizer={optimizer}", f"memory.defaults.ranks={ranks}")
+    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
 @pytest.mark.parametrize("kind", ["titans", "transformer"])
 def test_kinds_without_levels_equal_the_plain_loop(small, kind):
     config = small(f"model.kind={kind}")

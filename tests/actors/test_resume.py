@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nlray.actors.launch import launch, resume_config
+from nlray.actors.launch import fixed_on_resume, launch, resume_config
 from nlray.errors import CheckpointError, UserError
 
 from .conftest import run_to_end
@@ -89,6 +89,11 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(small, tmp_path):
     with pytest.raises(UserError, match=r"already holds a run; use `nlray resume .*`, or run\.overwrite=true"):
         launch(config)
     assert kept.read_text() == '{"step": 1}\n'
+
+
+def test_a_resumed_run_keeps_the_options_of_its_optimizers(small):
+    fixed = fixed_on_resume(small("memory.levels.slow.optimizer={name: m3, options: {slow_every: 2}}"))
+    assert fixed["memory.levels.slow.optimizer.options"] == {"slow_every": 2} and fixed["sequence.optimizer.options"] == {}
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):

@@ -283,3 +283,21 @@ def test_levels_as_tables_name_every_problem(capsys):
     out = capsys.readouterr().out
     for name in ("attention", "infinite", "sequence.muon_momentum", "cms.slowest.second_moment", "memory levels", "actors"):
         assert name in out
+
+
+@pytest.mark.parametrize("command", ["levels", "train"])
+def test_a_wrong_option_of_an_optimizer_is_told_before_anything_starts(command, text, scripted, capsys, tmp_path):
+    handle = scripted()
+    mistake = ["sequence.optimizer.name=m3", "sequence.optimizer.options={slow_evry: 2}"]
+    assert main([command, *SMALL, *mistake, text, f"run.dir={tmp_path}/run"]) == 2
+    message = only_line(capsys.readouterr().err)
+    assert message.startswith("nlray: error: sequence.optimizer.options.slow_evry") and "did you mean slow_every?" in message
+    assert handle.launched == [] and not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_is_imported_from_the_folder_the_command_runs_in(tmp_path):
+    (tmp_path / "mine.py").write_text("from nlray.optimizers import Momentum\n\nclass Mine(Momentum):\n    pass\n")
+    command = [Path(sys.executable).with_name("nlray"), "levels", *SMALL, "sequence.optimizer.name=mine:Mine", "--json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "sequence.momentum" in {problem["name"] for problem in json.loads(result.stdout)["problems"]}

@@ -74,6 +74,23 @@ def test_defaults_hold_where_a_level_says_nothing():
     assert [level.ranks for level in config.levels.values()] == [2, 2, 3, 2]
 
 
+def test_options_of_an_optimizer_are_kept_as_they_came():
+    options = "{slow_every: [16, 128], beta3: 0.99}"
+    config = load_config("tiny", ["memory.defaults.optimizer.name=m3", f"memory.defaults.optimizer.options={options}"])
+    assert {level.optimizer.name for level in config.levels.values()} == {"m3"}
+    assert all(level.optimizer.options == {"slow_every": [16, 128], "beta3": 0.99} for level in config.levels.values())
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
+def test_options_of_the_defaults_hold_for_levels_with_the_same_optimizer_only():
+    defaults = "memory.defaults.optimizer={name: m3, lr: 0.5, options: {beta3: 0.99}}"
+    own = ["memory.levels.slow.optimizer.name=adamw", "memory.levels.medium.optimizer.options.alpha=1.0"]
+    levels = load_config("tiny", [defaults, *own]).levels
+    assert levels["slow"].optimizer.options == {} and levels["slow"].optimizer.lr == 0.5
+    assert levels["medium"].optimizer.options == {"beta3": 0.99, "alpha": 1.0}
+    assert levels["fast"].optimizer.options == {"beta3": 0.99}
+
+
 @pytest.mark.parametrize(("period", "delay", "visible"), [(1, None, 0), (4, None, 4), (64, None, 8), (64, 0, 0), (1, 1, 1)])
 def test_delay_in_force(period, delay, visible):
     config = config_from_dict({"memory": {"levels": {"a": {"update_period": period, "delay": delay}}}})
@@ -109,6 +126,12 @@ def test_names_of_runs():
         (["memory.levels.slow.period=3"], ["memory.levels.slow.period"]),
         (["memory.levels.slow.optimizer.beta=3"], ["memory.levels.slow.optimizer.beta", "betas"]),
         (["memory.defaults.period=3"], ["memory.defaults.period"]),
+        (
+            ["memory.levels.slow.optimizer.name=delta_momentm"],
+            ["memory.levels.slow.optimizer.name is", "did you mean 'delta_momentum'", "m3"],
+        ),
+        (["sequence.optimizer.name=torch.optim.SGD"], ["sequence.optimizer.name", "package.module:Class"]),
+        (["sequence.optimizer.options=3"], ["sequence.optimizer.options", "int", "Dict"]),
         (["model.dim=wide"], ["model.dim", "wide"]),
         (["model.kind=mamba"], ["model.kind", "mamba", "transformer"]),
         (["model.heads=3"], ["model.heads", "3", "128"]),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import nlray.nested_system as nested_system
-from nlray.config import LevelConfig, ModelConfig, OptimizerConfig
+from nlray.config import OPTIMIZERS, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.config_loading import PRESETS, load_config
 from nlray.errors import NlrayError
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
@@ -19,7 +19,7 @@ from nlray.nested_system import NestedSystem, level_plans, optimizer_problems
 from nlray.optimizers import OuterOptimizer
 
 KINDS = get_args(get_type_hints(ModelConfig)["kind"])
-OPTIMIZERS = get_args(get_type_hints(OptimizerConfig)["name"])
+
 RULES = get_args(get_type_hints(LevelConfig)["rule"])
 SMALL = ["model.dim=16", "model.layers=3", "model.heads=2", "model.seq_len=32", "model.chunk_size=8", "sequence.global_batch=4"]
 VOCAB = 31
@@ -129,11 +129,19 @@ def test_bytes_of_actors_and_wire():
 
 
 def test_optimizer_that_contributes_nothing_is_an_error():
-    class Lion:
-        name = "lion"
+    with pytest.raises(NlrayError, match="contributes no optimization problem"):
+        optimizer_problems("sequence", OptimizerConfig(name="torch.optim:SGD"), [], 1.0, "workers")
 
-    with pytest.raises(NlrayError, match="'lion' contributes no optimization problem"):
-        optimizer_problems("sequence", Lion(), [], 1.0, "workers")
+
+def test_a_slow_momentum_has_a_frequency_of_its_own():
+    """M3's slow momentum is a memory of the optimizer that is updated once in f of the level's updates (Eq. 75)."""
+    _, system = build("memory.levels.slow.optimizer={name: m3, options: {slow_every: [2, 5]}}")
+    level = of(system, "cms.slow")
+    assert of(system, "cms.slow.m3_fast_momentum").updates_per_token == level.updates_per_token
+    assert of(system, "cms.slow.m3_slow_momentum").updates_per_token == level.updates_per_token / 2
+    assert of(system, "cms.slow.m3_slow_momentum_2").updates_per_token == level.updates_per_token / 5
+    assert set(level.after) == {f"cms.slow.{n}" for n in ("m3_fast_momentum", "m3_second_moment", "momentum", "second_moment")}
+    assert of(system, "cms.slow.m3_slow_momentum").level > level.level > of(system, "cms.slow.m3_fast_momentum").level
 
 
 def test_module_that_contributes_nothing_is_an_error(monkeypatch):

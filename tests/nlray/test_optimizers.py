@@ -4,10 +4,18 @@ import copy
 import math
 
 import pytest
+import safetensors.torch
 import torch
 
-from nlray.config import OptimizerConfig, ScheduleConfig
+from nlray.config import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from nlray.optimizers import OuterOptimizer, clip_factor, clip_gradients_, has_decay, is_matrix, learning_rate, tensor_norms, total_norm
+
+# Options under which an optimizer holds all the state that it can, and changes it between the steps of a test.
+LONG_STATE = {
+    "momentum": {"preconditioner": "diagonal", "features": "cubic", "output": "tanh"},
+    "delta_momentum": {"preconditioner": "diagonal"},
+    "m3": {"slow_every": [2, 5]},
+}
 
 
 def make_parameters(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -17,6 +25,8 @@ def make_parameters(seed: int = 0) -> dict[str, torch.Tensor]:
         "blocks.0.cms.fast.w_in": (6, 4),
         "blocks.0.cms.fast.norm": (4,),
         "blocks.0.memory.m_k": (2, 3, 3),
+        "blocks.0.cms.fast.w_out": (4, 6),
+        "blocks.1.cms.fast.w_in": (6, 4),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -51,7 +61,7 @@ def test_adamw_follows_its_formula_and_decays_matrices_and_embeddings_only():
             gradient = parameters[name].grad.double()
             first[name] = 0.8 * first[name] + 0.2 * gradient
             second[name] = 0.9 * second[name] + 0.1 * gradient**2
-            if name in ("embedding.weight", "blocks.0.cms.fast.w_in"):
+            if name == "embedding.weight" or name.rpartition(".")[2] in ("w_in", "w_out"):
                 value *= 1 - 0.01 * 0.3
             value -= 0.01 * (first[name] / (1 - 0.8**step)) / ((second[name] / (1 - 0.9**step)).sqrt() + 1e-6)
     for name, value in expected.items():
@@ -70,28 +80,64 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     keys = {key.rpartition("/")[0]: set() for key in optimizer.state_tensors()}
     for key in optimizer.state_tensors():
         keys[key.rpartition("/")[0]].add(key.rpartition("/")[2])
-    assert keys["blocks.0.cms.fast.w_in"] == {"momentum_buffer"}
-    assert all(k == {"step", "exp_avg", "exp_avg_sq"} for n, k in keys.items() if n != "blocks.0.cms.fast.w_in")
+    assert all(k == ({"momentum_buffer"} if is_matrix(n) else {"step", "exp_avg", "exp_avg_sq"}) for n, k in keys.items())
+    assert keys.keys() == parameters.keys()
     # Newton-Schulz in bfloat16 leaves singular values near 1, times 0.2 sqrt(max(shape)) and the rate.
     values = torch.linalg.svdvals((before - parameters["blocks.0.cms.fast.w_in"]) / (0.1 * 0.2 * math.sqrt(6)))
     assert values.min() > 0.5 and values.max() < 1.5
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_taken_over_goes_on_bit_for_bit(name):
-    config = OptimizerConfig(name=name, schedule=ScheduleConfig(kind="constant"))
+    """Also in the middle of a slow momentum's window, with a preconditioner, and through a file."""
+    config = OptimizerConfig(name=name, options=LONG_STATE.get(name, {}), schedule=ScheduleConfig(kind="constant"))
     one = make_parameters()
     first = OuterOptimizer(one, config, horizon=10)
-    set_gradients(one, 1)
-    first.step(1)
+    for step in (1, 2, 3):
+        set_gradients(one, step)
+        first.step(step)
     two = copy.deepcopy(one)
     second = OuterOptimizer(two, config, horizon=10)
-    second.load_state_tensors(first.state_tensors())
-    for step, (parameters, optimizer) in ((2, (one, first)), (2, (two, second))):
-        set_gradients(parameters, step)
-        optimizer.step(step)
-    assert all(torch.equal(one[n], two[n]) for n in one)
-    assert not torch.equal(one["embedding.weight"], make_parameters()["embedding.weight"])
+    second.load_state_tensors(safetensors.torch.load(safetensors.torch.save(first.state_tensors())))
+    for step in (4, 5, 6):
+        for parameters, optimizer in ((one, first), (two, second)):
+            set_gradients(parameters, step)
+            optimizer.step(step)
+    assert all(torch.equal(one[n], two[n]) and not torch.equal(one[n], make_parameters()[n]) for n in one)
+    held = first.state_tensors()
+    assert all(torch.equal(value, held[key]) for key, value in second.state_tensors().items()) and len(held) == len(second.state_tensors())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_tensor_does_not_depend_on_which_others_are_in_the_optimizer(name):
+    """Whole tensors are dealt to ranks in any way; the bits are those of one rank that has them all, and of each alone."""
+    config = OptimizerConfig(name=name, options=LONG_STATE.get(name, {}), schedule=ScheduleConfig(kind="constant"))
+
+    def train(dealing: list[list[str]]) -> dict[str, torch.Tensor]:
+        parameters = make_parameters()
+        optimizers = [OuterOptimizer({n: parameters[n] for n in names}, config, horizon=10) for names in dealing]
+        for step in range(1, 6):
+            set_gradients(parameters, step)
+            for optimizer in optimizers:
+                optimizer.step(step)
+        return parameters
+
+    names = list(make_parameters())
+    together = train([names])
+    assert all(not torch.equal(together[n], make_parameters()[n]) for n in names)
+    for dealing in ([[n] for n in names], [names[3:0:-1], names[4:] + names[:1]]):
+        apart = train(dealing)
+        assert all(torch.equal(together[n], apart[n]) for n in names)
+
+
+def test_matrices_only_optimizers_leave_the_rest_to_adamw():
+    for config in (OptimizerConfig(name="m3"), OptimizerConfig(name="momentum", options={"output": "newton_schulz"})):
+        parameters = make_parameters()
+        plain = make_parameters()
+        for values, c in ((parameters, config), (plain, OptimizerConfig())):
+            set_gradients(values, 1)
+            OuterOptimizer(values, c, horizon=10).step(1)
+        assert {n for n in plain if torch.equal(plain[n], parameters[n])} == {n for n in plain if not is_matrix(n)} != set()
 
 
 def test_clipping_in_parts_is_clipping_of_the_whole():

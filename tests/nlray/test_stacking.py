@@ -41,9 +41,8 @@ def save_source(folder: Path, name: str) -> torch.nn.Module:
     """Write a random decoder, every one of its parameters other than at a usual start, as transformers does; return it."""
     kind, options = SOURCES[name]
     torch.manual_seed(0)
-    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**options)
-    ).eval()
+    model_class = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+    model = model_class(getattr(transformers, f"{kind}Config")(**options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -1,0 +1,164 @@
+"""The optimizers beside AdamW: `python -m benchmarks.optimizers --part cost|table [key=value ...]`.
+
+cost   time of a step of each at the matrix shapes of the preset hope-340m. They take turns, so that a machine whose speed
+       drifts favours none; a turn is as many steps as M3's slow momentum has between two updates.
+table  300 steps of the preset tiny with each on the CMS levels (AdamW elsewhere): the learning rate is that of the sweep's
+       lowest held-out loss for seed 0, alike for all, then the mean and spread of three seeds. Hours. Each finished run is a JSON
+       line in --out; runs that are there are not done again, so it can be stopped and started at will.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bare import BareLoop
+from nlray.config import Config, OptimizerConfig, ScheduleConfig
+from nlray.config_loading import load_config
+from nlray.evals.heldout import heldout_losses
+from nlray.nested_system import level_plans
+from nlray.optimizers import OuterOptimizer
+from nlray.pipelines.stream import BlockStream, heldout_blocks
+from nlray.pipelines.tokenizers import checked_vocab_size
+
+RMS = {"update_rms": 0.2}
+"""AdamW's update size, so that one sweep of learning rates fits all."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw"},
+    "muon": {"name": "muon"},
+    "gradient_descent": {"name": "gradient_descent", "options": RMS},
+    "adagrad": {"name": "adagrad", "options": RMS},
+    "momentum": {"name": "momentum", "options": RMS},
+    "momentum, preconditioned": {"name": "momentum", "options": {"preconditioner": "diagonal", **RMS}},
+    "momentum, cubic": {"name": "momentum", "options": {"features": "cubic", **RMS}},
+    "momentum, newton_schulz": {"name": "momentum", "options": {"output": "newton_schulz", **RMS}},
+    "delta_momentum": {"name": "delta_momentum", "options": RMS},
+    "deep_momentum, l2": {"name": "deep_momentum", "options": {"objective": "l2"}},
+    "deep_momentum, dot": {"name": "deep_momentum", "options": {"objective": "dot"}},
+    "m3": {"name": "m3"},
+}
+LEARNING_RATES = (2e-3, 6e-3, 2e-2)
+SEEDS = (0, 1, 2)
+STEPS = 300
+HELDOUT_SEED = 0
+STEPS_A_TURN = 16
+WARM_UP_STEPS = 8
+
+
+def cost(turns: int) -> None:
+    """Print the time of a step of each variant over one layer of one level, and relative to AdamW's in the same turn."""
+    config = load_config("hope-340m")
+    shapes = {t.name: t.shape for t in level_plans(config, config.model.vocab_size)[0].tensors if t.name.startswith("blocks.0.")}
+    sizes = ", ".join(f"{name.rpartition('.')[2]} {list(shape)}" for name, shape in shapes.items())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), float32; {sizes}; {turns} turns of {STEPS_A_TURN} steps")
+    optimizers = {}
+    for label, plain in VARIANTS.items():
+        generator = torch.Generator().manual_seed(0)
+        parameters = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for parameter in parameters.values():
+            parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
+        optimizer_config = OptimizerConfig(schedule=ScheduleConfig(kind="constant"), **plain)
+        optimizers[label] = OuterOptimizer(parameters, optimizer_config, horizon=1)
+        optimizers[label].step(1)
+    seconds: dict[str, list[float]] = {label: [] for label in optimizers}
+    for _ in range(turns):
+        for label, optimizer in optimizers.items():
+            started = time.perf_counter()
+            for _ in range(STEPS_A_TURN):
+                optimizer.step(1)
+            seconds[label].append((time.perf_counter() - started) / STEPS_A_TURN)
+    print(f"{'':<26} {'ms a step':>10} {'relative to adamw, median (lowest..highest)':>44}")
+    for label, times in seconds.items():
+        ratios = [t / a for t, a in zip(times, seconds["adamw"], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+        print(f"{label:<26} {1e3 * statistics.median(times):10.2f} {spread:>44}")
+
+
+class Table:
+    """Finished runs, in a file of JSON lines, and the means of doing those that are missing."""
+
+    def __init__(self, out: Path, overrides: list[str]) -> None:
+        self.out, self.overrides = out, overrides
+        lines = out.read_text().splitlines() if out.exists() else []
+        self.done = {self._key(row): row for row in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple:
+        return row["label"], row["lr"], row["seed"], row["steps"], tuple(row["overrides"])
+
+    def run(self, label: str, lr: float, seed: int) -> dict[str, Any]:
+        """Return a run's row, from the file or by training; its held-out loss is null where the training broke down."""
+        row = {"label": label, "lr": lr, "seed": seed, "steps": STEPS, "overrides": self.overrides}
+        if self._key(row) in self.done:
+            return self.done[self._key(row)]
+        rule = "dgd" if label == "dgd, adamw" else "gd"
+        own = [f"memory.defaults.rule={rule}", f"run.steps={STEPS}", f"run.seed={seed}", f"memory.defaults.optimizer.lr={lr}"]
+        plain = VARIANTS.get(label, VARIANTS["adamw"])
+        own += [
+            f"memory.defaults.optimizer.name={plain['name']}",
+            f"memory.defaults.optimizer.options={json.dumps(plain.get('options', {}))}",
+        ]
+        row |= train(load_config("tiny", [*self.overrides, *own]))
+        with self.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.done[self._key(row)] = row
+        return row
+
+    def print(self) -> None:
+        """Do the sweep and the seeds of each variant, and print a line for each as it is complete."""
+        print(
+            f"torch {torch.__version__}; {STEPS} steps of tiny {' '.join(self.overrides)}; learning rates {LEARNING_RATES}, seeds {SEEDS}"
+        )
+        print(f"{'':<26} {'lr':>7} {'held-out loss, mean (lowest..highest)':>38} {'ms a step':>10}")
+        for label in (*VARIANTS, "dgd, adamw"):
+            sweep = [self.run(label, lr, SEEDS[0]) for lr in LEARNING_RATES]
+            best = min(sweep, key=lambda row: math.inf if row["heldout_loss"] is None else row["heldout_loss"])["lr"]
+            rows = [self.run(label, best, seed) for seed in SEEDS]
+            losses = [math.nan if row["heldout_loss"] is None else row["heldout_loss"] for row in rows]
+            spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f}..{max(losses):.4f})"
+            print(f"{label:<26} {best:7g} {spread:>38} {statistics.median(r['ms_per_step'] for r in rows):10.1f}", flush=True)
+
+
+def train(config: Config) -> dict[str, float | None]:
+    """Train a model by the plain loop; return its held-out loss and the median time of a step."""
+    config = replace(config, model=replace(config.model, vocab_size=checked_vocab_size(config)))
+    loop, length = BareLoop(config), config.model.seq_len
+    stream = BlockStream(config.data, seq_len=length, seed=config.run.seed)
+    seconds = []
+    for step in range(1, config.run.steps + 1):
+        blocks = torch.from_numpy(stream.take(config.sequence.global_batch).blocks)
+        started = time.perf_counter()
+        loss = loop.step(step, blocks).item()
+        seconds.append(time.perf_counter() - started)
+        if not math.isfinite(loss):
+            break
+    stream.close()
+    heldout = heldout_blocks(config.data, seq_len=length, seed=HELDOUT_SEED, num_blocks=config.eval.sequences).blocks
+    found = heldout_losses(loop.model, torch.from_numpy(heldout)).loss
+    milliseconds = 1e3 * statistics.median(seconds[WARM_UP_STEPS:] or seconds)
+    return {"heldout_loss": found if math.isfinite(found) else None, "ms_per_step": milliseconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["cost", "table"], required=True)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("runs/optimizers.jsonl"), help="finished runs of the table")
+    parser.add_argument("overrides", nargs="*", help="key=value, of the table's runs")
+    args = parser.parse_args()
+    if args.part == "cost":
+        cost(args.turns)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        Table(args.out, args.overrides).print()
+
+
+if __name__ == "__main__":
+    main()

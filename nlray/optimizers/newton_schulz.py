@@ -1,0 +1,30 @@
+"""The Newton-Schulz iteration (Eq. 42-44): the nearest semi-orthogonal matrix, up to a spread of the singular values."""
+
+import torch
+from torch import Tensor
+
+from nlray.optimizers.base import TINY
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""a, b, c of Muon's iteration: steep at 0, so that small singular values come up within few steps."""
+
+
+def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Return about U V^T of a matrix U S V^T: singular values between roughly 0.7 and 1.2, zeros left zero.
+
+    Eq. 42-44 descend |O^T O - I|^2; this is Muon's polynomial of the same form, O <- a O + b (O O^T) O + c (O O^T)^2 O from
+    O = M / |M|. It stays in the matrix's own dtype (float32 for the optimizers here, where torch's Muon uses bfloat16).
+
+    Args:
+        matrix: [rows, columns], floating point; not modified.
+        steps: iterations, >= 1.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    # The product of the shorter side with itself is the smaller one.
+    o = matrix.t() if is_tall else matrix
+    o = o / torch.linalg.vector_norm(o).clamp_min(TINY)
+    for _ in range(steps):
+        gram = o @ o.t()
+        o = torch.addmm(o, torch.addmm(gram, gram, gram, beta=b, alpha=c), o, beta=a)
+    return o.t() if is_tall else o
