@@ -186,6 +186,11 @@ class ModelConfig:
                 value = getattr(self, key)
                 _require(value == allowed, f"model.{key} is {value}; allowed with model.rule={self.rule}: {allowed}")
             _require(not self.momentum, f"model.momentum is true; allowed with model.rule={self.rule}: false")
+        # Plain gradient descent on a dot product has no minimum: with values that the memory makes, or layers that amplify each other,
+        # the state grows exponentially.
+        grows = "model.phase=self_modifying" if self.phase == "self_modifying" else "model.memory=mlp" if self.memory == "mlp" else None
+        if self.rule == "gd" and grows:
+            _require(self.objective == "l2", f"model.objective is {self.objective}; allowed with model.rule=gd and {grows}: l2")
         _require(not self.momentum or self.phase == "static", f"model.momentum is true; allowed with model.phase={self.phase}: false")
         _require(not self.adapt_q or self.phase == "adaptive", f"model.adapt_q is true; allowed with model.phase={self.phase}: false")
 

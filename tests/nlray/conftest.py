@@ -39,7 +39,7 @@ def kind(request) -> str:
 
 MEMORIES = {
     "collapsed": (),
-    "gd": ("model.rule=gd",),
+    "gd": ("model.rule=gd", "model.objective=l2"),
     "adaptive": ("model.phase=adaptive",),
     "adaptive q": ("model.phase=adaptive", "model.adapt_q=true"),
     "static": ("model.phase=static",),
@@ -47,7 +47,7 @@ MEMORIES = {
     **{rule: ("model.phase=static", f"model.rule={rule}") for rule in ("hebbian", "delta", "gated_delta")},
     "mlp": ("model.memory=mlp", "model.memory_hidden=6"),
     "adaptive mlp": ("model.memory=mlp", "model.phase=adaptive", "model.adapt_q=true"),
-    "static mlp with momentum": ("model.memory=mlp", "model.phase=static", "model.rule=gd", "model.momentum=true"),
+    "static mlp with momentum": ("model.memory=mlp", "model.phase=static", "model.rule=gd", "model.objective=l2", "model.momentum=true"),
 }
 
 

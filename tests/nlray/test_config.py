@@ -125,6 +125,8 @@ def test_names_of_runs():
             ["model.objective is l2", "gated_delta", "dot"],
         ),
         (["model.rule=delta", "model.phase=static", "model.momentum=true"], ["model.momentum is true", "model.rule=delta", "false"]),
+        (["model.rule=gd"], ["model.objective is dot", "model.rule=gd and model.phase=self_modifying", "l2"]),
+        (["model.rule=gd", "model.phase=static", "model.memory=mlp"], ["model.objective is dot", "model.memory=mlp", "l2"]),
         (["model.momentum=true"], ["model.momentum is true", "model.phase=self_modifying", "false"]),
         (["model.phase=static", "model.adapt_q=true"], ["model.adapt_q is true", "model.phase=static", "false"]),
         (["model.memory_hidden=8"], ["model.memory_hidden is 8", "model.memory=matrix", "null"]),

@@ -91,14 +91,14 @@ def test_attention_has_infinite_frequency():
 
 MEMORIES = [
     [],
-    ["model.rule=gd"],
+    ["model.rule=gd", "model.objective=l2"],
     ["model.phase=adaptive"],
     ["model.phase=adaptive", "model.adapt_q=true"],
     ["model.phase=static"],
     ["model.phase=static", "model.momentum=true"],
     *(["model.phase=static", f"model.rule={rule}"] for rule in get_args(get_type_hints(ModelConfig)["rule"])),
     ["model.memory=mlp"],
-    ["model.memory=mlp", "model.memory_hidden=5", "model.phase=adaptive", "model.rule=gd"],
+    ["model.memory=mlp", "model.memory_hidden=5", "model.phase=adaptive", "model.rule=gd", "model.objective=l2"],
     ["model.memory=mlp", "model.phase=static", "model.momentum=true"],
 ]
 
@@ -134,7 +134,7 @@ def test_a_memory_learns_through_its_momentum():
 def test_a_rule_of_the_memory_that_contributes_nothing_is_an_error(monkeypatch):
     monkeypatch.delitem(nested_system._MEMORY_RULES, "gd")
     with pytest.raises(NlrayError, match="memory rule 'gd' contributes no optimization problem"):
-        build("model.rule=gd")
+        build("model.rule=gd", "model.phase=static")
 
 
 def test_initial_states_are_those_of_the_five_memories():
