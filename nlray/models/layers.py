@@ -49,7 +49,7 @@ def initialize_(name: str, tensor: Tensor, init: Init, seed: int) -> None:
         seed: seed of the run.
     """
     if init.kind == "constant":
-        tensor.copy_(torch.tensor(init.values, device="cpu").expand(tensor.shape))
+        tensor.copy_(torch.tensor(init.values).expand(tensor.shape))
         return
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

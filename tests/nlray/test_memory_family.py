@@ -354,19 +354,24 @@ def test_future_tokens_never_change_past_outputs(member, read):
 
 @pytest.mark.parametrize("member", MEMBERS, ids=name_of)
 def test_bf16_inputs_under_autocast_are_computed_in_float32(member):
+    """The backward too, whether a chunk is kept or computed anew."""
     model = model_of(member)
     generator = torch.Generator().manual_seed(6)
     weights = make_weights(model, generator)
-    memories = {box: tuple(layer.detach().float() for layer in layers) for box, layers in weights.memories.items()}
-    weights = MemoryWeights(memories, {gate: bias.detach().float() for gate, bias in weights.biases.items()})
+    memories = {box: tuple(layer.detach().float().requires_grad_() for layer in layers) for box, layers in weights.memories.items()}
+    weights = MemoryWeights(memories, {gate: bias.detach().float().requires_grad_() for gate, bias in weights.biases.items()})
     inputs, q = (None if x is None else x.detach().bfloat16() for x in make_inputs(model, generator, 2, 9))
     memory, _ = memory_and_reference(model)
-    state = start_of(memory, 2, weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, after = memory(inputs, q, weights, state, inner_lr=INNER_LR)
-    expected, expected_after = memory(inputs.float(), None if q is None else q.float(), weights, state, inner_lr=INNER_LR)
-    assert y.dtype == after.fast_weights.dtype == torch.float32
-    assert torch.equal(y, expected) and torch.equal(after.fast_weights, expected_after.fast_weights)
+
+    def run(inputs: torch.Tensor, q: torch.Tensor | None, precision: torch.dtype) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            y, state = memory(inputs, q, weights, start_of(memory, 2, weights), inner_lr=INNER_LR)
+        return [y, state.fast_weights, *torch.autograd.grad(y.square().sum(), list(tensors_of(weights).values()))]
+
+    results = run(inputs, q, torch.bfloat16)
+    assert {result.dtype for result in results} == {torch.float32}
+    for result, expected in zip(results, run(inputs.float(), None if q is None else q.float(), torch.float32), strict=True):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=name_of)
