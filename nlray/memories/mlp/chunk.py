@@ -28,8 +28,8 @@ class Layers(NamedTuple):
 class MLPMemory(ChunkedMemory):
     """Every phase of an MLP memory, with delta gradient descent or gradient descent, with or without momentum.
 
-    The state is [B, H, S], all layers of a head one after the other in the order of `_stack`; as changes since the initial memories (retain: init)
-    or as they are (retain: zero); with momentum as many values again.
+    The state is [B, H, S], all layers of a head one after the other in the order of `_stack`; as changes since the initial memories
+    (retain: init) or as they are (retain: zero); with momentum as many values again.
     """
 
     # There are about ten times as many intermediate results as inputs of a chunk.
