@@ -168,6 +168,22 @@ class ModelConfig:
     """Rows of the embedding; null: the tokenizer's."""
     chunk_size: int = 64
     """Tokens C of a chunk of the in-context memory: projections and values come from the chunk's first state."""
+    phase: Literal["static", "adaptive", "self_modifying"] = "self_modifying"
+    """What changes in context beside the main memory. static (Eq. 76-78): nothing, keys, values and gates are fixed projections;
+    adaptive (Eq. 79-82): they come from memories too, all of which learn the token's value; self_modifying (Eq. 83-88): as
+    adaptive, and each memory makes the values that it learns."""
+    memory: Literal["matrix", "mlp"] = "matrix"
+    """What a memory is: a matrix, or z + W_1 silu(W_2 z) (Eq. 89, 91), which is steadier with objective l2."""
+    memory_hidden: int | None = None
+    """Hidden width of an mlp memory; null: the head width."""
+    rule: Literal["dgd", "gd", "hebbian", "delta", "gated_delta"] = "dgd"
+    """How a memory is written. dgd: delta gradient descent with decay (Eq. 88); gd: gradient descent with decay (Eq. 77, 82). Those
+    of a matrix with static projections and objective dot are also: hebbian, without rate and decay (linear attention, Eq. 64); delta,
+    without decay (DeltaNet, Eq. 65); gated_delta, where the decay comes before the delta rule (Gated DeltaNet)."""
+    momentum: bool = False
+    """Whether writes go through a momentum with a decay of its own: Titans' long-term memory. Of static projections, rules dgd and gd."""
+    adapt_q: bool = False
+    """Whether the query too comes from a memory; of phase adaptive."""
     objective: Literal["dot", "l2"] = "dot"
     """Inner objective of the memory, Eq. 92 (dot) or Eq. 93 (l2)."""
     retain: Literal["init", "zero"] = "init"
@@ -178,8 +194,8 @@ class ModelConfig:
     """Largest inner learning rate eta_max."""
     inner_lr_bias: float = -4.0
     """Bias of the inner learning rate's sigmoid at the start."""
-    decay_bias: float = 5.0
-    """Bias of the decay's sigmoid at the start: 5 is a half-life of about 100 tokens."""
+    decay_bias: Any = 5.0
+    """Bias of the decay's sigmoid at the start, one number or a list with one for each head: 5 is a half-life of about 100 tokens."""
     conv_width: int = 4
     """Width of the causal depthwise convolution; 0: none."""
     mlp_hidden: int | None = None
@@ -210,6 +226,63 @@ class ModelConfig:
         _require(self.inner_lr > 0, f"model.inner_lr is {self.inner_lr}; allowed: more than 0")
         _require(self.conv_width >= 0, f"model.conv_width is {self.conv_width}; allowed: 0 or more")
         _require(self.mlp_hidden is None or self.mlp_hidden >= 1, f"model.mlp_hidden is {self.mlp_hidden}; allowed: 1 or more, or null")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raise UserError where the settings of the memory in context do not go together."""
+        biases = self.decay_bias if isinstance(self.decay_bias, list) else [self.decay_bias] * self.heads
+        _require(
+            len(biases) == self.heads and all(type(b) in (int, float) and math.isfinite(b) for b in biases),
+            f"model.decay_bias is {self.decay_bias!r}; allowed: a number, or a list of model.heads={self.heads} numbers",
+        )
+        hidden = self.memory_hidden
+        _require(hidden is None or self.memory == "mlp", f"model.memory_hidden is {hidden}; allowed with model.memory=matrix: null")
+        _require(hidden is None or hidden >= 1, f"model.memory_hidden is {hidden}; allowed: 1 or more, or null")
+        if self.rule not in ("dgd", "gd"):
+            for key, allowed in (("phase", "static"), ("memory", "matrix"), ("objective", "dot")):
+                value = getattr(self, key)
+                _require(value == allowed, f"model.{key} is {value}; allowed with model.rule={self.rule}: {allowed}")
+            _require(not self.momentum, f"model.momentum is true; allowed with model.rule={self.rule}: false")
+        # Plain gradient descent on a dot product has no minimum: with values that the memory makes, or layers that amplify each other,
+        # the state grows exponentially.
+        grows = "model.phase=self_modifying" if self.phase == "self_modifying" else "model.memory=mlp" if self.memory == "mlp" else None
+        if self.rule == "gd" and grows:
+            _require(self.objective == "l2", f"model.objective is {self.objective}; allowed with model.rule=gd and {grows}: l2")
+        _require(not self.momentum or self.phase == "static", f"model.momentum is true; allowed with model.phase={self.phase}: false")
+        _require(not self.adapt_q or self.phase == "adaptive", f"model.adapt_q is true; allowed with model.phase={self.phase}: false")
+
+    @property
+    def boxes(self) -> tuple[str, ...]:
+        """The memories of a head that change in context, the main one last."""
+        if self.phase == "static":
+            return ("mem",)
+        return ("k", "v", "q", "eta", "alpha", "mem") if self.adapt_q else ("k", "v", "eta", "alpha", "mem")
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The gates of a head: inner learning rate, decay, decay of the momentum."""
+        eta, alpha = self.rule != "hebbian", self.rule not in ("hebbian", "delta")
+        return tuple(name for name, has in (("eta", eta), ("alpha", alpha), ("theta", self.momentum)) if has)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether a write takes away what the memory answered to its key: the delta rule."""
+        return self.rule in ("dgd", "delta", "gated_delta")
+
+    @property
+    def collapses(self) -> bool:
+        """Whether one matrix per head stands for all its memories (`nlray/memories/delta/README.md`)."""
+        return self.phase == "self_modifying" and self.memory == "matrix" and self.rule == "dgd"
+
+    @property
+    def box_hidden(self) -> int:
+        """Hidden width of an mlp memory."""
+        return self.memory_hidden or self.head_dim
+
+    @property
+    def decay_biases(self) -> tuple[float, ...]:
+        """One bias of the decay for each head."""
+        return tuple(map(float, self.decay_bias)) if isinstance(self.decay_bias, list) else (float(self.decay_bias),) * self.heads
 
     def _check_attention(self) -> None:
         attention, width = self.attention, self.head_dim

@@ -1,4 +1,5 @@
-"""Associative recall: can the model keep pairs in its memory, in context? Run it with `python -m nlray.evals.recall`.
+"""Associative recall: can the model keep pairs in its memory, in context? Run it with `python -m nlray.evals.recall`, for another
+memory with its settings: `python -m nlray.evals.recall model.phase=static model.rule=delta`.
 
 A sequence shows pairs key value key value .., then asks for every key again in another order; at each question the model
 names the value. Pairs are drawn anew for every sequence, so nothing can be learned by heart: a model whose inner updates
@@ -8,13 +9,13 @@ are off stays near chance, 1 / num_values.
 import argparse
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlray.config import Config, ModelConfig
+from nlray.config import Config
+from nlray.config_loading import parse_config
 from nlray.models.lm import LanguageModel, build_model
 
 
@@ -43,14 +44,15 @@ def recall_batch(task: RecallTask, batch_size: int, generator: torch.Generator) 
     return torch.cat([pairs_BT, keys_BP.gather(1, order_BP)], dim=1), values_BP.gather(1, order_BP)
 
 
-def recall_config(*, objective: Literal["dot", "l2"] = "dot", retain: Literal["init", "zero"] = "init") -> Config:
-    """Return the small model of the task: Titans in chunks of 4 tokens, 2 layers of width 64, 2 heads.
+def recall_config(*overrides: str) -> Config:
+    """Return the small model of the task: Titans in chunks of 4 tokens, 2 layers of width 64, 2 heads; `key=value` overrides change it.
 
     The inner learning rate starts at half its maximum: there are 24 tokens to learn from, not a long text. The convolution
     is as wide as a pair, which is learned soonest.
     """
     sizes = {"dim": 64, "layers": 2, "heads": 2, "seq_len": 24, "chunk_size": 4, "conv_width": 2}
-    return Config(model=ModelConfig(kind="titans", inner_lr_bias=0.0, objective=objective, retain=retain, **sizes))
+    settings = {"kind": "titans", "inner_lr_bias": 0, **sizes}
+    return parse_config("recall", "", [*(f"model.{key}={value}" for key, value in settings.items()), *overrides])
 
 
 def recall_accuracy(model: LanguageModel, task: RecallTask, *, num_sequences: int = 512, seed: int = 1) -> float:
@@ -80,13 +82,12 @@ def train_recall(config: Config, task: RecallTask, *, inner_updates: bool = True
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objective", choices=("dot", "l2"), default="dot", help="inner objective of the memory")
-    parser.add_argument("--retain", choices=("init", "zero"), default="init", help="what the memory's decay leads to")
+    parser.add_argument("overrides", nargs="*", metavar="model.KEY=VALUE", help="settings of the model")
     parser.add_argument("--steps", type=int, default=RecallTask().steps, help="training steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     task = RecallTask(steps=arguments.steps)
-    config = recall_config(objective=arguments.objective, retain=arguments.retain)
+    config = recall_config(*arguments.overrides)
     for inner_updates in (True, False):
         start = time.perf_counter()
         accuracy = recall_accuracy(train_recall(config, task, inner_updates=inner_updates), task)

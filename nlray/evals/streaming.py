@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nlray.models.hope import TitansState
 from nlray.models.lm import LanguageModel
 
 
@@ -19,7 +20,7 @@ class StreamResult:
     losses: Tensor
     """Loss of every next token in nats, [T], float32, on the CPU."""
     state_norms: Tensor
-    """Root mean square over heads of |matrix| / sqrt(d) after each piece, [pieces, blocks]; no column for attention blocks."""
+    """Root mean square over heads of |fast weights| / sqrt(d) after each piece, [pieces, blocks]; no column for attention blocks."""
     state_values: list[int]
     """Numbers that the state holds after each piece, all blocks together."""
 
@@ -38,15 +39,15 @@ def stream_losses(model: LanguageModel, tokens: Tensor, *, piece_length: int) ->
     """
     if tokens.dim() != 1 or len(tokens) < 2 or piece_length < 1:
         raise ValueError(f"tokens is {tuple(tokens.shape)}, piece_length {piece_length}; expected [T + 1 >= 2] and 1 or more")
-    state, losses, norms, values = None, [], [], []
+    state, losses, norms, values, width = None, [], [], [], model.config.model.head_dim
     for start in range(0, len(tokens) - 1, piece_length):
         piece_losses, state = model.token_losses(tokens[None, start : start + piece_length + 1], state)
         losses.append(piece_losses[0].float().cpu())
-        norms.append([_norm(block.matrix) for block in state if hasattr(block, "matrix")])
+        norms.append([_norm(block.fast_weights, width) for block in state if isinstance(block, TitansState)])
         values.append(sum(tensor.numel() for block in state for tensor in block))
     return StreamResult(losses=torch.cat(losses), state_norms=torch.tensor(norms), state_values=values)
 
 
-def _norm(matrix_BHdd: Tensor) -> float:
-    """Return the root mean square over heads and sequences of |matrix| / sqrt(d); the identity has 1."""
-    return (matrix_BHdd.float().square().sum((-2, -1)).mean() / matrix_BHdd.shape[-1]).sqrt().item()
+def _norm(fast_weights: Tensor, width: int) -> float:
+    """Return the root mean square over heads and sequences of |fast weights| / sqrt(d); the identity has 1."""
+    return (fast_weights.float().square().flatten(2).sum(-1).mean() / width).sqrt().item()

@@ -1,17 +1,20 @@
-"""Self-referential Titans as a layer: norm, short convolution, the self-modifying memory per head, gate, output.
+"""Self-referential Titans as a layer: norm, short convolution, the memory in context per head, gate, output.
 
     u = silu(conv(norm(x)))  ->  heads  ->  memory  ->  RMSNorm per head  ->  gate silu(W_g norm(x))  ->  W_o
 
-Hope is this layer followed by the continuum memory system in every block (Eq. 94-97).
+Hope is this layer followed by the continuum memory system in every block (Eq. 94-97). `model.phase`, `model.memory` and `model.rule`
+say which memory it is; nlray/memories/family.py picks it.
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nlray.config import ModelConfig
-from nlray.memories.delta.chunk import MemoryParameters, MemoryState, initial_state, titans_memory
+from nlray.memories.family import memory_of
+from nlray.memories.scan import GATE_BOXES, MemoryState, MemoryWeights
 from nlray.models.layers import ParameterModule, ShortConvolution, constant, eye_noise, normal, out_std, rms_norm
 
 MEMORY_NOISE = 0.02
@@ -20,10 +23,10 @@ MEMORY_NOISE = 0.02
 class TitansState(NamedTuple):
     """What one layer carries along a sequence; its size does not grow with the sequence."""
 
-    matrix: Tensor
-    """State of the memories at the last chunk boundary, [B, H, d, d]."""
+    fast_weights: Tensor
+    """The memories at the last chunk boundary, [B, H, ...]; the layout is the memory's own."""
     open_inputs: Tensor
-    """Inputs of the chunk that is still open, [B, H, m, d], m < chunk_size."""
+    """Inputs of the chunk that is still open, [B, H, m, P], m < chunk_size."""
     conv_tail: Tensor
     """Last inputs of the convolution, [B, conv_width - 1, D]."""
 
@@ -31,36 +34,53 @@ class TitansState(NamedTuple):
 class Titans(ParameterModule):
     """The layer; the residual is the caller's. `inner_lr` may be set to 0 to turn the inner updates off.
 
-    Departs from Eq. 89, 91: the memories are matrices without a residual, not residual MLPs, so that one matrix per head holds the
-    state of all five (see nlray/memories/delta/README.md).
+    Departs from Eq. 89, 91 with `memory` "matrix": the memories are then matrices without a residual, not residual MLPs, so that one
+    matrix per head can hold the state of all five (see nlray/memories/delta/README.md).
     """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.options = {"chunk_size": model.chunk_size, "objective": model.objective, "retain": model.retain, "read": model.read}
+        self.model = model
+        self.memory = memory_of(model)
         self.inner_lr = model.inner_lr
-        self.num_heads = model.heads
-        dim, heads, width = model.dim, model.heads, model.head_dim
+        dim, heads = model.dim, model.heads
         self.add("norm", dim, init=constant(1.0))
         self.conv = ShortConvolution(dim, model.conv_width) if model.conv_width > 0 else None
-        self.add("w_q", dim, dim, init=normal(dim**-0.5))
-        self.add("m_k", heads, width, width, init=eye_noise(MEMORY_NOISE))
-        self.add("m_v", heads, width, width, init=eye_noise(MEMORY_NOISE))
-        self.add("m_mem", heads, width, width, init=eye_noise(MEMORY_NOISE))
-        self.add("m_eta", heads, width, init=constant(0.0))
-        self.add("m_alpha", heads, width, init=constant(0.0))
-        self.add("b_eta", heads, init=constant(model.inner_lr_bias))
-        self.add("b_alpha", heads, init=constant(model.decay_bias))
-        self.add("head_norm", width, init=constant(1.0))
+        projections = {} if model.adapt_q else {"q": dim}
+        if model.phase == "static":
+            projections |= {"k": dim, "v": dim} | dict.fromkeys(model.gates, heads)
+        for name, rows in projections.items():
+            self.add(f"w_{name}", rows, dim, init=normal(dim**-0.5))
+        # Gates last: an order that checkpoints and digests go by.
+        for box in sorted(model.boxes, key=GATE_BOXES.__contains__):
+            self._add_memory(box)
+        starts = {"eta": constant(model.inner_lr_bias), "alpha": constant(*model.decay_biases), "theta": constant(0.0)}
+        for gate in model.gates:
+            self.add(f"b_{gate}", heads, init=starts[gate])
+        self.add("head_norm", model.head_dim, init=constant(1.0))
         self.add("w_g", dim, dim, init=normal(dim**-0.5))
         self.add("w_o", dim, dim, init=normal(out_std(dim, model.layers)))
 
-    def memory_parameters(self) -> MemoryParameters:
-        return MemoryParameters(**{name: getattr(self, name) for name in MemoryParameters._fields})
+    def _add_memory(self, box: str) -> None:
+        """Register the initial state of one memory: near the identity, of a gate near zero."""
+        heads, width, hidden = self.model.heads, self.model.head_dim, self.model.box_hidden
+        if self.model.memory == "mlp":
+            # Small but not zero: W_2 has no gradient behind a zero W_1.
+            self.add(f"m_{box}_1", heads, 1 if box in GATE_BOXES else width, hidden, init=normal(MEMORY_NOISE))
+            self.add(f"m_{box}_2", heads, hidden, width, init=normal(width**-0.5))
+        elif box in GATE_BOXES:
+            self.add(f"m_{box}", heads, width, init=constant(0.0))
+        else:
+            self.add(f"m_{box}", heads, width, width, init=eye_noise(MEMORY_NOISE))
+
+    def memory_weights(self) -> MemoryWeights:
+        layers = ("_1", "_2") if self.model.memory == "mlp" else ("",)
+        memories = {box: tuple(getattr(self, f"m_{box}{layer}") for layer in layers) for box in self.model.boxes}
+        return MemoryWeights(memories, {gate: getattr(self, f"b_{gate}") for gate in self.model.gates})
 
     def init_state(self, batch_size: int) -> TitansState:
-        memory = initial_state(batch_size, self.memory_parameters(), retain=self.options["retain"])
-        tail = self.w_q.new_zeros(batch_size, self.conv.width - 1 if self.conv is not None else 0, self.w_q.shape[0])
+        memory = self.memory.initial_state(batch_size, self.memory_weights())
+        tail = self.norm.new_zeros(batch_size, self.conv.width - 1 if self.conv is not None else 0, self.model.dim)
         return TitansState(*memory, tail)
 
     def forward(self, x_BTD: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState]:
@@ -69,9 +89,17 @@ class Titans(ParameterModule):
         xn_BTD = rms_norm(x_BTD, self.norm)
         u_BTD, tail = self.conv(xn_BTD, state.conv_tail) if self.conv is not None else (xn_BTD, state.conv_tail)
         u_BTD = F.silu(u_BTD)
-        q_BTD = F.linear(u_BTD, self.w_q)
-        u_BHTd, q_BHTd = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in (u_BTD, q_BTD))
-        memory = MemoryState(state.matrix, state.open_inputs)
-        y_BHTd, memory = titans_memory(u_BHTd, q_BHTd, self.memory_parameters(), memory, inner_lr=self.inner_lr, **self.options)
+        q_BHTd = None if self.model.adapt_q else self._heads(F.linear(u_BTD, self.w_q))
+        memory = MemoryState(state.fast_weights, state.open_inputs)
+        y_BHTd, memory = self.memory(self._inputs(u_BTD), q_BHTd, self.memory_weights(), memory, inner_lr=self.inner_lr)
         y_BTD = rms_norm(y_BHTd.transpose(1, 2), self.head_norm).flatten(2)
         return F.linear(y_BTD * F.silu(F.linear(xn_BTD, self.w_g)), self.w_o), TitansState(*memory, tail)
+
+    def _inputs(self, u_BTD: Tensor) -> Tensor:
+        """Return what the memories read, [B, H, T, P]: each head's slice of u, or with static projections k, v and the gates' logits."""
+        if self.model.phase != "static":
+            return self._heads(u_BTD)
+        return torch.cat([self._heads(F.linear(u_BTD, getattr(self, f"w_{name}"))) for name in ("k", "v", *self.model.gates)], dim=-1)
+
+    def _heads(self, z_BTD: Tensor) -> Tensor:
+        return z_BTD.unflatten(-1, (self.model.heads, -1)).transpose(1, 2)

@@ -21,20 +21,21 @@ class Init:
     """How a parameter starts: a constant, normal noise, or the identity plus normal noise."""
 
     kind: Literal["constant", "normal", "eye_noise"]
-    value: float
-    """The constant, or the standard deviation of the noise."""
+    values: tuple[float, ...]
+    """The constant, or one for each entry of a vector; of noise, its standard deviation alone."""
 
 
-def constant(value: float) -> Init:
-    return Init("constant", value)
+def constant(*values: float) -> Init:
+    """Return the Init of a parameter that is one number everywhere, or of a vector with these entries."""
+    return Init("constant", values)
 
 
 def normal(std: float) -> Init:
-    return Init("normal", std)
+    return Init("normal", (std,))
 
 
 def eye_noise(std: float) -> Init:
-    return Init("eye_noise", std)
+    return Init("eye_noise", (std,))
 
 
 @torch.no_grad()
@@ -48,11 +49,11 @@ def initialize_(name: str, tensor: Tensor, init: Init, seed: int) -> None:
         seed: seed of the run.
     """
     if init.kind == "constant":
-        tensor.fill_(init.value)
+        tensor.copy_(torch.tensor(init.values).expand(tensor.shape))
         return
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    values = torch.randn(tensor.shape, generator=generator).mul_(init.value)
+    values = torch.randn(tensor.shape, generator=generator).mul_(init.values[0])
     if init.kind == "eye_noise":
         values.diagonal(dim1=-2, dim2=-1).add_(1.0)
     tensor.copy_(values)

@@ -35,3 +35,23 @@ def random_blocks(vocab_size) -> Callable[..., torch.Tensor]:
 def kind(request) -> str:
     """Every model kind."""
     return request.param
+
+
+MEMORIES = {
+    "collapsed": (),
+    "gd": ("model.rule=gd", "model.objective=l2"),
+    "adaptive": ("model.phase=adaptive",),
+    "adaptive q": ("model.phase=adaptive", "model.adapt_q=true"),
+    "static": ("model.phase=static",),
+    "momentum": ("model.phase=static", "model.momentum=true"),
+    **{rule: ("model.phase=static", f"model.rule={rule}") for rule in ("hebbian", "delta", "gated_delta")},
+    "mlp": ("model.memory=mlp", "model.memory_hidden=6"),
+    "adaptive mlp": ("model.memory=mlp", "model.phase=adaptive", "model.adapt_q=true"),
+    "static mlp with momentum": ("model.memory=mlp", "model.phase=static", "model.rule=gd", "model.objective=l2", "model.momentum=true"),
+}
+
+
+@pytest.fixture(params=MEMORIES)
+def memory(request) -> tuple[str, ...]:
+    """Every memory in context, as overrides of the configuration."""
+    return MEMORIES[request.param]

@@ -97,6 +97,13 @@ def test_delay_in_force(period, delay, visible):
     assert config.levels["a"].visible_delay == visible
 
 
+@pytest.mark.parametrize(("value", "biases"), [("4", (4.0,) * 4), ("[1, 2.5, -3, 4e0]", (1.0, 2.5, -3.0, 4.0))])
+def test_the_decay_has_one_bias_or_one_for_each_head(value, biases):
+    config = load_config("tiny", [f"model.decay_bias={value}"])
+    assert config.model.decay_biases == biases
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
 @pytest.mark.parametrize(("kind", "count"), [("hope", 4), ("hope_attention", 4), ("titans", 0), ("transformer", 0)])
 def test_kinds_without_cms_have_no_levels(kind, count):
     assert len(load_config("tiny", [f"model.kind={kind}"]).levels) == count
@@ -135,6 +142,22 @@ def test_names_of_runs():
         (["model.dim=wide"], ["model.dim", "wide"]),
         (["model.kind=mamba"], ["model.kind", "mamba", "transformer"]),
         (["model.heads=3"], ["model.heads", "3", "128"]),
+        (["model.rule=delta"], ["model.phase is self_modifying", "model.rule=delta", "static"]),
+        (["model.rule=hebbian", "model.phase=static", "model.memory=mlp"], ["model.memory is mlp", "model.rule=hebbian", "matrix"]),
+        (
+            ["model.rule=gated_delta", "model.phase=static", "model.objective=l2"],
+            ["model.objective is l2", "gated_delta", "dot"],
+        ),
+        (["model.rule=delta", "model.phase=static", "model.momentum=true"], ["model.momentum is true", "model.rule=delta", "false"]),
+        (["model.rule=gd"], ["model.objective is dot", "model.rule=gd and model.phase=self_modifying", "l2"]),
+        (["model.rule=gd", "model.phase=static", "model.memory=mlp"], ["model.objective is dot", "model.memory=mlp", "l2"]),
+        (["model.momentum=true"], ["model.momentum is true", "model.phase=self_modifying", "false"]),
+        (["model.phase=static", "model.adapt_q=true"], ["model.adapt_q is true", "model.phase=static", "false"]),
+        (["model.memory_hidden=8"], ["model.memory_hidden is 8", "model.memory=matrix", "null"]),
+        (["model.memory=mlp", "model.memory_hidden=0"], ["model.memory_hidden is 0", "1 or more"]),
+        (["model.decay_bias=[1,2]"], ["model.decay_bias is [1, 2]", "model.heads=4"]),
+        (["model.decay_bias=[1,2,3,slow]"], ["model.decay_bias is", "slow", "model.heads=4"]),
+        (["model.decay_bias=null"], ["model.decay_bias is None", "a number"]),
         (["memory.levels.slow.update_period=0"], ["memory.levels.slow.update_period", "0", "1 or more"]),
         (["memory.levels.slow.delay=17"], ["memory.levels.slow.delay", "17", "0 to", "16"]),
         (["memory.levels.slow.optimizer.lr=0"], ["memory.levels.slow.optimizer.lr", "more than 0"]),

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlray.memories.delta.chunk import MemoryParameters, MemoryState, initial_state, titans_memory
-from nlray.memories.delta.reference import titans_memory_reference
+from nlray.config import ModelConfig
+from nlray.memories.delta.chunk import MemoryParameters, initial_state, titans_memory
+from nlray.memories.delta.reference import memory_reference
+from nlray.memories.scan import MemoryState, MemoryWeights
 
 TOLERANCE = 1e-10  # float64, absolute below 1 and relative above
 HEADS, WIDTH = 2, 5
@@ -48,20 +50,23 @@ def test_chunks_equal_reference_in_outputs_states_and_gradients(objective, retai
     options = {"chunk_size": chunk_size, "objective": objective, "retain": retain, "read": read, "inner_lr": 0.7}
 
     y, state = titans_memory(u, q, parameters, **options)
-    y_reference, boundaries = titans_memory_reference(u, q, parameters, **options)
+    model = ModelConfig(dim=HEADS * WIDTH, heads=HEADS, chunk_size=chunk_size, objective=objective, retain=retain, read=read)
+    memories = {box: (getattr(parameters, f"m_{box}"),) for box in model.boxes}
+    weights = MemoryWeights(memories, {"eta": parameters.b_eta, "alpha": parameters.b_alpha})
+    y_reference, last, _ = memory_reference(u, q, weights, model=model, inner_lr=0.7)
     assert_close(y, y_reference, "y")
     # One matrix per head stands for all five memories: memory = initial memory N.
-    n = state.matrix + torch.eye(WIDTH, dtype=torch.float64) if retain == "init" else state.matrix
+    n = state.fast_weights + torch.eye(WIDTH, dtype=torch.float64) if retain == "init" else state.fast_weights
     initial = {"k": parameters.m_k, "v": parameters.m_v, "mem": parameters.m_mem}
     initial |= {"eta": parameters.m_eta.unsqueeze(1), "alpha": parameters.m_alpha.unsqueeze(1)}
     for box, memory in initial.items():
-        assert_close(memory @ n, boundaries[-1][box], box)
+        assert_close(memory @ n, last[box][0], box)
     assert state.open_inputs.shape[2] == length % chunk_size
 
     y_weights, n_weights = torch.randn_like(y), torch.randn(batch, HEADS, WIDTH, WIDTH, dtype=torch.float64)
     wanted = [u, q, *parameters]
     loss = (y * y_weights).sum() + (parameters.m_mem @ n * n_weights).sum()
-    loss_reference = (y_reference * y_weights).sum() + (boundaries[-1]["mem"] * n_weights).sum()
+    loss_reference = (y_reference * y_weights).sum() + (last["mem"][0] * n_weights).sum()
     # Within one chunk and with reads at its start nothing is learned: some parameters have no gradient.
     gradients = torch.autograd.grad(loss, wanted, materialize_grads=True)
     expected = torch.autograd.grad(loss_reference, wanted, materialize_grads=True)
@@ -89,7 +94,7 @@ def test_pieces_of_any_length_equal_the_whole(variant, chunk_size, pieces):
             outputs.append(y)
             assert state.open_inputs.shape[2] < chunk_size
     assert_close(torch.cat(outputs, dim=2), whole, "y")
-    assert_close(state.matrix, last.matrix, "matrix")
+    assert_close(state.fast_weights, last.fast_weights, "matrix")
     assert_close(state.open_inputs, last.open_inputs, "open inputs")
 
 
@@ -125,7 +130,7 @@ def test_full_decay_leads_to_the_initial_memory_or_to_nothing():
     u, q = make_inputs(generator, 1, 8)
     for retain in ("init", "zero"):
         y, state = titans_memory(u, q, parameters, **OPTIONS | {"retain": retain, "inner_lr": 0.0})
-        assert state.matrix.abs().max() < 1e-12
+        assert state.fast_weights.abs().max() < 1e-12
         assert (y.abs().max() > 0.1) == (retain == "init")
 
 
@@ -134,7 +139,7 @@ def test_inner_updates_off_leaves_the_memory_at_its_start():
     parameters = make_parameters(generator)
     u, q = make_inputs(generator, 2, 9)
     y, state = titans_memory(u, q, parameters, **OPTIONS | {"inner_lr": 0.0})
-    assert state.matrix.abs().max() == 0
+    assert state.fast_weights.abs().max() == 0
     expected = (q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt()) @ parameters.m_mem.mT
     assert_close(y, expected, "y")
 
@@ -164,7 +169,7 @@ def test_repeated_keys_and_strong_decay_stay_accurate_in_float32():
     options = OPTIONS | {"chunk_size": 64}
     exact, _ = titans_memory(u, q, parameters, **options)
     single, state = titans_memory(u.float(), q.float(), MemoryParameters(*(p.float() for p in parameters)), **options)
-    assert torch.isfinite(single).all() and state.matrix.dtype == torch.float32
+    assert torch.isfinite(single).all() and state.fast_weights.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -175,8 +180,8 @@ def test_bf16_inputs_under_autocast_are_computed_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, state = titans_memory(u, q, parameters, **OPTIONS)
     expected, expected_state = titans_memory(u.float(), q.float(), parameters, **OPTIONS)
-    assert y.dtype == state.matrix.dtype == torch.float32
-    assert torch.equal(y, expected) and torch.equal(state.matrix, expected_state.matrix)
+    assert y.dtype == state.fast_weights.dtype == torch.float32
+    assert torch.equal(y, expected) and torch.equal(state.fast_weights, expected_state.fast_weights)
 
 
 def test_initial_state_is_what_none_means():

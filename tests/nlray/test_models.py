@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nlray.config_loading import load_config
-from nlray.models.lm import LanguageModel, build_model, initialize_, level_parameters, parameter_inits, sequence_parameters
+from nlray.models.layers import initialize_, parameter_inits
+from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 
 
 def test_every_parameter_gets_a_finite_gradient(kind, small_config, random_blocks, vocab_size):
@@ -16,6 +17,29 @@ def test_every_parameter_gets_a_finite_gradient(kind, small_config, random_block
     assert losses.shape == (3, 12) and losses.dtype == torch.float32 and len(state) == 2
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0, name
+
+
+def test_every_parameter_of_every_memory_gets_a_finite_gradient(memory, small_config, random_blocks, vocab_size):
+    model = build_model(small_config("hope", *memory), vocab_size, seed=0)
+    model.token_losses(random_blocks(3, 13))[0].mean().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0, name
+
+
+def test_bf16_autocast_keeps_every_memory_in_float32(memory, small_config, random_blocks, vocab_size):
+    model = build_model(small_config("hope", *memory), vocab_size, seed=0)
+    blocks = random_blocks(2, 13)
+    with torch.no_grad():
+        exact, _ = model.token_losses(blocks)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses, state = model.token_losses(blocks)
+    torch.testing.assert_close(losses, exact, rtol=0.03, atol=0.03)
+    assert {block.fast_weights.dtype for block in state} == {torch.float32}
+
+
+def test_each_head_starts_with_its_own_decay(small_config, vocab_size):
+    model = build_model(small_config("hope", "model.decay_bias=[2, 6.5]"), vocab_size, seed=0)
+    assert all(block.memory.b_alpha.tolist() == [2.0, 6.5] for block in model.blocks)
 
 
 def test_levels_and_sequence_partition_the_parameters(kind, small_config, vocab_size):
@@ -118,7 +142,7 @@ def test_bf16_autocast_is_finite_and_close_to_float32(kind, small_config, random
         error = (parameter.grad - gradients[name]).norm() / (gradients[name].norm() + 1e-8)
         assert error < 0.1, (name, error)
     if kind in ("hope", "titans"):
-        assert state[0].matrix.dtype == torch.float32
+        assert state[0].fast_weights.dtype == torch.float32
 
 
 def test_options_of_the_config_reach_the_model(kind, small_config, random_blocks, vocab_size):

@@ -89,11 +89,52 @@ def test_attention_has_infinite_frequency():
     assert system.levels == () and [a.name for a in system.actors] == ["sequence"]
 
 
+MEMORIES = [
+    [],
+    ["model.rule=gd", "model.objective=l2"],
+    ["model.phase=adaptive"],
+    ["model.phase=adaptive", "model.adapt_q=true"],
+    ["model.phase=static"],
+    ["model.phase=static", "model.momentum=true"],
+    *(["model.phase=static", f"model.rule={rule}"] for rule in get_args(get_type_hints(ModelConfig)["rule"])),
+    ["model.memory=mlp"],
+    ["model.memory=mlp", "model.memory_hidden=5", "model.phase=adaptive", "model.rule=gd", "model.objective=l2"],
+    ["model.memory=mlp", "model.phase=static", "model.momentum=true"],
+]
+
+
 @pytest.mark.parametrize("retain", ["init", "zero"])
-def test_state_in_context_is_that_of_the_model(retain):
-    config, system = build(f"model.retain={retain}")
+@pytest.mark.parametrize("overrides", MEMORIES, ids=" ".join)
+def test_state_in_context_is_that_of_the_model(overrides, retain):
+    config, system = build(f"model.retain={retain}", *overrides)
     state = build_model(config, VOCAB, seed=0).init_state(1)
-    assert sum(p.state_values for p in system.problems if p.name.startswith("memory.")) == sum(layer.matrix.numel() for layer in state)
+    memories = [p.name for p in system.problems if p.name.startswith("memory.")]
+    momentum = ["memory.momentum"] if config.model.momentum else []
+    assert sorted(memories) == sorted([f"memory.{box}" for box in config.model.boxes] + momentum)
+    assert all(of(system, name).state_values > 0 for name in memories if not config.model.collapses)
+    held = sum(layer.fast_weights.numel() for layer in state)
+    assert sum(p.state_values for p in system.problems if p.name.startswith("memory.")) == held
+
+
+@pytest.mark.parametrize("overrides", MEMORIES, ids=" ".join)
+def test_every_memory_is_counted_once(overrides):
+    config, system = build(*overrides)
+    model = build_model(config, VOCAB, seed=0)
+    assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
+    initial = [layer for block in model.blocks for layers in block.mixer.memory_weights().memories.values() for layer in layers]
+    assert of(system, "sequence.initial_states").parameters == sum(layer.numel() for layer in initial)
+
+
+def test_a_memory_learns_through_its_momentum():
+    _, system = build("model.phase=static", "model.momentum=true")
+    assert of(system, "memory.mem").after == ("memory.momentum",)
+    assert of(system, "memory.momentum").level < of(system, "memory.mem").level
+
+
+def test_a_rule_of_the_memory_that_contributes_nothing_is_an_error(monkeypatch):
+    monkeypatch.delitem(nested_system._MEMORY_RULES, "gd")
+    with pytest.raises(NlrayError, match="memory rule 'gd' contributes no optimization problem"):
+        build("model.rule=gd", "model.phase=static")
 
 
 def test_initial_states_are_those_of_the_five_memories():

@@ -27,3 +27,20 @@ def test_inner_updates_solve_recall_and_without_them_it_stays_near_chance():
     task = RecallTask()
     assert recall_accuracy(train_recall(recall_config(), task), task) > 0.95
     assert recall_accuracy(train_recall(recall_config(), task, inner_updates=False), task) < 0.3
+
+
+@pytest.mark.slow
+def test_fixed_projections_with_the_delta_rule_learn_recall_too():
+    assert recall_accuracy(train_recall(recall_config("model.phase=static", "model.rule=delta"), RecallTask(steps=150)), RecallTask()) > 0.8
+
+
+@pytest.mark.parametrize(
+    "overrides", [["model.phase=static", "model.momentum=true"], ["model.memory=mlp", "model.objective=l2"]], ids=" ".join
+)
+def test_any_memory_can_be_trained_on_recall(overrides):
+    config, task = recall_config(*overrides), RecallTask(steps=2, batch_size=4)
+    on, off = (train_recall(config, task, inner_updates=updates) for updates in (True, False))
+    tokens, _ = recall_batch(task, 4, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert not torch.allclose(on(tokens)[0], off(tokens)[0])
+    assert all(torch.isfinite(parameter).all() for parameter in on.parameters())

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nlray.evals.generate import generate
 from nlray.evals.streaming import stream_losses
 from nlray.models.lm import build_model
 
@@ -36,6 +37,38 @@ def test_every_memory_option_streams(option, small_config, random_blocks, vocab_
     for piece_length in (1, 3, 5):
         pieces = stream_losses(model, blocks, piece_length=piece_length)
         torch.testing.assert_close(pieces.losses, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["retain=init", "retain=zero", "read=chunk_start"])
+def test_every_memory_streams(memory, option, small_config, random_blocks, vocab_size):
+    model = build_model(small_config("hope", f"model.{option}", *memory), vocab_size, seed=1).double()
+    blocks = random_blocks(14, seed=1)
+    whole = stream_losses(model, blocks, piece_length=13).losses
+    for piece_length in (1, 5):
+        pieces = stream_losses(model, blocks, piece_length=piece_length)
+        torch.testing.assert_close(pieces.losses, whole, rtol=1e-6, atol=1e-6)
+    assert pieces.state_norms.shape == (3, 2) and torch.isfinite(pieces.state_norms).all()
+
+
+def test_the_state_of_every_memory_is_bounded(memory, small_config, random_blocks, vocab_size):
+    model = build_model(small_config("hope", *memory), vocab_size, seed=0)
+    result = stream_losses(model, random_blocks(26), piece_length=1)
+    start = sum(tensor.numel() for block in model.init_state(1) for tensor in block)
+    open_columns = sum(block.open_inputs.shape[1] * block.open_inputs.shape[3] for block in model.init_state(1))
+    assert [values - start for values in result.state_values] == [open_columns * ((i + 1) % 4) for i in range(25)]
+    assert open_columns > 0
+
+
+def test_sampling_goes_on_from_the_state_of_every_memory(memory, small_config, random_blocks, vocab_size):
+    """Greedy sampling token by token finds what the whole sequence, read anew for each token, finds most likely."""
+    model = build_model(small_config("hope", *memory), vocab_size, seed=0).double()
+    prompt = random_blocks(5).tolist()
+    sampled = list(generate(model, prompt, max_tokens=6, temperature=0))
+    expected = []
+    with torch.no_grad():
+        for _ in range(6):
+            expected.append(int(model(torch.tensor([prompt + expected]))[0][0, -1].argmax()))
+    assert sampled == expected
 
 
 def test_the_given_state_is_not_modified(kind, small_config, random_blocks, vocab_size):
@@ -71,6 +104,15 @@ def test_the_state_settles_in_a_long_stream(small_config, random_blocks, vocab_s
     norms = stream_losses(model, random_blocks(4097), piece_length=256).state_norms
     assert norms.max() < 5
     assert norms[8:].mean() < 1.5 * norms[2:8].mean()
+
+
+def test_the_state_of_every_memory_with_decay_settles(memory, small_config, random_blocks, vocab_size):
+    """At the rates of the start; hebbian and delta have no decay, and stay finite here."""
+    model = build_model(small_config("hope", "model.chunk_size=64", *memory), vocab_size, seed=0)
+    norms = stream_losses(model, random_blocks(2049), piece_length=256).state_norms
+    assert torch.isfinite(norms).all() and norms.min() > 0
+    if "alpha" in model.config.model.gates:
+        assert norms[4:].mean() < 1.5 * norms[1:4].mean()
 
 
 @pytest.mark.parametrize(("tokens", "piece_length"), [((1,), 4), ((2, 5), 4), ((5,), 0)])

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNIT_EPS = 1e-6
-"""Added to |x|^2 before the root, so that a zero vector has a finite gradient."""
+from nlray.memories.layer import decays
+from nlray.memories.scan import MemoryState, unit
 
 
 class MemoryParameters(NamedTuple):
@@ -36,15 +36,6 @@ class MemoryParameters(NamedTuple):
     """Bias of the decay's sigmoid, [H]."""
 
 
-class MemoryState(NamedTuple):
-    """What a sequence carries from one piece to the next; its size is bounded by the chunk size."""
-
-    matrix: Tensor
-    """State at the last chunk boundary, [B, H, d, d]: P (retain: init) or N (retain: zero)."""
-    open_inputs: Tensor
-    """Inputs u of the chunk that is still open, [B, H, m, d], m < chunk_size."""
-
-
 def initial_state(batch_size: int, parameters: MemoryParameters, *, retain: Literal["init", "zero"]) -> MemoryState:
     """Return the state before the first token."""
     heads, width, _ = parameters.m_k.shape
@@ -52,11 +43,6 @@ def initial_state(batch_size: int, parameters: MemoryParameters, *, retain: Lite
     if retain == "zero":
         matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return MemoryState(matrix, parameters.m_k.new_zeros(batch_size, heads, 0, width))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Return x scaled to length 1 along the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
 
 
 def titans_memory(
@@ -103,7 +89,7 @@ def titans_memory(
         # The tokens of the open chunk were read before: their queries are not needed again.
         q_BHTd = F.pad(unit(q_BHTd.to(dtype)), (0, 0, num_open, 0))
         # X: the pairs of head and sequence, heads first, so that the projections of all sequences are one product per head.
-        u_XTd, q_XTd, s_Xdd = (x.transpose(0, 1).flatten(0, 1) for x in (u_BHTd, q_BHTd, state.matrix))
+        u_XTd, q_XTd, s_Xdd = (x.transpose(0, 1).flatten(0, 1) for x in (u_BHTd, q_BHTd, state.fast_weights))
         weights_HdP, bias_H12 = _stack(parameters)
 
         reads, boundary_Xdd = [], s_Xdd
@@ -162,7 +148,7 @@ def _chunk(
     gp_XC1 = g_XC1 - log_alpha_XC1
     # Rows of the keys, then rows of the queries: one Gram product and one exp for both.
     gram_XEC = torch.bmm(torch.cat([eta_XC1 * k_XCd, q_XCd], dim=1), k_XCd.mT)
-    a_XCC, reads_XCC = (gram_XEC * _decays(torch.cat([gp_XC1, g_XC1], dim=1), g_XC1)).split(chunk, dim=1)
+    a_XCC, reads_XCC = (gram_XEC * decays(torch.cat([gp_XC1, g_XC1], dim=1), g_XC1)).split(chunk, dim=1)
 
     targets_XCd = v_XCd if objective == "dot" else v_XCd - k_XCd
     outgoing_XCd = targets_XCd - gp_XC1.exp() * k_XCd
@@ -185,16 +171,6 @@ def _chunk(
     last_X11 = g_XC1[:, -1:]
     end_Xdd = torch.baddbmm(last_X11.exp() * s_Xdd, ((last_X11 - g_XC1).exp() * w_XCd).mT, k_XCd)
     return nq_XCd, end_Xdd
-
-
-def _decays(rows_XE1: Tensor, g_XC1: Tensor) -> Tensor:
-    """Return exp(rows_t - g_s) for s up to t, and any finite number beyond, [X, E, C]; the caller masks what is beyond."""
-    exponents_XEC = rows_XE1 + (-g_XC1).mT
-    # Before exp, so that no future exponent overflows and none makes denormal numbers (50 times slower on a CPU). Outside
-    # autograd: the gradient beyond s = t is masked already, and e^-80 of one is nothing.
-    with torch.no_grad():
-        exponents_XEC.clamp_(-80.0, 0.0)
-    return exponents_XEC.exp()
 
 
 def _check(u_BHTd: Tensor, q_BHTd: Tensor, parameters: MemoryParameters, chunk_size: int) -> None:

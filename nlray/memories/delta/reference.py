@@ -1,61 +1,103 @@
-"""The matrix memory of self-referential Titans, token by token, as the equations say it: the yardstick of chunk.py.
+"""Memories in context, token by token, as the equations say it: the yardstick of every chunk form.
 
-Five separate memories per head, the inner gradient by automatic differentiation, nothing collapsed and nothing tuned.
+A separate memory per box, the inner gradient by automatic differentiation, nothing collapsed and nothing tuned. The recurrence is the
+same for every memory; what a memory is comes as two functions, here those of a matrix.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nlray.memories.delta.chunk import MemoryParameters, unit
+from nlray.config import ModelConfig
+from nlray.memories.scan import GATE_BOXES, MemoryWeights, unit
 
-BOXES = ("k", "v", "mem", "eta", "alpha")
-
-
-def inner_loss(memory: Tensor, key: Tensor, target: Tensor, objective: Literal["dot", "l2"]) -> Tensor:
-    """Return the inner objective, summed over heads and sequences: Eq. 92 (dot) or Eq. 93 (l2)."""
-    answer = apply(memory, key)
-    return -(answer * target).sum() if objective == "dot" else 0.5 * (answer - target).square().sum()
+Weights = tuple[Tensor, ...]
+"""The layers of one box, each [B, H, V, K]."""
 
 
-def apply(memory: Tensor, x: Tensor) -> Tensor:
-    """Return memory x: [B, H, V, d] times [B, H, d]."""
-    return (memory @ x.unsqueeze(-1)).squeeze(-1)
+def apply(matrix: Tensor, z: Tensor) -> Tensor:
+    """Return matrix z: [B, H, V, K] times [B, H, K]."""
+    return (matrix @ z.unsqueeze(-1)).squeeze(-1)
 
 
-def titans_memory_reference(
-    u_BHTd: Tensor,
-    q_BHTd: Tensor,
-    parameters: MemoryParameters,
+def answer_of_matrix(box: str, weights: Weights, z: Tensor) -> Tensor:
+    """Return what a matrix memory answers to z."""
+    return apply(weights[0], z)
+
+
+def inputs_of_matrix(weights: Weights, z: Tensor) -> tuple[Tensor, ...]:
+    """Return the input of each layer of a matrix memory that reads z."""
+    return (z,)
+
+
+def memory_reference(
+    inputs_BHTP: Tensor,
+    q_BHTd: Tensor | None,
+    weights: MemoryWeights,
     *,
-    chunk_size: int,
-    objective: Literal["dot", "l2"],
-    retain: Literal["init", "zero"],
-    read: Literal["token", "chunk_start"],
+    model: ModelConfig,
     inner_lr: float,
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Return y_BHTd and the five memories at every chunk boundary (Eq. 83-90; arguments as chunk.titans_memory)."""
-    batch = u_BHTd.shape[0]
-    gates = {"eta": parameters.m_eta.unsqueeze(1), "alpha": parameters.m_alpha.unsqueeze(1)}
-    first = {"k": parameters.m_k, "v": parameters.m_v, "mem": parameters.m_mem, **gates}
-    first = {box: memory.expand(batch, *memory.shape) for box, memory in first.items()}  # [B, H, d or 1, d]
-    inner_gradient = torch.func.grad(inner_loss)
-    memories, boundaries, outputs = first, [first], []
-    for t in range(u_BHTd.shape[2]):
-        start = boundaries[-1]
-        x, q = u_BHTd[:, :, t], unit(q_BHTd[:, :, t])
-        k, v = unit(apply(start["k"], x)), unit(apply(start["v"], x))
-        eta = inner_lr * torch.sigmoid(apply(start["eta"], x) + parameters.b_eta[:, None])[..., None]
-        alpha = torch.sigmoid(apply(start["alpha"], x) + parameters.b_alpha[:, None])[..., None]
-        updated = {}
-        for box in BOXES:
-            anchor = first[box] if retain == "init" else torch.zeros_like(first[box])
-            forgotten = eta * apply(memories[box], k).unsqueeze(-1) * k.unsqueeze(-2)
-            gradient = inner_gradient(start[box], k, apply(start[box], v), objective)
-            updated[box] = anchor + alpha * (memories[box] - anchor) - forgotten - eta * gradient
-        memories = updated
-        outputs.append(apply(memories["mem"] if read == "token" else start["mem"], q))
-        if (t + 1) % chunk_size == 0:
-            boundaries.append(memories)
-    return torch.stack(outputs, dim=2), boundaries
+    answer: Callable[[str, Weights, Tensor], Tensor] = answer_of_matrix,
+    inputs_of: Callable[[Weights, Tensor], tuple[Tensor, ...]] = inputs_of_matrix,
+) -> tuple[Tensor, dict[str, Weights], dict[str, Weights]]:
+    """Return y_BHTd, and the memories and their momenta at the last chunk boundary (Eq. 64-65, 76-93).
+
+    Arguments as nlray/memories/scan.py: ChunkedMemory.__call__; `answer` says what a box answers, `inputs_of` what its layers read.
+    """
+    batch = inputs_BHTP.shape[0]
+    first = {}
+    for box, layers in weights.memories.items():
+        rows = [layer.unsqueeze(1) if layer.dim() == 2 else layer for layer in layers]
+        first[box] = tuple(layer.expand(batch, *layer.shape) for layer in rows)
+    start = memories = first
+    start_momenta = momenta = {box: tuple(torch.zeros_like(layer) for layer in layers) for box, layers in first.items()}
+    outputs = []
+    for t in range(inputs_BHTP.shape[2]):
+        if t % model.chunk_size == 0:
+            start, start_momenta = memories, momenta
+        x = inputs_BHTP[:, :, t]
+        if model.phase == "static":
+            sizes = [model.head_dim, model.head_dim, *[1] * len(model.gates)]
+            projected = dict(zip(("k", "v", *model.gates), x.split(sizes, dim=-1), strict=True))
+        else:
+            projected = {box: answer(box, layers, x) for box, layers in start.items() if box != "mem"}
+        q = unit(projected["q"] if q_BHTd is None else q_BHTd[:, :, t])
+        k, v = unit(projected["k"]), projected["v"] if model.phase == "static" else unit(projected["v"])
+        gates = {gate: torch.sigmoid(projected[gate] + bias[:, None])[..., None] for gate, bias in weights.biases.items()}
+        eta, alpha, theta = inner_lr * gates.get("eta", 1.0), gates.get("alpha", 1.0), gates.get("theta", 0.0)
+
+        updated, updated_momenta = {}, {}
+        for box in model.boxes:
+            target = v.mean(-1, keepdim=True) if box in GATE_BOXES else v
+            if model.phase == "self_modifying":
+                target = answer(box, start[box], v)
+
+            def objective(layers: Weights, box: str = box, k: Tensor = k, target: Tensor = target) -> Tensor:
+                return inner_loss(answer(box, layers, k), target, model.objective)
+
+            gradients = torch.func.grad(objective)(start[box])
+            new = []
+            for i, z in enumerate(inputs_of(start[box], k)):
+                rate = eta
+                # Eq. 57: a layer whose inputs are not of length 1. The key is, and eta then means the rate eta'.
+                if model.forgets and z is not k:
+                    rate = eta / (1 + eta * z.square().sum(-1)[..., None, None])
+                anchor = first[box][i] if model.retain == "init" else torch.zeros_like(first[box][i])
+                decayed = anchor + alpha * (memories[box][i] - anchor)
+                met = decayed if model.rule == "gated_delta" else memories[box][i]
+                forgotten = apply(met, z).unsqueeze(-1) * z.unsqueeze(-2) if model.forgets else 0.0
+                momentum = theta * momenta[box][i] - rate * (gradients[i] + forgotten)
+                new.append((decayed + momentum, momentum))
+            updated[box], updated_momenta[box] = (tuple(layers) for layers in zip(*new, strict=True))
+        memories, momenta = updated, updated_momenta
+        outputs.append(answer("mem", memories["mem"] if model.read == "token" else start["mem"], q))
+    if inputs_BHTP.shape[2] % model.chunk_size == 0:
+        start, start_momenta = memories, momenta
+    return torch.stack(outputs, dim=2), start, start_momenta
+
+
+def inner_loss(answer: Tensor, target: Tensor, objective: Literal["dot", "l2"]) -> Tensor:
+    """Return the inner objective, summed over heads and sequences: Eq. 92 (dot) or Eq. 93 (l2)."""
+    return -(answer * target).sum() if objective == "dot" else 0.5 * (answer - target).square().sum()

@@ -1,0 +1,67 @@
+"""Matrix memories that do not collapse: one matrix per box, all boxes' rows stacked in one layer.
+
+The derivation is in README.md beside this file ('The general form'). All boxes have the key as their input, so one triangular
+system per chunk serves them all. The interface is that of nlray/memories/scan.py: ChunkedMemory.
+"""
+
+import torch
+from torch import Tensor
+
+from nlray.memories.layer import Layer, answer_at_start, close, read, rows_of, write
+from nlray.memories.scan import GATE_BOXES, ChunkedMemory, MemoryWeights, Tokens
+
+
+class MatrixMemory(ChunkedMemory):
+    """Every phase and rule of a matrix memory (Eq. 64, 65, 76-88).
+
+    The state is [B, H, R, d]: the rows R of all boxes, the main one last, as changes since the initial memories (retain: init) or as
+    they are (retain: zero); with momentum as many rows again.
+    """
+
+    def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
+        rows_HRd = self._stack(weights)
+        if self.model.retain == "init":
+            rows_HRd = torch.zeros_like(rows_HRd)
+        if self.model.momentum:
+            rows_HRd = torch.cat([rows_HRd, torch.zeros_like(rows_HRd)], dim=1)
+        return rows_HRd.expand(batch_size, *rows_HRd.shape).clone()
+
+    def _layers(self, weights: MemoryWeights, fast_weights: Tensor) -> Layer:
+        # Departs from Eq. 77, 82, 88 with retain "init": alpha acts on the change since the initial memory, not on the whole memory.
+        anchor = self._stack(weights).unsqueeze(1) if self.model.retain == "init" else None
+        rows_HGBRd = fast_weights.transpose(0, 1).unsqueeze(1)
+        change, momentum = rows_HGBRd.chunk(2, dim=-2) if self.model.momentum else (rows_HGBRd, None)
+        return Layer(anchor, change, momentum)
+
+    def _fast_weights(self, layers: Layer) -> Tensor:
+        parts = [layers.change_HGBVK] if layers.momentum_HGBVK is None else [layers.change_HGBVK, layers.momentum_HGBVK]
+        return torch.cat(parts, dim=-2).squeeze(1).transpose(0, 1)
+
+    def _project(self, layers: Layer, x_HGBCd: Tensor) -> dict[str, Tensor]:
+        boxes, width = self.model.boxes[:-1], self.model.head_dim
+        answers = answer_at_start(rows_of(layers, slice(0, -width)), x_HGBCd)
+        return dict(zip(boxes, answers.split([1 if box in GATE_BOXES else width for box in boxes], dim=-1), strict=True))
+
+    def _update(self, layers: Layer, tokens: Tokens) -> tuple[Tensor, Layer]:
+        k_HGBCd, v_HGBCd, q_HGBCd, coefficients = tokens
+        if self.model.phase == "self_modifying":
+            target = answer_at_start(layers, v_HGBCd)
+        else:
+            # Departs from Eq. 81-82: a gate is one number per head, the mean of what a d x d memory answers; its value is the mean of v.
+            mean = v_HGBCd.mean(-1, keepdim=True)
+            target = torch.cat([mean if box in GATE_BOXES else v_HGBCd for box in self.model.boxes], dim=-1)
+        if self.model.objective == "l2":
+            target = target - answer_at_start(layers, k_HGBCd)
+        w_HGBCR = write(layers, k_HGBCd, target, coefficients, forgets=self.model.forgets)
+        main = slice(-self.model.head_dim, None)
+        # Departs from Eq. 90 with read "token": Eq. 90 reads at the chunk's start, so that a token never sees its own chunk.
+        if self.model.read == "token":
+            y_HGBCd = read(rows_of(layers, main), q_HGBCd, k_HGBCd, w_HGBCR[..., main], coefficients)
+        else:
+            y_HGBCd = answer_at_start(rows_of(layers, main), q_HGBCd)
+        return y_HGBCd, close(layers, k_HGBCd, w_HGBCR, coefficients)
+
+    def _stack(self, weights: MemoryWeights) -> Tensor:
+        """Return the initial memories' rows in the order of the boxes, [H, R, d]."""
+        initial = {box: layers[0] for box, layers in weights.memories.items()}
+        return torch.cat([initial[box].unsqueeze(1) if box in GATE_BOXES else initial[box] for box in self.model.boxes], dim=1)

@@ -1,0 +1,190 @@
+"""Memories in context, a chunk at a time: what all of them share.
+
+A memory is built from the configuration and called with a piece of a batch of sequences; pieces of any length follow each other:
+
+    memory = memory_of(model)                               # nlray/memories/family.py picks it
+    state = memory.initial_state(batch_size, weights)
+    y_BHTd, state = memory(inputs_BHTP, q_BHTd, weights, state, inner_lr=1.0)
+
+Within a chunk every token's projections, values and gradients come from the memories at the chunk's start, so a chunk is matrix
+products. Letters are those of nlray/memories/layer.py; P columns of the inputs, d the head width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nlray.config import ModelConfig
+from nlray.memories.layer import Coefficients, chunk_coefficients
+
+UNIT_EPS = 1e-6
+"""Added to |x|^2 before the root, so that a zero vector has a finite gradient."""
+
+GATE_BOXES = ("eta", "alpha")
+"""Memories that answer with one number; all others answer with a vector of the head width."""
+
+
+class MemoryWeights(NamedTuple):
+    """What a layer's memories start from: meta-learned, shared over the batch."""
+
+    memories: Mapping[str, tuple[Tensor, ...]]
+    """Initial state of each box of `ModelConfig.boxes`. Matrix memory: ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2),
+    [H, d or 1, hidden] and [H, hidden, d]."""
+    biases: Mapping[str, Tensor]
+    """Bias of each gate of `ModelConfig.gates`, [H]."""
+
+
+class MemoryState(NamedTuple):
+    """What a sequence carries from one piece to the next; its size is bounded by the chunk size."""
+
+    fast_weights: Tensor
+    """The memories at the last chunk boundary, [B, H, ...]; their layout is the memory's own."""
+    open_inputs: Tensor
+    """Inputs of the chunk that is still open, [B, H, m, P], m < chunk_size."""
+
+
+class Tokens(NamedTuple):
+    """What a chunk's tokens write and ask, from the memories at its start."""
+
+    k_HGBCd: Tensor
+    v_HGBCd: Tensor
+    q_HGBCd: Tensor
+    coefficients: Coefficients
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return x scaled to length 1 along the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
+
+
+def input_width(model: ModelConfig) -> int:
+    """Return P, the columns of a memory's inputs: k, v and the gates' logits if they are projected outside, else the head's x."""
+    return 2 * model.head_dim + len(model.gates) if model.phase == "static" else model.head_dim
+
+
+class ChunkedMemory(ABC):
+    """A memory in context; what its state is and how a chunk changes it is the subclass's."""
+
+    recomputes = False
+    """Whether the backward computes each chunk anew in place of keeping its intermediate results."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def __call__(
+        self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, weights: MemoryWeights, state: MemoryState, *, inner_lr: float
+    ) -> tuple[Tensor, MemoryState]:
+        """Update the memories with every token and read the main one.
+
+        Computed in the weights' dtype, whatever autocast says: gates, decays, the solve and the state need it.
+
+        Args:
+            inputs_BHTP: what the memories read, [B, H, T, P], any T >= 1; P is `input_width`.
+            q_BHTd: queries before normalisation, [B, H, T, d]; None with `adapt_q`.
+            weights: initial states and biases.
+            state: state of the earlier piece of the same sequences, or `initial_state`; not modified.
+            inner_lr: largest inner learning rate eta_max; 0 turns the inner updates off.
+
+        Returns:
+            y_BHTd: what the main memory answers, [B, H, T, d]; and the state after these tokens.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        self._check(inputs_BHTP, q_BHTd, weights)
+        chunk_size, num_open = self.model.chunk_size, state.open_inputs.shape[2]
+        with torch.autocast(inputs_BHTP.device.type, enabled=False):
+            inputs_BHTP = torch.cat([state.open_inputs, inputs_BHTP.to(state.open_inputs.dtype)], dim=2)
+            first_open = inputs_BHTP.shape[2] - inputs_BHTP.shape[2] % chunk_size
+            inputs_chunks = inputs_BHTP.transpose(0, 1).unsqueeze(1).split(chunk_size, dim=3)
+            if q_BHTd is None:
+                q_chunks = [None] * len(inputs_chunks)
+            else:
+                # The tokens of the open chunk were read before: their queries are not needed again.
+                q_BHTd = F.pad(q_BHTd.to(inputs_BHTP.dtype), (0, 0, num_open, 0))
+                q_chunks = q_BHTd.transpose(0, 1).unsqueeze(1).split(chunk_size, dim=3)
+            layers = boundary = self._layers(weights, state.fast_weights)
+            reads = []
+            for inputs_HGBCP, q_HGBCd in zip(inputs_chunks, q_chunks, strict=True):
+                arguments = (inputs_HGBCP, q_HGBCd, layers, weights.biases, inner_lr)
+                if self.recomputes and torch.is_grad_enabled():
+                    y_HGBCd, layers = checkpoint(self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    y_HGBCd, layers = self._chunk(*arguments)
+                reads.append(y_HGBCd)
+                if inputs_HGBCP.shape[3] == chunk_size:
+                    boundary = layers
+            y_BHTd = torch.cat(reads, dim=3)[:, 0, :, num_open:].transpose(0, 1)
+        return y_BHTd, MemoryState(self._fast_weights(boundary), inputs_BHTP[:, :, first_open:])
+
+    def initial_state(self, batch_size: int, weights: MemoryWeights) -> MemoryState:
+        """Return the state before the first token."""
+        main = weights.memories["mem"][0]
+        return MemoryState(
+            self._initial_fast_weights(batch_size, weights),
+            main.new_zeros(batch_size, self.model.heads, 0, input_width(self.model)),
+        )
+
+    def _chunk(
+        self, inputs_HGBCP: Tensor, q_HGBCd: Tensor | None, layers: Any, biases: Mapping[str, Tensor], inner_lr: float
+    ) -> tuple[Tensor, Any]:
+        """Return what the main memory answers to a chunk's tokens, [H, 1, B, C, d], and the layers at its end."""
+        if self.model.phase == "static":
+            # Eq. 76: projections that are fixed in context come with the inputs.
+            sizes = [self.model.head_dim] * 2 + [1] * len(self.model.gates)
+            raw = dict(zip(("k", "v", *self.model.gates), inputs_HGBCP.split(sizes, dim=-1), strict=True))
+        else:
+            raw = self._project(layers, inputs_HGBCP)
+        return self._update(layers, self._tokens(raw, q_HGBCd, biases, inner_lr))
+
+    def _tokens(self, raw: dict[str, Tensor], q_HGBCd: Tensor | None, biases: Mapping[str, Tensor], inner_lr: float) -> Tokens:
+        """Return keys, values, queries and coefficients from the projections (Eq. 76, 79, 83, 87)."""
+        logits = {gate: raw[gate] + bias_H.view(-1, 1, 1, 1, 1) for gate, bias_H in biases.items()}
+        k_HGBCd, zero = unit(raw["k"]), torch.zeros_like(raw["k"][..., :1])
+        # Departs from Eq. 79, 83: v that a memory makes has length 1 as k has; otherwise v grows with that memory.
+        v_HGBCd = raw["v"] if self.model.phase == "static" else unit(raw["v"])
+        # Departs from Eq. 76, 79, 83: the gates have biases and eta a bound; eta must start small, alpha near 1.
+        eta = inner_lr * torch.sigmoid(logits["eta"]) if "eta" in logits else zero + inner_lr
+        log_alpha = F.logsigmoid(logits["alpha"]) if "alpha" in logits else zero
+        log_theta = F.logsigmoid(logits["theta"]) if "theta" in logits else None
+        coefficients = chunk_coefficients(eta, log_alpha, log_theta, gated=self.model.rule == "gated_delta")
+        return Tokens(k_HGBCd, v_HGBCd, unit(raw["q"] if q_HGBCd is None else q_HGBCd), coefficients)
+
+    def _check(self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, weights: MemoryWeights) -> None:
+        heads, width, columns = self.model.heads, self.model.head_dim, input_width(self.model)
+        shape = tuple(inputs_BHTP.shape)
+        if len(shape) != 4 or shape[1] != heads or shape[2] < 1 or shape[3] != columns:
+            raise ValueError(f"inputs_BHTP is {shape}; expected [B, {heads}, T >= 1, {columns}]")
+        q_shape = None if q_BHTd is None else tuple(q_BHTd.shape)
+        if q_shape != (None if self.model.adapt_q else (*shape[:3], width)):
+            raise ValueError(f"q_BHTd is {q_shape}; expected {None if self.model.adapt_q else (*shape[:3], width)}")
+        if set(weights.memories) != set(self.model.boxes) or set(weights.biases) != set(self.model.gates):
+            raise ValueError(
+                f"weights has memories {sorted(weights.memories)} and biases {sorted(weights.biases)}; "
+                f"expected {sorted(self.model.boxes)} and {sorted(self.model.gates)}"
+            )
+
+    @abstractmethod
+    def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
+        """Return `MemoryState.fast_weights` before the first token."""
+
+    @abstractmethod
+    def _layers(self, weights: MemoryWeights, fast_weights: Tensor) -> Any:
+        """Return the layers that the state stands for."""
+
+    @abstractmethod
+    def _fast_weights(self, layers: Any) -> Tensor:
+        """Return the state that stands for the layers."""
+
+    @abstractmethod
+    def _project(self, layers: Any, x_HGBCd: Tensor) -> dict[str, Tensor]:
+        """Return what every box but the main one answers to x at the chunk's start, [H, 1, B, C, d or 1]."""
+
+    @abstractmethod
+    def _update(self, layers: Any, tokens: Tokens) -> tuple[Tensor, Any]:
+        """Return what the main memory answers to the queries, [H, 1, B, C, d], and the layers at the chunk's end."""
