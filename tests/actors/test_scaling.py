@@ -75,12 +75,20 @@ def test_changes_that_come_before_the_last_one_is_done_are_carried_out_in_turn(s
 
 
 def test_workers_come_and_go_with_the_same_data(small, cluster):
-    config = small("run.steps=160", "recovery.window=16", "eval.every=0")
-    during, waiting = scaling([(10, {"sequence": 2, "fast": 2}), (60, {"sequence": 1})])
+    config = small("run.steps=4000", "recovery.window=16", "eval.every=0")
+    ask, waiting = scaling([(10, {"sequence": 2, "fast": 2}), (60, {"sequence": 1})])
+    stopped = []
+
+    def during(handle, rows):
+        ask(handle, rows)
+        if not stopped and sum("the steps paused for" in event for event in handle.client.poll(10**9, 0).events) == 2:
+            stopped.append(handle.request_stop())
+
     status, rows, events = run_to_end(config, during=during)
-    assert status.state == "completed" and not waiting, (status.message, events)
-    assert [row["step"] for row in rows] == list(range(1, 161))
-    _, losses = train_plainly(config, 160)
+    assert status.state == "stopped" and not waiting, (status.message, events)
+    steps = status.summary["steps"]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    _, losses = train_plainly(config, steps)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-3)
     assert sum("the steps paused for" in event for event in events) == 2
 
