@@ -316,8 +316,9 @@ class Lineup:
         keepers = [m for m in self.members.all.values() if m.plan.group == KEEPER]
         for member in keepers:
             member.surplus_at = None if self._is_apart(member) else member.surplus_at or committed
-        useful = {m.name for m in keepers if m.surplus_at is None}
-        if {m.name for m in keepers if m.report is not None and m.surplus_at is None} != {m.name for m in keepers if m.name in self._dealt}:
+        useful = [m for m in keepers if m.surplus_at is None]
+        # One stands that has no copies yet, or one has them that is not needed any more.
+        if {m.name for m in useful if m.report is not None} != {m.name for m in keepers if m.name in self._dealt}:
             self.set_keepers()
         if not useful and len(self._nodes()) == 1 and time.monotonic() - self._looked_s > NODES_LOOK_S:
             self._looked_s = time.monotonic()

@@ -97,7 +97,8 @@ class Members:
         labels = dict(plan.resources.labels)
         not_there = sorted(self.nodes.lost.union(avoided))
         if not_there:
-            labels[NODE_LABEL] = f"!in({', '.join(not_there)})"
+            # A node that the user named stays: the seat then waits for it.
+            labels.setdefault(NODE_LABEL, f"!in({', '.join(not_there)})")
         group = placement_group(
             [plan.bundle],
             strategy="PACK",

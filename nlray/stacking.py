@@ -123,16 +123,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _check(config: Config, plain: Mapping[str, Any], source: str) -> None:
     """Refuse changes of what the weights decide."""
-    for key, value in plain["model"].items():
-        now = getattr(config.model, key)
-        same = all(getattr(now, k) == v for k, v in value.items()) if isinstance(value, dict) else now == value
-        if not same and key != "seq_len":
-            raise UserError(f"model.{key} is {now}; {source} has {value}")
+    fixed = {f"model.{key}": (getattr(config.model, key), value) for key, value in plain["model"].items()}
+    del fixed["model.seq_len"], fixed["model.attention"]
+    fixed |= {f"model.attention.{k}": (getattr(config.model.attention, k), value) for k, value in plain["model"]["attention"].items()}
+    fixed |= {f"memory.{key}": (getattr(config.memory, key), plain["memory"][key]) for key in ("hidden", "mlp", "mlp_bias")}
+    for key, (now, value) in fixed.items():
+        if now != value:
+            raise UserError(f"{key} is {now}; {source} has {value}")
     if config.memory.variant == "independent":
         raise UserError("memory.variant is independent; allowed for a pretrained model: sequential, nested, which keep its logits")
-    for key in ("hidden", "mlp", "mlp_bias"):
-        if getattr(config.memory, key) != plain["memory"][key]:
-            raise UserError(f"memory.{key} is {getattr(config.memory, key)}; {source} has {plain['memory'][key]}")
 
 
 class Weights:

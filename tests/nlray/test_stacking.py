@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from nlray.config_loading import load_config
 from nlray.errors import CheckpointError, UserError
@@ -14,8 +15,6 @@ from nlray.initial import check_initial
 from nlray.models.lm import build_model, level_parameters
 from nlray.nested_system import NestedSystem, parameter_shapes
 from nlray.stacking import stack
-
-transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
 COMMON = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -179,7 +178,7 @@ def test_a_source_that_cannot_be_taken_over_is_one_line_and_leaves_nothing(tmp_p
     ("override", "words"),
     [
         ("model.dim=64", r"model.dim is 64; .* has 32"),
-        ("model.attention.kv_heads=1", r"model.attention is "),
+        ("model.attention.kv_heads=1", r"model.attention.kv_heads is 1; .* has 2"),
         ("memory.hidden=8", r"memory.hidden is 8; .* has 40"),
         ("memory.variant=independent", r"memory.variant is independent; allowed for a pretrained model: sequential, nested"),
     ],
