@@ -15,6 +15,8 @@ from omegaconf import MISSING
 
 from nlray.errors import UserError
 
+_TAKEN_NAMES = ("sequence", "standby", "keeper", "conductor")
+"""Other actors of a run are called so."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -478,8 +480,8 @@ class MemoryConfig:
             self._check_nested()
         for name in self.levels:
             _require(
-                _NAME.fullmatch(name) is not None and name != "sequence",
-                f"memory.levels.{name}: a level's name is letters, digits and _, and not 'sequence'",
+                _NAME.fullmatch(name) is not None and name not in _TAKEN_NAMES,
+                f"memory.levels.{name}: a level's name is letters, digits and _, and not one of {', '.join(_TAKEN_NAMES)}",
             )
 
     def _check_nested(self) -> None:
