@@ -42,7 +42,7 @@ def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
     assert sum("recovered in" in event or "the conductor was killed" in event for event in events) == status.summary["recoveries"]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path):
     config = small(*POINTS, "memory.levels.slow.ranks=2")
     strikes = [
@@ -103,7 +103,7 @@ def test_a_run_with_a_single_actor_is_restored_from_the_conductors_copy(small, c
     assert recovery["restored"] in (8, 12) and recovery["source"] == "memory"
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster, tmp_path):
     everyone = ("sequence-0", "fast-0", "medium-0", "slow-0")
     config = small(*POINTS, "run.steps=64", "recovery.checkpoint_every=8")
