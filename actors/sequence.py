@@ -9,7 +9,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -27,9 +27,11 @@ from nlray.device import device_for
 from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, UserError
 from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
-from nlray.models.lm import build_model, level_parameters, sequence_parameters
+from nlray.models.lanes import Lanes
+from nlray.models.lm import State, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
-from nlray.pipelines.stream import Batch, BlockStream, PrefetchStream, heldout_blocks
+from nlray.pipelines.lanes import open_stream
+from nlray.pipelines.stream import Batch, PrefetchStream, heldout_blocks
 
 MAX_SKIPPED_IN_A_ROW = 10
 HELDOUT_SEED = 0  # not run.seed: runs of different seeds are compared on the same sequences
@@ -74,8 +76,9 @@ class SequenceWorker:
         self.group = WorkerGroup(worker, sequence.workers, self.device)
         self.channels: list[LevelChannel] = []
         first = worker * sequence.worker_batch
+        self.lanes = Lanes()
         self.stream = PrefetchStream(
-            BlockStream(config.data, seq_len=model.seq_len, seed=config.run.seed),
+            open_stream(config),
             sequence.global_batch,
             start=first,
             stop=first + sequence.worker_batch,
@@ -203,6 +206,8 @@ class SequenceWorker:
         shared = frozenset(tensors)
         for channel in self.channels:
             tensors |= {f"accumulator/{self.worker}/{n}": t.cpu() for n, t in channel.accumulators().items()}
+        # The tensors themselves: a step puts others in their place.
+        tensors |= {f"lanes/{self.worker}/{n}": t.cpu() for n, t in self.lanes.tensors().items()}
         state = {
             "stream": self.stream.state_dict(),
             "num_skipped": self.num_skipped,
@@ -219,7 +224,7 @@ class SequenceWorker:
         """Return whether a snapshot's tensor is one that this worker restores."""
         kind, _, rest = tensor.partition("/")
         name = rest.rpartition("/")[0] if kind == "optimizer" else rest
-        return kind == "accumulator" or (kind in ("param", "optimizer") and name in self.parameters)
+        return kind in ("accumulator", "lanes") or (kind in ("param", "optimizer") and name in self.parameters)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of any number of workers. Call before `start`."""
@@ -237,6 +242,7 @@ class SequenceWorker:
         for plan in self.plans:
             sums = self._accumulators_of(plan, tensors, state["workers"])
             self._open[plan.name] = (sums, state["open_steps"][plan.name])
+        self.lanes.load(self._lanes_of(tensors, state["workers"]), self.model)
 
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
@@ -257,6 +263,17 @@ class SequenceWorker:
                 if part is not None:
                     sums[spec.name] = sums[spec.name] + part if spec.name in sums else part
         return sums
+
+    def _lanes_of(self, tensors: Mapping[str, Tensor], saved_workers: int) -> dict[str, Tensor]:
+        """Return the state of this worker's rows of the batch, whichever workers had them."""
+        rows = self.config.sequence.worker_batch
+        if saved_workers == self.config.sequence.workers:
+            workers, first = [self.worker], 0
+        else:
+            workers, first = list(range(saved_workers)), self.worker * rows
+        prefix = f"lanes/{workers[0]}/"
+        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        return {n: torch.cat([tensors[f"lanes/{w}/{n}"] for w in workers])[first : first + rows].clone() for n in names}
 
     # The training thread.
 
@@ -375,8 +392,10 @@ class SequenceWorker:
             channel.take_up(step)
             if channel.skipped_updates > skipped_before:
                 self._add_event(f"step {step}: update {channel.visible} of level {channel.plan.name} was skipped: no finite gradient")
-        blocks = torch.from_numpy(self.stream.next().blocks).to(self.device)
-        loss_share = self._forward_backward(blocks)
+        batch = self.stream.next()
+        if batch.is_start:
+            self.lanes.clear()
+        loss_share, states = self._forward_backward(torch.from_numpy(batch.blocks).to(self.device))
         self.group.finish_gradients()
         norm = clip_gradients_([p.grad for p in self.parameters.values()], self.config.sequence.optimizer.clip)
         agreement = self.group.agree(loss_share, norm, self._take_command())
@@ -387,6 +406,8 @@ class SequenceWorker:
                 channel.accumulate({n: p.grad for n, p in self.level_parameters[channel.plan.name].items()})
                 channel.end_step(step)
             learning_rate = self.optimizer.step(step)
+            if self.config.model.carry_state:
+                self.lanes.keep(states)
         else:
             for channel in self.channels:
                 channel.end_step(step)
@@ -394,24 +415,28 @@ class SequenceWorker:
         seconds, stall_s = time.perf_counter() - started, self._stall_s() - stalled_before
         return agreement, self._row(step, agreement, seconds, stall_s, learning_rate)
 
-    def _forward_backward(self, blocks: Tensor) -> Tensor:
-        """Leave this worker's share of the gradient of the global mean loss in `.grad`; return its share of the loss."""
+    def _forward_backward(self, blocks: Tensor) -> tuple[Tensor, list[State]]:
+        """Leave this worker's share of the gradient of the global mean loss in `.grad`; return its share of the loss, and the states
+        after each micro-batch.
+        """
         self.model.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        micro_batches = blocks.split(self.config.sequence.micro_batch_size)
+        total, states, size = torch.zeros((), device=self.device), [], self.config.sequence.micro_batch_size
+        micro_batches = blocks.split(size)
         for index, micro_batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
                 self.group.arm()
             with self._autocast():
-                losses, _ = self.model.token_losses(micro_batch)
+                losses, state = self.model.token_losses(micro_batch, self.lanes.rows(index * size, (index + 1) * size))
             loss = losses.sum() / self.step_tokens
             loss.backward()
             total += loss.detach()
+            if self.config.model.carry_state:
+                states.append(state)
         for parameter in self.model.parameters():
             # A parameter that the loss does not reach, such as a memory that no token reads back within one chunk.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return total
+        return total, states
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.sequence.precision == "bf16" else nullcontext()

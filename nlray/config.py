@@ -88,8 +88,12 @@ class StreamConfig:
     """Tokens of a source whose blocks are shuffled together; less than two blocks: blocks of a document stay in order."""
     prefetch: int = 4
     """Batches prepared ahead in the background; 0: none."""
+    lane_blocks: int = 64
+    """With model.carry_state: consecutive blocks of a source that a row of the batch goes through before it begins anew elsewhere. The
+    blocks of all lanes, lane_blocks times sequence.global_batch, are read together."""
 
     def __post_init__(self) -> None:
+        _require(self.lane_blocks >= 1, f"data.stream.lane_blocks is {self.lane_blocks}; allowed: 1 or more")
         _require(self.shuffle_tokens >= 0, f"data.stream.shuffle_tokens is {self.shuffle_tokens}; allowed: 0 or more")
         _require(self.prefetch >= 0, f"data.stream.prefetch is {self.prefetch}; allowed: 0 or more")
 
@@ -198,6 +202,9 @@ class ModelConfig:
     """Bias of the inner learning rate's sigmoid at the start."""
     decay_bias: Any = 5.0
     """Bias of the decay's sigmoid at the start, one number or a list with one for each head: 5 is a half-life of about 100 tokens."""
+    carry_state: bool = False
+    """Whether a row of a batch goes on, in the text and with the memories' state, where the same row of the batch before ended; gradients
+    end at its start (truncated backpropagation). Kinds hope and titans; `data.stream.lane_blocks` says for how long."""
     conv_width: int = 4
     """Width of the causal depthwise convolution; 0: none."""
     mlp_hidden: int | None = None
@@ -223,6 +230,8 @@ class ModelConfig:
         if self.uses_attention:
             self._check_attention()
         _require(self.norm == "rms" or self.kind == "hope_attention", f"model.norm is {self.norm}; allowed for kind {self.kind}: rms")
+        carries = self.carry_state and self.uses_attention
+        _require(not carries, f"model.carry_state is true; allowed for kind {self.kind}, whose state grows with the text: false")
         _require(self.norm_eps >= 0, f"model.norm_eps is {self.norm_eps}; allowed: 0 or more")
         _require(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; allowed: 2 or more, or null")
         _require(self.inner_lr > 0, f"model.inner_lr is {self.inner_lr}; allowed: more than 0")

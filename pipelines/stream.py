@@ -42,6 +42,8 @@ class Batch:
     """Of each block: the tag values of the record that gives it most tokens. Blocks may share a dict: do not change it."""
     sources: np.ndarray
     """int32 [n]: the place in `data.sources` of the source of each block."""
+    is_start: bool = True
+    """Whether the blocks begin sequences; False: each goes on where the same row of the batch before ended (`nlray.pipelines.lanes`)."""
 
 
 class BlockStream:
@@ -55,6 +57,7 @@ class BlockStream:
         seed: int,
         split: Literal["train", "heldout"] = "train",
         tokenizer: Tokenizer | None = None,
+        in_order: bool = False,
     ) -> None:
         """Open the sources (schemas and indexes, no text).
 
@@ -62,12 +65,13 @@ class BlockStream:
             seq_len: tokens of a block that are inputs; a block has one more.
             seed: of the order of the data.
             tokenizer: replaces `config.tokenizer`.
+            in_order: leave the blocks of a source in order; files and records are shuffled all the same.
 
         Raises:
             DataError: a source or the tokenizer cannot be opened.
         """
         self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-        self.seq_len, self._seed, self._is_endless = seq_len, seed, split == "train"
+        self.seq_len, self._seed, self._is_endless, self._in_order = seq_len, seed, split == "train", in_order
         weights = np.array([source.weight for source in config.sources], np.float64)
         self._cumulative_weights = np.cumsum(weights / weights.sum())
         self._cumulative_weights[-1] = 1.0
@@ -88,7 +92,7 @@ class BlockStream:
             shuffle=config.stream.shuffle,
             split=split,
         )
-        window = config.stream.shuffle_tokens // self.seq_len if config.stream.shuffle else 1
+        window = config.stream.shuffle_tokens // self.seq_len if config.stream.shuffle and not self._in_order else 1
         return ShuffledBlocks(stream, window=window, seed=self._seed, index=index) if window > 1 else stream
 
     def take(self, num_blocks: int, *, start: int = 0, stop: int | None = None) -> Batch:
@@ -105,6 +109,15 @@ class BlockStream:
             self._block += num_blocks
             return self._gather(sources, start, stop)
         return self._take_of_one_pass(num_blocks, start, stop)
+
+    def take_runs(self, num_runs: int, length: int, *, start: int, stop: int) -> Batch:
+        """Advance the global order by `num_runs` runs of `length` blocks of one source each, and return those of runs start .. stop - 1.
+
+        With `in_order` the blocks of a run follow each other in their source. Only for the split `train`. Raises as `take`.
+        """
+        sources = draw_sources(self._cumulative_weights, num_runs, seed=self._seed, start=self._block)
+        self._block += num_runs
+        return self._gather(np.repeat(sources, length), start * length, stop * length)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last block taken: JSON-able, a few numbers per source."""
@@ -187,7 +200,7 @@ def heldout_blocks(config: DataConfig, *, seq_len: int, seed: int, num_blocks: i
 
 
 class PrefetchStream:
-    """A `BlockStream` whose next batches a background thread prepares. Use it as a context manager, or call `close`."""
+    """A `BlockStream`, or a `LaneStream`, whose next batches a background thread prepares. Use it as a context manager, or call `close`."""
 
     def __init__(
         self, stream: BlockStream, num_blocks: int, *, start: int = 0, stop: int | None = None, prefetch: int = 4, timeout_s: float = 300.0

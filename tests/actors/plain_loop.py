@@ -10,7 +10,7 @@ import torch
 from nlray.config import Config
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_factor, clip_gradients_, total_norm
-from nlray.pipelines.stream import BlockStream
+from nlray.pipelines.lanes import open_stream
 
 
 def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -19,7 +19,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
     model = build_model(config, config.model.vocab_size, seed=config.run.seed)
     num_tokens = config.sequence.global_batch * config.model.seq_len
     model.set_loss_tokens(num_tokens)
-    stream = BlockStream(config.data, seq_len=config.model.seq_len, seed=config.run.seed)
+    stream, carried = open_stream(config), None
     outer = sequence_parameters(model)
     outer_optimizer = OuterOptimizer(outer, config.sequence.optimizer, horizon=config.run.steps)
     newest, optimizers, sums, versions = {}, {}, {}, {}
@@ -41,13 +41,19 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
             due = max(v for v in versions[name] if v == 0 or v * level.update_period + level.visible_delay + 1 <= step)
             for n, p in in_model[name].items():
                 p.data.copy_(versions[name][due][n])
-        blocks = torch.from_numpy(stream.take(config.sequence.global_batch).blocks)
+        batch = stream.take(config.sequence.global_batch)
+        blocks, states = torch.from_numpy(batch.blocks), []
+        if batch.is_start:
+            carried = None
         model.zero_grad(set_to_none=True)
         step_loss = 0.0
-        for micro_batch in blocks.split(config.sequence.micro_batch_size):
-            loss = model.token_losses(micro_batch)[0].sum() / num_tokens
+        for index, micro_batch in enumerate(blocks.split(config.sequence.micro_batch_size)):
+            token_losses, state = model.token_losses(micro_batch, None if carried is None else carried[index])
+            loss = token_losses.sum() / num_tokens
             loss.backward()
             step_loss += loss.item()
+            states.append([type(block)(*(tensor.detach() for tensor in block)) for block in state])
+        carried = states if config.model.carry_state else None
         losses.append(step_loss)
         for name, level in config.levels.items():
             for n, p in in_model[name].items():

@@ -2,7 +2,9 @@
 
 import random
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,13 +13,17 @@ from hypothesis import strategies as st
 from nlray.actors.launch import resume_config
 from nlray.actors.level import LevelRank
 from nlray.actors.seat import Behaviours
+from nlray.actors.sequence import SequenceWorker
 from nlray.checkpoint import load_parameters
+from nlray.pipelines.lanes import open_stream
 
 from .conftest import run_to_end
 from .in_process import InProcessRun
 from .plain_loop import digest_plainly, train_plainly
 
 NO_DELAY = ["memory.levels.medium.delay=0", "memory.levels.slow.delay=0"]
+CARRIED = ["model.carry_state=true", "data.stream.lane_blocks=7", "model.seq_len=36"]
+"""Lanes of 7 blocks; a block ends within a chunk of the memory, so that open inputs are carried too."""
 
 
 class SleepyRank(LevelRank):
@@ -53,8 +59,9 @@ def test_level_ranks_change_no_bit(small, ranks):
         ["memory.variant=nested", "memory.levels.slow.ranks=2", "memory.levels.slow.optimizer.name=muon"],
         ["memory.variant=independent", "memory.levels.fast.ranks=3"],
         ["memory.layout=by_layer", "memory.levels.medium=null"],
+        [*CARRIED, "sequence.micro_batch=2"],
     ],
-    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention", "nested", "independent", "by_layer"],
+    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention", "nested", "independent", "by_layer", "carried state"],
 )
 def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
     config = small(*overrides)
@@ -81,6 +88,42 @@ def test_a_run_that_starts_from_a_checkpoint_equals_the_plain_loop_that_does(sma
     second = InProcessRun(config)
     assert digest_plainly(second.parameters) == digest_plainly(first.parameters)
     assert digest_plainly(second.train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
+def test_carried_states_change_the_result_and_go_on_from_a_checkpoint_within_a_lane(small, tmp_path):
+    config = small(*CARRIED)
+    plain, _ = train_plainly(config, 20)
+    first = InProcessRun(small(*CARRIED, "run.stop_after=10")).train()
+    first.write(10, str(tmp_path / "ten"))
+    second = InProcessRun(config)
+    second.load(str(tmp_path / "ten"))
+    assert second.train().worker.report(0).rows[-1]["step"] == 20
+    assert digest_plainly(second.parameters) == digest_plainly(plain)
+    # And without the state the result is another one.
+    third = InProcessRun(config)
+    third.load(str(tmp_path / "ten"))
+    third.worker.lanes.clear()
+    assert digest_plainly(third.train().parameters) != digest_plainly(plain)
+
+
+def test_other_workers_take_up_the_lanes_where_they_are(small):
+    one = InProcessRun(small(*CARRIED, "run.stop_after=10")).train()
+    snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
+    two = [SequenceWorker(small(*CARRIED, "sequence.workers=2"), one.worker.plans, i, vault=one.vault()) for i in range(2)]
+    for index, worker in enumerate(two):
+        worker.restore(snapshot)
+        assert {n: t.tolist() for n, t in worker.lanes.tensors().items()} == {n: t[2 * index :][:2].tolist() for n, t in rows.items()}
+    batch = open_stream(small(*CARRIED))
+    blocks = [batch.take(4).blocks for _ in range(11)][-1]
+    assert np.concatenate([worker.stream.next().blocks for worker in two]).tolist() == blocks.tolist()
+    # And back: their pieces together are the state of one.
+    tensors = {n: t for worker in two for n, t in worker.snapshot(10).tensors.items()}
+    state = {**snapshot.state, "workers": 2, "stream": snapshot.state["stream"]}
+    again = InProcessRun(small(*CARRIED)).worker
+    again.restore(replace(snapshot, tensors=tensors, state=state))
+    assert {n: t.tolist() for n, t in again.lanes.tensors().items()} == {n: t.tolist() for n, t in rows.items()}
+    for worker in [*two, again]:
+        worker.close()
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

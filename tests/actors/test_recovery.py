@@ -81,7 +81,7 @@ def test_a_rank_killed_while_the_run_starts_is_a_recovery_that_names_it(small, c
 
 @pytest.mark.chaos
 def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
-    overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1"]
+    overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1", "model.carry_state=true"]
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
     strikes = [
         Strike("step", 7, ("sequence-1",)),
@@ -117,7 +117,7 @@ def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster,
 
 def test_a_fault_while_the_run_recovers_is_met_too(small, cluster, tmp_path):
     strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 8, ("conductor",), by="rank")]
-    config = small(*POINTS)
+    config = small(*POINTS, "model.carry_state=true", "data.stream.lane_blocks=6")
     status, _, _ = run_to_end(config, behaviours=striking(tmp_path, strikes))
     assert all(r["replayed"] <= r["step"] - r["restored"] for r in status.summary["recovery_log"])
     assert struck(tmp_path) == 3

@@ -74,8 +74,9 @@ def test_changes_that_come_before_the_last_one_is_done_are_carried_out_in_turn(s
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
 
 
-def test_workers_come_and_go_with_the_same_data(small, cluster):
-    config = small("run.steps=4000", "recovery.window=16", "eval.every=0")
+@pytest.mark.parametrize("overrides", [[], pytest.param(["model.carry_state=true"], marks=pytest.mark.chaos)], ids=["blocks", "lanes"])
+def test_workers_come_and_go_with_the_same_data(small, cluster, overrides):
+    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", *overrides)
     ask, waiting = scaling([(10, {"sequence": 2, "fast": 2}), (60, {"sequence": 1})])
     stopped = []
 

@@ -74,6 +74,13 @@ def test_defaults_hold_where_a_level_says_nothing():
     assert [level.ranks for level in config.levels.values()] == [2, 2, 3, 2]
 
 
+def test_a_state_that_grows_with_the_text_is_not_carried():
+    with pytest.raises(UserError, match=r"model\.carry_state is true; allowed for kind hope_attention, whose state grows .*: false"):
+        load_config("tiny", ["model.carry_state=true", "model.kind=hope_attention"])
+    with pytest.raises(UserError, match=r"data\.stream\.lane_blocks is 0; allowed: 1 or more"):
+        load_config("tiny", ["model.carry_state=true", "data.stream.lane_blocks=0"])
+
+
 def test_options_of_an_optimizer_are_kept_as_they_came():
     options = "{slow_every: [16, 128], beta3: 0.99}"
     config = load_config("tiny", ["memory.defaults.optimizer.name=m3", f"memory.defaults.optimizer.options={options}"])

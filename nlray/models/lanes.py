@@ -1,0 +1,47 @@
+"""Sequences that go on from one batch to the next: the state of the memories in context, carried without its gradient.
+
+lanes = Lanes()
+for batch in stream:
+    if batch.is_start:
+        lanes.clear()
+    losses, state = model.token_losses(blocks, lanes.rows(0, 8))
+    ...                                                         # backward: ends where the batch begins
+    lanes.keep([state])
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
+
+from nlray.models.lm import LanguageModel, State
+
+
+class Lanes:
+    """The state of a number of sequences after the batches so far; of none at the start."""
+
+    def __init__(self) -> None:
+        self._state: State | None = None
+
+    def clear(self) -> None:
+        """Have the sequences begin anew."""
+        self._state = None
+
+    def rows(self, start: int, stop: int) -> State | None:
+        """Return the state of sequences start .. stop - 1; None: they begin anew."""
+        return None if self._state is None else tree_map(lambda tensor: tensor[start:stop], self._state)
+
+    def keep(self, parts: Sequence[State]) -> None:
+        """Take over the states after a batch, given for consecutive parts of its rows; what is before them gets no gradient."""
+        self._state = tree_map(lambda *tensors: torch.cat([tensor.detach() for tensor in tensors]), *parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the live tensors by name, sequences first; none where they begin anew."""
+        return {} if self._state is None else {str(index): tensor for index, tensor in enumerate(tree_leaves(self._state))}
+
+    def load(self, tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
+        """Take over what `tensors` gave, of this model; of no tensors: the sequences begin anew."""
+        device = model.embedding.weight.device
+        leaves = [tensors[str(index)].to(device) for index in range(len(tensors))]
+        self._state = tree_unflatten(leaves, tree_structure(model.init_state(0))) if leaves else None
