@@ -171,12 +171,12 @@ def _lookup(registry: Mapping[Any, Any], key: Any, what: str) -> Any:
 
 def _titans_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
     """The memories in context of a head (Eq. 64-65, 76-93), the main one first."""
-    chunk = 1.0 / model.chunk_size
+    per_token = {box: 1.0 / size for box, size in model.chunk_sizes.items()}
     objective = {"dot": "-<M k, {}>", "l2": "1/2 |M k - {}|^2"}[model.objective]
     target = "its initial state" if model.retain == "init" else "zero"
     memory = Problem(
         name="memory.mem",
-        updates_per_token=1.0 if model.read == "token" else chunk,
+        updates_per_token=1.0 if model.read == "token" else per_token["mem"],
         context_flow="tokens" if model.read == "token" else "chunks",
         key="k = W_k x" if model.phase == "static" else "k = M_k x",
         value=_memory_value("mem", model),
@@ -189,7 +189,7 @@ def _titans_problems(layers: list[nn.Module], model: ModelConfig) -> list[Proble
         replace(
             memory,
             name=f"memory.{box}",
-            updates_per_token=chunk,
+            updates_per_token=per_token[box],
             context_flow="chunks",
             value=_memory_value(box, model),
             objective=objective.format(_memory_value(box, model).partition(" =")[0]),

@@ -24,9 +24,9 @@ class TitansState(NamedTuple):
     """What one layer carries along a sequence; its size does not grow with the sequence."""
 
     fast_weights: Tensor
-    """The memories at the last chunk boundary, [B, H, ...]; the layout is the memory's own."""
+    """The memories where the chunks of all of them last ended, [B, H, ...]; the layout is the memory's own."""
     open_inputs: Tensor
-    """Inputs of the chunk that is still open, [B, H, m, P], m < chunk_size."""
+    """Inputs of the tokens since then, [B, H, m, P], m < `model.chunk_period`."""
     conv_tail: Tensor
     """Last inputs of the convolution, [B, conv_width - 1, D]."""
 

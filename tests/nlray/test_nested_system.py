@@ -100,6 +100,7 @@ MEMORIES = [
     ["model.memory=mlp"],
     ["model.memory=mlp", "model.memory_hidden=5", "model.phase=adaptive", "model.rule=gd", "model.objective=l2"],
     ["model.memory=mlp", "model.phase=static", "model.momentum=true"],
+    ["model.memory_chunks={k: 4}"],
 ]
 
 
@@ -123,6 +124,13 @@ def test_every_memory_is_counted_once(overrides):
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
     initial = [layer for block in model.blocks for layers in block.mixer.memory_weights().memories.values() for layer in layers]
     assert of(system, "sequence.initial_states").parameters == sum(layer.numel() for layer in initial)
+
+
+def test_a_memory_with_a_chunk_size_of_its_own_has_a_frequency_of_its_own():
+    _, system = build("model.memory_chunks={k: 4, mem: 16}", "model.read=chunk_start")
+    frequencies = {box: of(system, f"memory.{box}").updates_per_token for box in ("k", "v", "eta", "alpha", "mem")}
+    assert frequencies == {"k": 1 / 4, "v": 1 / 8, "eta": 1 / 8, "alpha": 1 / 8, "mem": 1 / 16}
+    assert of(system, "memory.k").level < of(system, "memory.v").level < of(system, "memory.mem").level
 
 
 def test_a_memory_learns_through_its_momentum():
