@@ -12,9 +12,11 @@ a larger one keeps what it was at the start of its own chunk. Letters are those 
 head width.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nlray.config import ModelConfig
 from nlray.memories.layer import Coefficients, chunk_coefficients
+from nlray.models.layers import Init
 
 UNIT_EPS = 1e-6
 """Added to |x|^2 before the root, so that a zero vector has a finite gradient."""
@@ -30,13 +33,24 @@ UNIT_EPS = 1e-6
 GATE_BOXES = ("eta", "alpha")
 """Memories that answer with one number; all others answer with a vector of the head width."""
 
+MEMORY_NOISE = 0.02
+"""Standard deviation of the noise in a memory's initial state."""
+
+
+class BoxTensor(NamedTuple):
+    """One layer of a box's initial state, a parameter of the model."""
+
+    shape: tuple[int, ...]
+    """Heads first."""
+    init: Init
+
 
 class MemoryWeights(NamedTuple):
     """What a layer's memories start from: meta-learned, shared over the batch."""
 
     memories: Mapping[str, tuple[Tensor, ...]]
-    """Initial state of each box of `ModelConfig.boxes`. Matrix memory: ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2),
-    [H, d or 1, hidden] and [H, hidden, d]."""
+    """Initial state of each box of `ModelConfig.boxes`, its layers in the order of `ChunkedMemory.box_tensors`. Matrix memory:
+    ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2), [H, d or 1, hidden] and [H, hidden, d]."""
     biases: Mapping[str, Tensor]
     """Bias of each gate of `ModelConfig.gates`, [H]."""
 
@@ -70,15 +84,40 @@ def input_width(model: ModelConfig) -> int:
     return 2 * model.head_dim + len(model.gates) if model.phase == "static" else model.head_dim
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryProblem:
+    """One optimization problem in context, over the heads of a layer."""
+
+    name: str
+    updates_per_token: float
+    """Definition 2 with one token as the unit of time."""
+    context_flow: Literal["tokens", "chunks"]
+    key: str
+    value: str
+    objective: str
+    rule: str
+    state_values: int
+    """Values that it holds of one sequence."""
+    after: tuple[str, ...] = ()
+    """Problems of the same memory and frequency whose state at t this one's state at t needs."""
+
+
 class ChunkedMemory(ABC):
-    """A memory in context; what its state is and how a chunk changes it is the subclass's."""
+    """A memory in context; what its state is and how a chunk changes it is the subclass's, a user's own too (docs/extending.md).
+
+    `layers` below is whatever a subclass computes a chunk with. A constructor raises ValueError for settings that its class does not know;
+    its arguments after `model` are `model.memory_options`.
+    """
 
     recomputes = False
     """Whether the backward computes each chunk anew in place of keeping its intermediate results."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
-        self.chunk_size = min(model.chunk_sizes.values())
+        sizes = sorted(set(model.chunk_sizes.values()))
+        if len(sizes) > 1 and type(self)._renewed is ChunkedMemory._renewed:
+            raise ValueError(f"model.memory_chunks gives chunks of {', '.join(map(str, sizes))} tokens; allowed without _renewed: one size")
+        self.chunk_size = sizes[0]
 
     def __call__(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, weights: MemoryWeights, state: MemoryState, *, inner_lr: float
@@ -182,6 +221,18 @@ class ChunkedMemory(ABC):
                 f"expected {sorted(self.model.boxes)} and {sorted(self.model.gates)}"
             )
 
+    def box_values(self) -> dict[str, int]:
+        """Return how many values the initial state of each box has, over the heads of a layer."""
+        return {box: sum(math.prod(tensor.shape) for tensor in self.box_tensors(box).values()) for box in self.model.boxes}
+
+    @abstractmethod
+    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+        """Return the layers of a box's initial state; the keys end the names of their parameters, `m_BOX` + key."""
+
+    @abstractmethod
+    def problems(self) -> list[MemoryProblem]:
+        """Return the optimization problems that the memory solves in context; see nlray/memories/problems.py: box_problems."""
+
     @abstractmethod
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         """Return `MemoryState.fast_weights` before the first token."""
@@ -194,9 +245,9 @@ class ChunkedMemory(ABC):
     def _fast_weights(self, layers: Any) -> Tensor:
         """Return the state that stands for the layers."""
 
-    @abstractmethod
     def _renewed(self, starts: Any, layers: Any, boxes: tuple[str, ...]) -> Any:
-        """Return the starts with those of some boxes as they are in `layers`; with one chunk size for all it is not called."""
+        """Return the starts with those of some boxes as they are in `layers`; a class without it has one chunk size for all boxes."""
+        raise NotImplementedError
 
     @abstractmethod
     def _project(self, starts: Any, x_HGBCd: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import nlray.memories.problems as memory_problems
 import nlray.nested_system as nested_system
 from nlray.config import OPTIMIZERS, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.config_loading import PRESETS, load_config
@@ -140,7 +141,7 @@ def test_a_memory_learns_through_its_momentum():
 
 
 def test_a_rule_of_the_memory_that_contributes_nothing_is_an_error(monkeypatch):
-    monkeypatch.delitem(nested_system._MEMORY_RULES, "gd")
+    monkeypatch.delitem(memory_problems.RULES, "gd")
     with pytest.raises(NlrayError, match="memory rule 'gd' contributes no optimization problem"):
         build("model.rule=gd", "model.phase=static")
 

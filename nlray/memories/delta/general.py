@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from nlray.memories.layer import Layer, answer_at_start, close, read, renewed, rows_of, write
-from nlray.memories.scan import GATE_BOXES, ChunkedMemory, MemoryWeights, Tokens
+from nlray.memories.problems import box_problems
+from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
+from nlray.models.layers import constant, eye_noise
 
 
 class MatrixMemory(ChunkedMemory):
@@ -17,6 +19,16 @@ class MatrixMemory(ChunkedMemory):
     The state is [B, H, R, d]: the rows R of all boxes, the main one last, as changes since the initial memories (retain: init) or as
     they are (retain: zero); with momentum as many rows again.
     """
+
+    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+        """Return the initial matrix: near the identity, of a gate a row of zeros."""
+        heads, width = self.model.heads, self.model.head_dim
+        if box in GATE_BOXES:
+            return {"": BoxTensor((heads, width), constant(0.0))}
+        return {"": BoxTensor((heads, width, width), eye_noise(MEMORY_NOISE))}
+
+    def problems(self) -> list[MemoryProblem]:
+        return box_problems(self.model, self.box_values())
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         rows_HRd = self._stack(weights)

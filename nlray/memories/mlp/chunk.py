@@ -13,7 +13,9 @@ from torch import Tensor
 
 from nlray.config import ModelConfig
 from nlray.memories.layer import Coefficients, Layer, answer_at_start, close, read, renewed, rows_of, write
-from nlray.memories.scan import GATE_BOXES, ChunkedMemory, MemoryWeights, Tokens
+from nlray.memories.problems import box_problems
+from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
+from nlray.models.layers import normal
 
 
 class Layers(NamedTuple):
@@ -42,6 +44,16 @@ class MLPMemory(ChunkedMemory):
             "gates": tuple(box for box in model.boxes if box in GATE_BOXES),
         }
         self.groups = {group: boxes for group, boxes in self.groups.items() if boxes}
+
+    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+        """Return the initial W_1 and W_2: the memory starts near the identity, a gate near zero."""
+        heads, width, hidden = self.model.heads, self.model.head_dim, self.model.box_hidden
+        # Small but not zero: W_2 has no gradient behind a zero W_1.
+        out = BoxTensor((heads, 1 if box in GATE_BOXES else width, hidden), normal(MEMORY_NOISE))
+        return {"_1": out, "_2": BoxTensor((heads, hidden, width), normal(width**-0.5))}
+
+    def problems(self) -> list[MemoryProblem]:
+        return box_problems(self.model, self.box_values())
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         values_HS = torch.cat([tensor.flatten(1) for tensor in self._stack(weights)], dim=1)
