@@ -7,6 +7,7 @@ before anything slow starts.
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -20,6 +21,9 @@ _TAKEN_NAMES = ("sequence", "standby", "keeper", "conductor")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
+MEMORIES = ("matrix", "mlp")
+"""Names of the memories in context of `nlray.memories`."""
+
 OPTIMIZERS = ("adamw", "muon", "gradient_descent", "adagrad", "momentum", "delta_momentum", "deep_momentum", "m3")
 """Names of the optimizers of `nlray.optimizers`; its registry has the class of each."""
 
@@ -27,6 +31,18 @@ OPTIMIZERS = ("adamw", "muon", "gradient_descent", "adagrad", "momentum", "delta
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _nearest(name: str, known: Iterable[str], quote: str = "'") -> str:
+    """Return a question that names the nearest of the known names, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {quote}{close[0]}{quote}? " if close else ""
+
+
+def _require_name(key: str, name: str, known: tuple[str, ...]) -> None:
+    """Raise UserError unless the name is known or an import path."""
+    allowed = f"{_nearest(name, known)}allowed: {', '.join(known)}, or package.module:Class"
+    _require(name in known or _IMPORT_PATH.fullmatch(name) is not None, f"{key} is {name!r}; {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,13 +189,19 @@ class ModelConfig:
     vocab_size: int | None = None
     """Rows of the embedding; null: the tokenizer's."""
     chunk_size: int = 64
-    """Tokens C of a chunk of the in-context memory: projections and values come from the chunk's first state."""
+    """Tokens C of a chunk of the in-context memories: projections and values come from the chunk's first state."""
+    memory_chunks: dict[str, int] = field(default_factory=dict)
+    """Chunk sizes of the memories of a head (k, v, q, eta, alpha, mem) that have another one, for example {k: 16} (Eq. 90); every one
+    a multiple of the smallest."""
     phase: Literal["static", "adaptive", "self_modifying"] = "self_modifying"
     """What changes in context beside the main memory. static (Eq. 76-78): nothing, keys, values and gates are fixed projections;
     adaptive (Eq. 79-82): they come from memories too, all of which learn the token's value; self_modifying (Eq. 83-88): as
     adaptive, and each memory makes the values that it learns."""
-    memory: Literal["matrix", "mlp"] = "matrix"
-    """What a memory is: a matrix, or z + W_1 silu(W_2 z) (Eq. 89, 91), which is steadier with objective l2."""
+    memory: str = "matrix"
+    """What a memory is: a matrix; mlp, z + W_1 silu(W_2 z) (Eq. 89, 91), which is steadier with objective l2; or
+    `package.module:Class`, a class of your own (`docs/extending.md`)."""
+    memory_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of that class, by name."""
     memory_hidden: int | None = None
     """Hidden width of an mlp memory; null: the head width."""
     rule: Literal["dgd", "gd", "hebbian", "delta", "gated_delta"] = "dgd"
@@ -246,13 +268,16 @@ class ModelConfig:
             len(biases) == self.heads and all(type(b) in (int, float) and math.isfinite(b) for b in biases),
             f"model.decay_bias is {self.decay_bias!r}; allowed: a number, or a list of model.heads={self.heads} numbers",
         )
+        _require_name("model.memory", self.memory, MEMORIES)
         hidden = self.memory_hidden
-        _require(hidden is None or self.memory == "mlp", f"model.memory_hidden is {hidden}; allowed with model.memory=matrix: null")
+        _require(hidden is None or self.memory == "mlp", f"model.memory_hidden is {hidden}; allowed with model.memory={self.memory}: null")
         _require(hidden is None or hidden >= 1, f"model.memory_hidden is {hidden}; allowed: 1 or more, or null")
         if self.rule not in ("dgd", "gd"):
             for key, allowed in (("phase", "static"), ("memory", "matrix"), ("objective", "dot")):
                 value = getattr(self, key)
-                _require(value == allowed, f"model.{key} is {value}; allowed with model.rule={self.rule}: {allowed}")
+                # A class of the user's says itself which rules it knows.
+                is_own = key == "memory" and value not in MEMORIES
+                _require(value == allowed or is_own, f"model.{key} is {value}; allowed with model.rule={self.rule}: {allowed}")
             _require(not self.momentum, f"model.momentum is true; allowed with model.rule={self.rule}: false")
         # Plain gradient descent on a dot product has no minimum: with values that the memory makes, or layers that amplify each other,
         # the state grows exponentially.
@@ -261,6 +286,18 @@ class ModelConfig:
             _require(self.objective == "l2", f"model.objective is {self.objective}; allowed with model.rule=gd and {grows}: l2")
         _require(not self.momentum or self.phase == "static", f"model.momentum is true; allowed with model.phase={self.phase}: false")
         _require(not self.adapt_q or self.phase == "adaptive", f"model.adapt_q is true; allowed with model.phase={self.phase}: false")
+        self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        """Raise UserError where the chunk sizes of the memories do not go together."""
+        for box, size in self.memory_chunks.items():
+            boxes = f"{_nearest(box, self.boxes, '')}allowed with model.phase={self.phase}: {', '.join(self.boxes)}"
+            _require(box in self.boxes, f"model.memory_chunks.{box}: no such memory; {boxes}")
+            _require(size >= 1, f"model.memory_chunks.{box} is {size}; allowed: 1 or more")
+        least, smallest = min(self.chunk_sizes.items(), key=lambda item: item[1])
+        for box, size in self.chunk_sizes.items():
+            key = f"model.memory_chunks.{box}" if box in self.memory_chunks else "model.chunk_size"
+            _require(size % smallest == 0, f"{key} is {size}; allowed: a multiple of {smallest}, the smallest chunk size, of {least}")
 
     @property
     def boxes(self) -> tuple[str, ...]:
@@ -268,6 +305,16 @@ class ModelConfig:
         if self.phase == "static":
             return ("mem",)
         return ("k", "v", "q", "eta", "alpha", "mem") if self.adapt_q else ("k", "v", "eta", "alpha", "mem")
+
+    @property
+    def chunk_sizes(self) -> dict[str, int]:
+        """Tokens of a chunk of each memory of a head."""
+        return {box: self.memory_chunks.get(box, self.chunk_size) for box in self.boxes}
+
+    @property
+    def chunk_period(self) -> int:
+        """Tokens after which chunks of all memories end together: of sizes that divide each other the largest."""
+        return math.lcm(*self.chunk_sizes.values())
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -283,7 +330,8 @@ class ModelConfig:
     @property
     def collapses(self) -> bool:
         """Whether one matrix per head stands for all its memories (`nlray/memories/delta/README.md`)."""
-        return self.phase == "self_modifying" and self.memory == "matrix" and self.rule == "dgd"
+        is_one_size = len(set(self.chunk_sizes.values())) == 1
+        return self.phase == "self_modifying" and self.memory == "matrix" and self.rule == "dgd" and is_one_size
 
     @property
     def box_hidden(self) -> int:
@@ -365,10 +413,7 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS and _IMPORT_PATH.fullmatch(self.name) is None:
-            close = difflib.get_close_matches(self.name, OPTIMIZERS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            _require(False, f"name is {self.name!r}; {hint}allowed: {', '.join(OPTIMIZERS)}, or package.module:Class")
+        _require_name("name", self.name, OPTIMIZERS)
         _require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}; allowed: more than 0")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),

@@ -6,8 +6,9 @@
     system.actors       bytes that each kind of actor holds
 
 A problem comes from the component that solves it: `_MODULES` and `_RULES` below map each module type and update rule to
-the function that contributes its problems, and an optimizer's class contributes its own (`gradient_memories`); one that
-contributes none is an error, so nothing can be trained that is not listed. Equation numbers are those of arXiv 2512.24695.
+the function that contributes its problems, and the class of an optimizer (`gradient_memories`) or of a memory in context
+(`problems`) contributes its own; one that contributes none is an error, so nothing can be trained that is not listed. Equation
+numbers are those of arXiv 2512.24695.
 """
 
 import math
@@ -20,7 +21,6 @@ from torch import nn
 from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.errors import NlrayError
 from nlray.levels import LevelPlan, TensorSpec
-from nlray.memories.scan import GATE_BOXES
 from nlray.models.attention import Attention
 from nlray.models.cms import ContinuumMemory, Level
 from nlray.models.hope import Titans
@@ -170,70 +170,22 @@ def _lookup(registry: Mapping[Any, Any], key: Any, what: str) -> Any:
 
 
 def _titans_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
-    """The memories in context of a head (Eq. 64-65, 76-93), the main one first."""
-    chunk = 1.0 / model.chunk_size
-    objective = {"dot": "-<M k, {}>", "l2": "1/2 |M k - {}|^2"}[model.objective]
-    target = "its initial state" if model.retain == "init" else "zero"
-    memory = Problem(
-        name="memory.mem",
-        updates_per_token=1.0 if model.read == "token" else chunk,
-        context_flow="tokens" if model.read == "token" else "chunks",
-        key="k = W_k x" if model.phase == "static" else "k = M_k x",
-        value=_memory_value("mem", model),
-        objective=objective.format(_memory_value("mem", model).partition(" =")[0]),
-        rule=_lookup(_MEMORY_RULES, model.rule, f"memory rule {model.rule!r}").format(target=target),
-        state_values=len(layers) * _state_size("mem", model),
-        runs_on=WORKERS,
-    )
-    projections = [
-        replace(
-            memory,
-            name=f"memory.{box}",
-            updates_per_token=chunk,
-            context_flow="chunks",
-            value=_memory_value(box, model),
-            objective=objective.format(_memory_value(box, model).partition(" =")[0]),
-            rule="as memory.mem, in its state" if model.collapses else "as memory.mem",
-            state_values=0 if model.collapses else len(layers) * _state_size(box, model),
+    """The memories in context; their class contributes them, over the heads of a layer."""
+    return [
+        Problem(
+            name=f"memory.{problem.name}",
+            updates_per_token=problem.updates_per_token,
+            context_flow=problem.context_flow,
+            key=problem.key,
+            value=problem.value,
+            objective=problem.objective,
+            rule=problem.rule,
+            state_values=len(layers) * problem.state_values,
+            runs_on=WORKERS,
+            after=tuple(f"memory.{name}" for name in problem.after),
         )
-        for box in model.boxes
-        if box != "mem"
+        for problem in layers[0].memory.problems()
     ]
-    if not model.momentum:
-        return [memory, *projections]
-    momentum = replace(
-        memory,
-        name="memory.momentum",
-        key="write of memory.mem",
-        value="none",
-        objective="-<m, write> (Eq. 10-13)",
-        rule="decayed sum, decay theta of the token",
-    )
-    return [momentum, replace(memory, after=(momentum.name,)), *projections]
-
-
-def _memory_value(box: str, model: ModelConfig) -> str:
-    """Return what a memory in context learns to answer."""
-    if model.phase == "self_modifying":
-        return f"v_{box} = M_{box} v"
-    if box in GATE_BOXES:
-        return "mean of v"
-    return "v = W_v x" if model.phase == "static" else "v = M_v x"
-
-
-def _state_size(box: str, model: ModelConfig) -> int:
-    """Return the values of a memory in context, over the heads of one layer."""
-    width, rows = model.head_dim, 1 if box in GATE_BOXES else model.head_dim
-    return model.heads * (rows * width if model.memory == "matrix" else model.box_hidden * (rows + width))
-
-
-_MEMORY_RULES = {
-    "dgd": "delta gradient descent, decay to {target} (Eq. 88, 90)",
-    "gd": "gradient descent, decay to {target} (Eq. 77, 82, 90)",
-    "hebbian": "gradient descent at one rate, no decay: linear attention (Eq. 64)",
-    "delta": "delta rule, no decay (Eq. 65)",
-    "gated_delta": "delta rule after the decay to {target}",
-}
 
 
 def _attention_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:

@@ -15,8 +15,12 @@ import typer
 from torch import nn
 
 from nlray.clusters.cli import app, split_arguments
-from nlray.config import OPTIMIZERS, Config, LevelConfig
+from nlray.config import OPTIMIZERS, Config, LevelConfig, ModelConfig
 from nlray.config_loading import PRESETS, load_config, parse_config
+from nlray.memories.delta.reference import memory_reference
+from nlray.memories.family import memory_of
+from nlray.memories.scan import GATE_BOXES, MemoryWeights, input_width
+from nlray.models.lm import build_model, sequence_parameters
 from nlray.nested_system import NestedSystem
 from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
@@ -36,8 +40,10 @@ def quoted(document: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(document), flags=re.M | re.S))
 
 
-def code_blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(document), flags=re.M | re.S)
+def code_blocks(document: str, language: str, section: str = "") -> list[str]:
+    """Return the code blocks of a language, of one section or of the whole document."""
+    text = text_of(document).partition(f"\n## {section}\n")[2].partition("\n## ")[0] if section else text_of(document)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 @cache
@@ -146,12 +152,18 @@ def test_the_example_file_of_the_readme_loads():
     assert list(config.levels) == ["fast", "slow"] and config.levels["slow"].ranks == 2
 
 
-def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
-    (example,) = code_blocks("docs/extending.md", "python")
-    (tmp_path / "lion.py").write_text(example)
+def extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, file: str) -> list[list[str]]:
+    """Write the file of a section of the extending page where it is found, and return the words of the section's commands."""
+    (example,) = code_blocks("docs/extending.md", "python", section)
+    (tmp_path / file).write_text(example)
     monkeypatch.syspath_prepend(str(tmp_path))
-    commands = [shlex.split(line)[1:] for line in "".join(code_blocks("docs/extending.md", "sh")).splitlines()]
+    commands = [shlex.split(line)[1:] for line in "".join(code_blocks("docs/extending.md", "sh", section)).splitlines()]
     assert [words[:2] for words in commands] == [["levels", "tiny"], ["train", "tiny"]]
+    return commands
+
+
+def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
+    commands = extension(tmp_path, monkeypatch, "An optimizer of your own", "lion.py")
     for words in commands:
         config = load_config("tiny", [*words[2:], "memory.defaults.optimizer.schedule.kind=constant"])
         names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
@@ -169,6 +181,64 @@ def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monk
         # The second answer is the sign of beta1 m + (1 - beta1) g, with m = 0.01 of the first gradient.
         answer = (beta1 * 0.01 * first + (1 - beta1) * second).sign()
         assert torch.allclose(parameters["norm"], -1e-3 * (first.sign() + answer)) and answer.tolist() == [1, -1] != second.sign().tolist()
+
+
+def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path, monkeypatch):
+    for words in extension(tmp_path, monkeypatch, "A memory of your own", "diagonal.py"):
+        small = ["model.dim=16", "model.layers=1", "model.heads=2", "model.chunk_size=4"]
+        config = load_config("tiny", [*words[2:], *small])
+        model = build_model(config, 31, seed=0)
+        tensors = {name.rpartition(".")[2]: p for name, p in model.named_parameters() if ".memory.m_" in name}
+        assert {name: tuple(p.shape) for name, p in tensors.items()} == {f"m_{box}": (2, 8) for box in config.model.boxes}
+        model_of_other_std = build_model(load_config("tiny", [*words[2:], *small, "model.memory_options={std: 3.0}"]), 31, seed=0)
+        scaled = dict(model_of_other_std.named_parameters())["blocks.0.memory.m_k"] * (config.model.memory_options.get("std", 1.0) / 3)
+        assert torch.allclose(tensors["m_k"], scaled) and tensors["m_k"].std() > 0.2 and not tensors["m_eta"].any()
+        blocks = torch.randint(0, 31, (2, 14), generator=torch.Generator().manual_seed(0))
+        whole, state = model.token_losses(blocks)
+        first, between = model.token_losses(blocks[:, :7])
+        rest, last = model.token_losses(blocks[:, 6:], between)
+        assert torch.allclose(torch.cat([first, rest], dim=1), whole, atol=1e-5)
+        assert torch.allclose(last[0].fast_weights, state[0].fast_weights, atol=1e-6) and last[0].open_inputs.shape[2] == 1
+        whole.mean().backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        OuterOptimizer(sequence_parameters(model), config.sequence.optimizer, horizon=1000).step(100)
+        assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if ".memory.m_" in name)
+        problems = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        held = sum(p.state_values for name, p in problems.items() if name.startswith("memory."))
+        assert held == state[0].fast_weights[0].numel() and "diagonal" in problems["memory.mem"].rule
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"phase": "static", "retain": "zero"},
+        {"phase": "adaptive", "adapt_q": True, "memory_chunks": {"k": 2, "eta": 1}},
+        {"phase": "self_modifying", "objective": "l2", "read": "chunk_start", "memory_chunks": {"mem": 8}},
+    ],
+    ids=lambda settings: settings["phase"],
+)
+def test_the_memory_of_the_extending_page_equals_the_recurrence(tmp_path, monkeypatch, settings):
+    extension(tmp_path, monkeypatch, "A memory of your own", "diagonal.py")
+    model = ModelConfig(dim=8, heads=2, chunk_size=4, memory="diagonal:Diagonal", rule="gd", **settings)
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    weights = MemoryWeights({box: (noise(2, 4),) for box in model.boxes}, {gate: noise(2) for gate in model.gates})
+    inputs, q = noise(2, 2, 15, input_width(model)), None if model.adapt_q else noise(2, 2, 15, 4)
+    memory = memory_of(model)
+    y, _ = memory(inputs, q, weights, memory.initial_state(2, weights), inner_lr=0.7)
+
+    def answer(box: str, layers: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
+        made = layers[0].squeeze(-2) * z
+        return made.sum(-1, keepdim=True) if box in GATE_BOXES else made
+
+    expected, _, _ = memory_reference(inputs, q, weights, model=model, inner_lr=0.7, answer=answer)
+    assert torch.allclose(y, expected, rtol=1e-10, atol=1e-10)
+    wanted = [inputs, *(layers[0] for layers in weights.memories.values()), *weights.biases.values()]
+    gradients = (torch.autograd.grad(outputs.square().sum(), wanted) for outputs in (y, expected))
+    assert all(torch.allclose(*pair, rtol=1e-10, atol=1e-10) for pair in zip(*gradients, strict=True))
 
 
 def test_the_optimizers_of_the_readme_are_those_of_the_configuration():

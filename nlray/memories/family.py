@@ -6,28 +6,37 @@
 | any            | dgd, gd                         | matrix | MatrixMemory: a matrix per box                   |
 | static         | hebbian, delta, gated_delta     | matrix | MatrixMemory: linear attention and its relatives |
 | any            | dgd, gd                         | mlp    | MLPMemory: two layers per box                    |
+
+Memories with chunk sizes of their own do not collapse. `model.memory` may also be `package.module:Class`, a ChunkedMemory of the user's.
 """
 
 from torch import Tensor
 
-from nlray.config import ModelConfig
+from nlray.config import MEMORIES, ModelConfig
+from nlray.errors import UserError
+from nlray.extensions import checked_options, load_class, one_line
 from nlray.memories.delta.chunk import MemoryParameters, initial_state, titans_memory
 from nlray.memories.delta.general import MatrixMemory
 from nlray.memories.mlp.chunk import MLPMemory
-from nlray.memories.scan import ChunkedMemory, MemoryState, MemoryWeights
+from nlray.memories.problems import box_problems
+from nlray.memories.scan import ChunkedMemory, MemoryProblem, MemoryState, MemoryWeights
 
 
-class CollapsedMemory:
-    """The matrix memory of self-referential Titans with one state for all boxes; called as a ChunkedMemory."""
+class CollapsedMemory(MatrixMemory):
+    """The matrix memory of self-referential Titans with one state for all boxes: the parameters of MatrixMemory, another scan."""
 
     def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
         self.retain = model.retain
-        self.options = {"chunk_size": model.chunk_size, "objective": model.objective, "retain": model.retain, "read": model.read}
+        self.options = {"chunk_size": self.chunk_size, "objective": model.objective, "retain": model.retain, "read": model.read}
 
     def __call__(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor, weights: MemoryWeights, state: MemoryState, *, inner_lr: float
     ) -> tuple[Tensor, MemoryState]:
         return titans_memory(inputs_BHTP, q_BHTd, _collapsed(weights), state, inner_lr=inner_lr, **self.options)
+
+    def problems(self) -> list[MemoryProblem]:
+        return box_problems(self.model, dict.fromkeys(self.model.boxes, 0) | {"mem": self.box_values()["mem"]})
 
     def initial_state(self, batch_size: int, weights: MemoryWeights) -> MemoryState:
         return initial_state(batch_size, _collapsed(weights), retain=self.retain)
@@ -38,8 +47,34 @@ def _collapsed(weights: MemoryWeights) -> MemoryParameters:
     return MemoryParameters(**memories, **{f"b_{gate}": bias for gate, bias in weights.biases.items()})
 
 
-def memory_of(model: ModelConfig) -> ChunkedMemory | CollapsedMemory:
-    """Return the memory that the configuration asks for; the collapsed form where it holds."""
+def memory_of(model: ModelConfig) -> ChunkedMemory:
+    """Return the memory that the configuration asks for; the collapsed form where it holds.
+
+    Raises:
+        UserError: `model.memory` cannot be imported, is no ChunkedMemory, lists no optimization problem, or refuses the settings.
+    """
+    cls = _class_of(model)
+    try:
+        options = checked_options(cls, (), model.memory_options)
+    except UserError as error:
+        raise UserError(f"model.memory_options.{error}") from error
+    try:
+        memory = None if getattr(cls.problems, "__isabstractmethod__", False) else cls(model, **options)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.memory is {model.memory!r}: {one_line(error)}") from error
+    if memory is None or not memory.problems():
+        raise UserError(
+            f"model.memory is {model.memory!r}: contributes no optimization problem; it needs a method problems (docs/extending.md)"
+        )
+    return memory
+
+
+def _class_of(model: ModelConfig) -> type[ChunkedMemory]:
     if model.collapses:
-        return CollapsedMemory(model)
-    return MatrixMemory(model) if model.memory == "matrix" else MLPMemory(model)
+        return CollapsedMemory
+    if model.memory in MEMORIES:
+        return {"matrix": MatrixMemory, "mlp": MLPMemory}[model.memory]
+    try:
+        return load_class(model.memory, ChunkedMemory)
+    except UserError as error:
+        raise UserError(f"model.memory is {error}") from error

@@ -11,6 +11,7 @@ Letters beside those of docs/glossary.md: G boxes, or 1 where all boxes share on
 layer's input, V of its output. Heads come first, so that what the batch shares is one product per head.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,12 @@ def rows_of(layer: Layer, rows: slice) -> Layer:
     anchor = None if layer.anchor_HGVK is None else layer.anchor_HGVK[:, :, rows]
     momentum = None if layer.momentum_HGBVK is None else layer.momentum_HGBVK[..., rows, :]
     return Layer(anchor, layer.change_HGBVK[..., rows, :], momentum)
+
+
+def renewed(old: Layer, new: Layer, sizes: Sequence[int], is_new: Sequence[bool], dim: int) -> Layer:
+    """Return a layer to read from, without momentum: parts of these sizes along `dim`, some as in `new`, the rest as in `old`."""
+    pairs = zip(old.change_HGBVK.split(sizes, dim), new.change_HGBVK.split(sizes, dim), is_new, strict=True)
+    return Layer(new.anchor_HGVK, torch.cat([after if is_newer else before for before, after, is_newer in pairs], dim), None)
 
 
 def anchored(layer: Layer, z_HGBCK: Tensor) -> Tensor | float:

@@ -7,12 +7,16 @@ A memory is built from the configuration and called with a piece of a batch of s
     y_BHTd, state = memory(inputs_BHTP, q_BHTd, weights, state, inner_lr=1.0)
 
 Within a chunk every token's projections, values and gradients come from the memories at the chunk's start, so a chunk is matrix
-products. Letters are those of nlray/memories/layer.py; P columns of the inputs, d the head width.
+products. Memories may have chunk sizes of their own (`model.memory_chunks`, Eq. 90): the scan goes by the smallest, and of a memory with
+a larger one keeps what it was at the start of its own chunk. Letters are those of nlray/memories/layer.py; P columns of the inputs, d the
+head width.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nlray.config import ModelConfig
 from nlray.memories.layer import Coefficients, chunk_coefficients
+from nlray.models.layers import Init
 
 UNIT_EPS = 1e-6
 """Added to |x|^2 before the root, so that a zero vector has a finite gradient."""
@@ -28,24 +33,36 @@ UNIT_EPS = 1e-6
 GATE_BOXES = ("eta", "alpha")
 """Memories that answer with one number; all others answer with a vector of the head width."""
 
+MEMORY_NOISE = 0.02
+"""Standard deviation of the noise in a memory's initial state."""
+
+
+class BoxTensor(NamedTuple):
+    """One layer of a box's initial state, a parameter of the model."""
+
+    shape: tuple[int, ...]
+    """Heads first."""
+    init: Init
+
 
 class MemoryWeights(NamedTuple):
     """What a layer's memories start from: meta-learned, shared over the batch."""
 
     memories: Mapping[str, tuple[Tensor, ...]]
-    """Initial state of each box of `ModelConfig.boxes`. Matrix memory: ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2),
-    [H, d or 1, hidden] and [H, hidden, d]."""
+    """Initial state of each box of `ModelConfig.boxes`, its layers in the order of `ChunkedMemory.box_tensors`. Matrix memory:
+    ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2), [H, d or 1, hidden] and [H, hidden, d]."""
     biases: Mapping[str, Tensor]
     """Bias of each gate of `ModelConfig.gates`, [H]."""
 
 
 class MemoryState(NamedTuple):
-    """What a sequence carries from one piece to the next; its size is bounded by the chunk size."""
+    """What a sequence carries from one piece to the next; its size is bounded by `model.chunk_period`, the chunk size where all
+    memories have the same one."""
 
     fast_weights: Tensor
-    """The memories at the last chunk boundary, [B, H, ...]; their layout is the memory's own."""
+    """The memories at the last token where the chunks of all of them ended, [B, H, ...]; their layout is the memory's own."""
     open_inputs: Tensor
-    """Inputs of the chunk that is still open, [B, H, m, P], m < chunk_size."""
+    """Inputs of the tokens since then, [B, H, m, P], m < chunk_period."""
 
 
 class Tokens(NamedTuple):
@@ -67,14 +84,40 @@ def input_width(model: ModelConfig) -> int:
     return 2 * model.head_dim + len(model.gates) if model.phase == "static" else model.head_dim
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryProblem:
+    """One optimization problem in context, over the heads of a layer."""
+
+    name: str
+    updates_per_token: float
+    """Definition 2 with one token as the unit of time."""
+    context_flow: Literal["tokens", "chunks"]
+    key: str
+    value: str
+    objective: str
+    rule: str
+    state_values: int
+    """Values that it holds of one sequence."""
+    after: tuple[str, ...] = ()
+    """Problems of the same memory and frequency whose state at t this one's state at t needs."""
+
+
 class ChunkedMemory(ABC):
-    """A memory in context; what its state is and how a chunk changes it is the subclass's."""
+    """A memory in context; what its state is and how a chunk changes it is the subclass's, a user's own too (docs/extending.md).
+
+    `layers` below is whatever a subclass computes a chunk with. A constructor raises ValueError for settings that its class does not know;
+    its arguments after `model` are `model.memory_options`.
+    """
 
     recomputes = False
     """Whether the backward computes each chunk anew in place of keeping its intermediate results."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
+        sizes = sorted(set(model.chunk_sizes.values()))
+        if len(sizes) > 1 and type(self)._renewed is ChunkedMemory._renewed:
+            raise ValueError(f"model.memory_chunks gives chunks of {', '.join(map(str, sizes))} tokens; allowed without _renewed: one size")
+        self.chunk_size = sizes[0]
 
     def __call__(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, weights: MemoryWeights, state: MemoryState, *, inner_lr: float
@@ -97,27 +140,29 @@ class ChunkedMemory(ABC):
             ValueError: shapes that do not fit.
         """
         self._check(inputs_BHTP, q_BHTd, weights)
-        chunk_size, num_open = self.model.chunk_size, state.open_inputs.shape[2]
+        num_open = state.open_inputs.shape[2]
         with torch.autocast(inputs_BHTP.device.type, enabled=False):
             inputs_BHTP = torch.cat([state.open_inputs, inputs_BHTP.to(state.open_inputs.dtype)], dim=2)
-            first_open = inputs_BHTP.shape[2] - inputs_BHTP.shape[2] % chunk_size
-            inputs_chunks = inputs_BHTP.transpose(0, 1).unsqueeze(1).split(chunk_size, dim=3)
+            first_open = inputs_BHTP.shape[2] - inputs_BHTP.shape[2] % self.model.chunk_period
+            inputs_chunks = inputs_BHTP.transpose(0, 1).unsqueeze(1).split(self.chunk_size, dim=3)
             if q_BHTd is None:
                 q_chunks = [None] * len(inputs_chunks)
             else:
                 # The tokens of the open chunk were read before: their queries are not needed again.
                 q_BHTd = F.pad(q_BHTd.to(inputs_BHTP.dtype), (0, 0, num_open, 0))
-                q_chunks = q_BHTd.transpose(0, 1).unsqueeze(1).split(chunk_size, dim=3)
-            layers = boundary = self._layers(weights, state.fast_weights)
-            reads = []
+                q_chunks = q_BHTd.transpose(0, 1).unsqueeze(1).split(self.chunk_size, dim=3)
+            layers = starts = boundary = self._layers(weights, state.fast_weights)
+            reads, num_read = [], 0
             for inputs_HGBCP, q_HGBCd in zip(inputs_chunks, q_chunks, strict=True):
-                arguments = (inputs_HGBCP, q_HGBCd, layers, weights.biases, inner_lr)
+                arguments = (inputs_HGBCP, q_HGBCd, layers, starts, weights.biases, inner_lr)
                 if self.recomputes and torch.is_grad_enabled():
                     y_HGBCd, layers = checkpoint(self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     y_HGBCd, layers = self._chunk(*arguments)
                 reads.append(y_HGBCd)
-                if inputs_HGBCP.shape[3] == chunk_size:
+                num_read += inputs_HGBCP.shape[3]
+                starts = self._starts(starts, layers, num_read)
+                if num_read == first_open:
                     boundary = layers
             y_BHTd = torch.cat(reads, dim=3)[:, 0, :, num_open:].transpose(0, 1)
         return y_BHTd, MemoryState(self._fast_weights(boundary), inputs_BHTP[:, :, first_open:])
@@ -130,8 +175,15 @@ class ChunkedMemory(ABC):
             main.new_zeros(batch_size, self.model.heads, 0, input_width(self.model)),
         )
 
+    def _starts(self, starts: Any, layers: Any, num_read: int) -> Any:
+        """Return the starts of the next token's chunks: of each box whose chunk ends with this token, what it now is."""
+        ended = tuple(box for box, size in self.model.chunk_sizes.items() if num_read % size == 0)
+        if len(ended) == len(self.model.boxes):
+            return layers
+        return self._renewed(starts, layers, ended) if ended else starts
+
     def _chunk(
-        self, inputs_HGBCP: Tensor, q_HGBCd: Tensor | None, layers: Any, biases: Mapping[str, Tensor], inner_lr: float
+        self, inputs_HGBCP: Tensor, q_HGBCd: Tensor | None, layers: Any, starts: Any, biases: Mapping[str, Tensor], inner_lr: float
     ) -> tuple[Tensor, Any]:
         """Return what the main memory answers to a chunk's tokens, [H, 1, B, C, d], and the layers at its end."""
         if self.model.phase == "static":
@@ -139,8 +191,8 @@ class ChunkedMemory(ABC):
             sizes = [self.model.head_dim] * 2 + [1] * len(self.model.gates)
             raw = dict(zip(("k", "v", *self.model.gates), inputs_HGBCP.split(sizes, dim=-1), strict=True))
         else:
-            raw = self._project(layers, inputs_HGBCP)
-        return self._update(layers, self._tokens(raw, q_HGBCd, biases, inner_lr))
+            raw = self._project(starts, inputs_HGBCP)
+        return self._update(layers, starts, self._tokens(raw, q_HGBCd, biases, inner_lr))
 
     def _tokens(self, raw: dict[str, Tensor], q_HGBCd: Tensor | None, biases: Mapping[str, Tensor], inner_lr: float) -> Tokens:
         """Return keys, values, queries and coefficients from the projections (Eq. 76, 79, 83, 87)."""
@@ -169,6 +221,18 @@ class ChunkedMemory(ABC):
                 f"expected {sorted(self.model.boxes)} and {sorted(self.model.gates)}"
             )
 
+    def box_values(self) -> dict[str, int]:
+        """Return how many values the initial state of each box has, over the heads of a layer."""
+        return {box: sum(math.prod(tensor.shape) for tensor in self.box_tensors(box).values()) for box in self.model.boxes}
+
+    @abstractmethod
+    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+        """Return the layers of a box's initial state; the keys end the names of their parameters, `m_BOX` + key."""
+
+    @abstractmethod
+    def problems(self) -> list[MemoryProblem]:
+        """Return the optimization problems that the memory solves in context; see nlray/memories/problems.py: box_problems."""
+
     @abstractmethod
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         """Return `MemoryState.fast_weights` before the first token."""
@@ -181,10 +245,21 @@ class ChunkedMemory(ABC):
     def _fast_weights(self, layers: Any) -> Tensor:
         """Return the state that stands for the layers."""
 
-    @abstractmethod
-    def _project(self, layers: Any, x_HGBCd: Tensor) -> dict[str, Tensor]:
-        """Return what every box but the main one answers to x at the chunk's start, [H, 1, B, C, d or 1]."""
+    def _renewed(self, starts: Any, layers: Any, boxes: tuple[str, ...]) -> Any:
+        """Return the starts with those of some boxes as they are in `layers`; a class without it has one chunk size for all boxes."""
+        raise NotImplementedError
 
     @abstractmethod
-    def _update(self, layers: Any, tokens: Tokens) -> tuple[Tensor, Any]:
-        """Return what the main memory answers to the queries, [H, 1, B, C, d], and the layers at the chunk's end."""
+    def _project(self, starts: Any, x_HGBCd: Tensor) -> dict[str, Tensor]:
+        """Return what every box but the main one answers to x at the start of its own chunk, [H, 1, B, C, d or 1]."""
+
+    @abstractmethod
+    def _update(self, layers: Any, starts: Any, tokens: Tokens) -> tuple[Tensor, Any]:
+        """Return what the main memory answers to the queries, [H, 1, B, C, d], and the layers at the chunk's end.
+
+        Args:
+            layers: at the chunk's start: what the decay and the delta rule go on from.
+            starts: each box at the start of its own chunk, the same object where all have one size: its values and its gradient
+                come from there.
+            tokens: what the tokens write and ask.
+        """

@@ -15,18 +15,16 @@ from torch import Tensor
 from nlray.config import ModelConfig
 from nlray.memories.family import memory_of
 from nlray.memories.scan import GATE_BOXES, MemoryState, MemoryWeights
-from nlray.models.layers import ParameterModule, ShortConvolution, constant, eye_noise, normal, out_std, rms_norm
-
-MEMORY_NOISE = 0.02
+from nlray.models.layers import ParameterModule, ShortConvolution, constant, normal, out_std, rms_norm
 
 
 class TitansState(NamedTuple):
     """What one layer carries along a sequence; its size does not grow with the sequence."""
 
     fast_weights: Tensor
-    """The memories at the last chunk boundary, [B, H, ...]; the layout is the memory's own."""
+    """The memories where the chunks of all of them last ended, [B, H, ...]; the layout is the memory's own."""
     open_inputs: Tensor
-    """Inputs of the chunk that is still open, [B, H, m, P], m < chunk_size."""
+    """Inputs of the tokens since then, [B, H, m, P], m < `model.chunk_period`."""
     conv_tail: Tensor
     """Last inputs of the convolution, [B, conv_width - 1, D]."""
 
@@ -51,9 +49,12 @@ class Titans(ParameterModule):
             projections |= {"k": dim, "v": dim} | dict.fromkeys(model.gates, heads)
         for name, rows in projections.items():
             self.add(f"w_{name}", rows, dim, init=normal(dim**-0.5))
+        tensors = {box: {f"m_{box}{layer}": tensor for layer, tensor in self.memory.box_tensors(box).items()} for box in model.boxes}
+        self.memory_names = {box: tuple(layers) for box, layers in tensors.items()}
         # Gates last: an order that checkpoints and digests go by.
         for box in sorted(model.boxes, key=GATE_BOXES.__contains__):
-            self._add_memory(box)
+            for name, tensor in tensors[box].items():
+                self.add(name, *tensor.shape, init=tensor.init)
         starts = {"eta": constant(model.inner_lr_bias), "alpha": constant(*model.decay_biases), "theta": constant(0.0)}
         for gate in model.gates:
             self.add(f"b_{gate}", heads, init=starts[gate])
@@ -61,21 +62,8 @@ class Titans(ParameterModule):
         self.add("w_g", dim, dim, init=normal(dim**-0.5))
         self.add("w_o", dim, dim, init=normal(out_std(dim, model.layers)))
 
-    def _add_memory(self, box: str) -> None:
-        """Register the initial state of one memory: near the identity, of a gate near zero."""
-        heads, width, hidden = self.model.heads, self.model.head_dim, self.model.box_hidden
-        if self.model.memory == "mlp":
-            # Small but not zero: W_2 has no gradient behind a zero W_1.
-            self.add(f"m_{box}_1", heads, 1 if box in GATE_BOXES else width, hidden, init=normal(MEMORY_NOISE))
-            self.add(f"m_{box}_2", heads, hidden, width, init=normal(width**-0.5))
-        elif box in GATE_BOXES:
-            self.add(f"m_{box}", heads, width, init=constant(0.0))
-        else:
-            self.add(f"m_{box}", heads, width, width, init=eye_noise(MEMORY_NOISE))
-
     def memory_weights(self) -> MemoryWeights:
-        layers = ("_1", "_2") if self.model.memory == "mlp" else ("",)
-        memories = {box: tuple(getattr(self, f"m_{box}{layer}") for layer in layers) for box in self.model.boxes}
+        memories = {box: tuple(getattr(self, name) for name in names) for box, names in self.memory_names.items()}
         return MemoryWeights(memories, {gate: getattr(self, f"b_{gate}") for gate in self.model.gates})
 
     def init_state(self, batch_size: int) -> TitansState:

@@ -162,6 +162,8 @@ def test_names_of_runs():
         (["model.phase=static", "model.adapt_q=true"], ["model.adapt_q is true", "model.phase=static", "false"]),
         (["model.memory_hidden=8"], ["model.memory_hidden is 8", "model.memory=matrix", "null"]),
         (["model.memory=mlp", "model.memory_hidden=0"], ["model.memory_hidden is 0", "1 or more"]),
+        (["model.memory_chunks.kk=8"], ["model.memory_chunks.kk", "did you mean k?", "self_modifying: k, v, eta, alpha, mem"]),
+        (["model.memory=matrx"], ["model.memory is 'matrx'", "did you mean 'matrix'?", "mlp, or package.module:Class"]),
         (["model.decay_bias=[1,2]"], ["model.decay_bias is [1, 2]", "model.heads=4"]),
         (["model.decay_bias=[1,2,3,slow]"], ["model.decay_bias is", "slow", "model.heads=4"]),
         (["model.decay_bias=null"], ["model.decay_bias is None", "a number"]),

@@ -121,7 +121,7 @@ def compare_with_reference(model: ModelConfig, length: int, batch: int) -> None:
     y, state = memory(inputs, q, weights, start_of(memory, batch, weights), inner_lr=INNER_LR)
     expected, memories, momenta = reference(inputs, q, weights, model=model, inner_lr=INNER_LR)
     assert_close(y, expected, "y")
-    assert state.open_inputs.shape[2] == length % model.chunk_size
+    assert state.open_inputs.shape[2] == length % model.chunk_period
     found = boxes_of(memory, weights, state)
     assert {box for box, _, _ in found} == set(model.boxes)
     y_weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
@@ -136,7 +136,7 @@ def compare_with_reference(model: ModelConfig, length: int, batch: int) -> None:
     right = torch.autograd.grad(loss_expected, list(wanted.values()), materialize_grads=True)
     for name, gradient, expected_gradient in zip(wanted, gradients, right, strict=True):
         assert_close(gradient, expected_gradient, f"gradient of {name}")
-    if length > model.chunk_size:
+    if length > model.chunk_period:
         assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
@@ -172,6 +172,78 @@ def test_both_objectives_of_every_phase_are_among_the_variants():
 @pytest.mark.parametrize("member", ALLOWED, ids=name_of)
 def test_every_objective_retain_and_read_equals_reference(member):
     compare_with_reference(model_of(member), 9, 2)
+
+
+# Memories with chunk sizes of their own. Sizes of 4 and 6 end together after 12 tokens only.
+
+CHUNKS = [
+    {"chunk_size": 8, "memory_chunks": {"k": 4, "eta": 2}},
+    {"chunk_size": 2, "memory_chunks": {"v": 6, "alpha": 4, "mem": 4}, "objective": "l2", "retain": "zero", "read": "chunk_start"},
+    {"chunk_size": 1, "memory_chunks": {"mem": 4}, "objective": "l2"},
+    {"chunk_size": 3, "memory_chunks": {"v": 1, "k": 6}, "retain": "zero", "read": "chunk_start"},
+]
+OWN_CHUNKS = [{"phase": "adaptive", "adapt_q": True} | chunks for chunks in CHUNKS[:2]]
+OWN_CHUNKS += [{"phase": "self_modifying"} | chunks for chunks in CHUNKS[2:]]
+OWN_CHUNKS += [settings | {"memory": "mlp", "memory_hidden": HIDDEN} for settings in OWN_CHUNKS]
+OWN_CHUNKS += [
+    {"phase": "adaptive", "rule": "gd", **CHUNKS[0]},
+    {"phase": "self_modifying", "rule": "gd", **CHUNKS[1]},
+    {"phase": "self_modifying", "rule": "gd", "memory": "mlp", "memory_hidden": HIDDEN, **CHUNKS[2]},
+    {"phase": "adaptive", "adapt_q": True, "chunk_size": 4, "memory_chunks": {"q": 2}},
+]
+
+
+@pytest.mark.parametrize("settings", OWN_CHUNKS, ids=name_of)
+def test_memories_with_chunk_sizes_of_their_own_equal_reference(settings):
+    model = model_of(settings)
+    assert not model.collapses and type(memory_of(model)) is type(memory_and_reference(model)[0])
+    compare_with_reference(model, 2 * model.chunk_period + 3 if model.chunk_period < 12 else 15, 2)
+
+
+@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+def test_a_chunk_size_of_its_own_changes_what_its_memory_answers(memory):
+    """Each size counts: with any of them replaced by that of the others the outputs are other ones."""
+    settings = {"phase": "adaptive", "adapt_q": True, "memory": memory, "read": "chunk_start"}
+    if memory == "mlp":
+        settings["memory_hidden"] = HIDDEN
+    weights = make_weights(model_of(settings), torch.Generator().manual_seed(10))
+    inputs, q = make_inputs(model_of(settings), torch.Generator().manual_seed(11), 1, 17)
+
+    def outputs(memory_chunks: dict[str, int]) -> torch.Tensor:
+        memory, _ = memory_and_reference(model_of(settings, memory_chunks=memory_chunks))
+        with torch.no_grad():
+            return memory(inputs, q, weights, memory.initial_state(1, weights), inner_lr=INNER_LR)[0]
+
+    plain = outputs({})
+    for box in model_of(settings).boxes:
+        assert (outputs({box: 2}) - plain).abs().max() > 1e-6, box
+    assert torch.equal(outputs(dict.fromkeys(model_of(settings).boxes, 4)), plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"memory_chunks": {"q": 8}}, ["model.memory_chunks.q: no such memory", "model.phase=self_modifying: k, v, eta, alpha, mem"]),
+        ({"phase": "static", "memory_chunks": {"k": 8}}, ["model.memory_chunks.k", "model.phase=static: mem"]),
+        ({"memory_chunks": {"k": 0}}, ["model.memory_chunks.k is 0", "1 or more"]),
+        ({"chunk_size": 64, "memory_chunks": {"k": 12}}, ["model.chunk_size is 64", "a multiple of 12", "of k"]),
+        ({"memory_chunks": {"k": 8, "v": 6}}, ["model.memory_chunks.v is 6", "a multiple of 4", "of eta"]),
+    ],
+)
+def test_chunk_sizes_that_do_not_go_together_are_refused(settings, words):
+    with pytest.raises(UserError) as caught:
+        model_of(settings)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_one_size_for_every_memory_collapses_whatever_chunk_size_says():
+    model = model_of({"chunk_size": 64, "memory_chunks": dict.fromkeys(("k", "v", "eta", "alpha", "mem"), 4)})
+    assert isinstance(memory_of(model), CollapsedMemory)
+    generator = torch.Generator().manual_seed(12)
+    weights = make_weights(model, generator)
+    inputs, q = make_inputs(model, generator, 2, 11)
+    results = [memory_of(m)(inputs, q, weights, memory_of(m).initial_state(2, weights), inner_lr=1.0) for m in (model, model_of({}))]
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1].open_inputs.shape[2] == 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
@@ -289,15 +361,27 @@ def replace_main(weights: MemoryWeights, out: torch.Tensor) -> MemoryWeights:
 # As streams.
 
 
+PIECES = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     member=st.sampled_from(MEMBERS),
     retain=st.sampled_from(("init", "zero")),
     chunk_size=st.integers(1, 6),
-    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    pieces=PIECES,
 )
 def test_pieces_of_any_length_equal_the_whole(member, retain, chunk_size, pieces):
-    model = model_of(member, retain=retain, chunk_size=chunk_size)
+    compare_pieces_with_the_whole(model_of(member, retain=retain, chunk_size=chunk_size), pieces)
+
+
+@settings(max_examples=15, deadline=None)
+@given(member=st.sampled_from(OWN_CHUNKS), pieces=PIECES)
+def test_pieces_equal_the_whole_with_chunk_sizes_of_their_own(member, pieces):
+    compare_pieces_with_the_whole(model_of(member), pieces)
+
+
+def compare_pieces_with_the_whole(model: ModelConfig, pieces: list[int]) -> None:
     generator = torch.Generator().manual_seed(sum(pieces))
     weights = make_weights(model, generator)
     inputs, q = make_inputs(model, generator, 2, sum(pieces))
@@ -311,13 +395,13 @@ def test_pieces_of_any_length_equal_the_whole(member, retain, chunk_size, pieces
             y, state = memory(inputs[:, :, piece], None if q is None else q[:, :, piece], weights, state, inner_lr=INNER_LR)
             outputs.append(y)
             start += length
-            assert state.open_inputs.shape[2] < chunk_size
+            assert state.open_inputs.shape[2] < model.chunk_period
     assert_close(torch.cat(outputs, dim=2), whole, "y")
     assert_close(state.fast_weights, last.fast_weights, "fast weights")
     assert_close(state.open_inputs, last.open_inputs, "open inputs")
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=name_of)
+@pytest.mark.parametrize("member", [*MEMBERS, OWN_CHUNKS[0], OWN_CHUNKS[4]], ids=name_of)
 def test_gradients_pass_from_piece_to_piece(member):
     model = model_of(member)
     generator = torch.Generator().manual_seed(4)

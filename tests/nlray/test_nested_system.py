@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import nlray.memories.problems as memory_problems
 import nlray.nested_system as nested_system
 from nlray.config import OPTIMIZERS, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.config_loading import PRESETS, load_config
@@ -100,6 +101,7 @@ MEMORIES = [
     ["model.memory=mlp"],
     ["model.memory=mlp", "model.memory_hidden=5", "model.phase=adaptive", "model.rule=gd", "model.objective=l2"],
     ["model.memory=mlp", "model.phase=static", "model.momentum=true"],
+    ["model.memory_chunks={k: 4}"],
 ]
 
 
@@ -125,6 +127,13 @@ def test_every_memory_is_counted_once(overrides):
     assert of(system, "sequence.initial_states").parameters == sum(layer.numel() for layer in initial)
 
 
+def test_a_memory_with_a_chunk_size_of_its_own_has_a_frequency_of_its_own():
+    _, system = build("model.memory_chunks={k: 4, mem: 16}", "model.read=chunk_start")
+    frequencies = {box: of(system, f"memory.{box}").updates_per_token for box in ("k", "v", "eta", "alpha", "mem")}
+    assert frequencies == {"k": 1 / 4, "v": 1 / 8, "eta": 1 / 8, "alpha": 1 / 8, "mem": 1 / 16}
+    assert of(system, "memory.k").level < of(system, "memory.v").level < of(system, "memory.mem").level
+
+
 def test_a_memory_learns_through_its_momentum():
     _, system = build("model.phase=static", "model.momentum=true")
     assert of(system, "memory.mem").after == ("memory.momentum",)
@@ -132,7 +141,7 @@ def test_a_memory_learns_through_its_momentum():
 
 
 def test_a_rule_of_the_memory_that_contributes_nothing_is_an_error(monkeypatch):
-    monkeypatch.delitem(nested_system._MEMORY_RULES, "gd")
+    monkeypatch.delitem(memory_problems.RULES, "gd")
     with pytest.raises(NlrayError, match="memory rule 'gd' contributes no optimization problem"):
         build("model.rule=gd", "model.phase=static")
 

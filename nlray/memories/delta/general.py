@@ -7,8 +7,10 @@ system per chunk serves them all. The interface is that of nlray/memories/scan.p
 import torch
 from torch import Tensor
 
-from nlray.memories.layer import Layer, answer_at_start, close, read, rows_of, write
-from nlray.memories.scan import GATE_BOXES, ChunkedMemory, MemoryWeights, Tokens
+from nlray.memories.layer import Layer, answer_at_start, close, read, renewed, rows_of, write
+from nlray.memories.problems import box_problems
+from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
+from nlray.models.layers import constant, eye_noise
 
 
 class MatrixMemory(ChunkedMemory):
@@ -17,6 +19,16 @@ class MatrixMemory(ChunkedMemory):
     The state is [B, H, R, d]: the rows R of all boxes, the main one last, as changes since the initial memories (retain: init) or as
     they are (retain: zero); with momentum as many rows again.
     """
+
+    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+        """Return the initial matrix: near the identity, of a gate a row of zeros."""
+        heads, width = self.model.heads, self.model.head_dim
+        if box in GATE_BOXES:
+            return {"": BoxTensor((heads, width), constant(0.0))}
+        return {"": BoxTensor((heads, width, width), eye_noise(MEMORY_NOISE))}
+
+    def problems(self) -> list[MemoryProblem]:
+        return box_problems(self.model, self.box_values())
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         rows_HRd = self._stack(weights)
@@ -37,29 +49,35 @@ class MatrixMemory(ChunkedMemory):
         parts = [layers.change_HGBVK] if layers.momentum_HGBVK is None else [layers.change_HGBVK, layers.momentum_HGBVK]
         return torch.cat(parts, dim=-2).squeeze(1).transpose(0, 1)
 
-    def _project(self, layers: Layer, x_HGBCd: Tensor) -> dict[str, Tensor]:
-        boxes, width = self.model.boxes[:-1], self.model.head_dim
-        answers = answer_at_start(rows_of(layers, slice(0, -width)), x_HGBCd)
-        return dict(zip(boxes, answers.split([1 if box in GATE_BOXES else width for box in boxes], dim=-1), strict=True))
+    def _renewed(self, starts: Layer, layers: Layer, boxes: tuple[str, ...]) -> Layer:
+        return renewed(starts, layers, [self._rows(box) for box in self.model.boxes], [box in boxes for box in self.model.boxes], -2)
 
-    def _update(self, layers: Layer, tokens: Tokens) -> tuple[Tensor, Layer]:
+    def _project(self, starts: Layer, x_HGBCd: Tensor) -> dict[str, Tensor]:
+        boxes = self.model.boxes[:-1]
+        answers = answer_at_start(rows_of(starts, slice(0, -self.model.head_dim)), x_HGBCd)
+        return dict(zip(boxes, answers.split([self._rows(box) for box in boxes], dim=-1), strict=True))
+
+    def _update(self, layers: Layer, starts: Layer, tokens: Tokens) -> tuple[Tensor, Layer]:
         k_HGBCd, v_HGBCd, q_HGBCd, coefficients = tokens
         if self.model.phase == "self_modifying":
-            target = answer_at_start(layers, v_HGBCd)
+            target = answer_at_start(starts, v_HGBCd)
         else:
             # Departs from Eq. 81-82: a gate is one number per head, the mean of what a d x d memory answers; its value is the mean of v.
             mean = v_HGBCd.mean(-1, keepdim=True)
             target = torch.cat([mean if box in GATE_BOXES else v_HGBCd for box in self.model.boxes], dim=-1)
         if self.model.objective == "l2":
-            target = target - answer_at_start(layers, k_HGBCd)
+            target = target - answer_at_start(starts, k_HGBCd)
         w_HGBCR = write(layers, k_HGBCd, target, coefficients, forgets=self.model.forgets)
         main = slice(-self.model.head_dim, None)
         # Departs from Eq. 90 with read "token": Eq. 90 reads at the chunk's start, so that a token never sees its own chunk.
         if self.model.read == "token":
             y_HGBCd = read(rows_of(layers, main), q_HGBCd, k_HGBCd, w_HGBCR[..., main], coefficients)
         else:
-            y_HGBCd = answer_at_start(rows_of(layers, main), q_HGBCd)
+            y_HGBCd = answer_at_start(rows_of(starts, main), q_HGBCd)
         return y_HGBCd, close(layers, k_HGBCd, w_HGBCR, coefficients)
+
+    def _rows(self, box: str) -> int:
+        return 1 if box in GATE_BOXES else self.model.head_dim
 
     def _stack(self, weights: MemoryWeights) -> Tensor:
         """Return the initial memories' rows in the order of the boxes, [H, R, d]."""

@@ -42,7 +42,7 @@ def memory_reference(
     answer: Callable[[str, Weights, Tensor], Tensor] = answer_of_matrix,
     inputs_of: Callable[[Weights, Tensor], tuple[Tensor, ...]] = inputs_of_matrix,
 ) -> tuple[Tensor, dict[str, Weights], dict[str, Weights]]:
-    """Return y_BHTd, and the memories and their momenta at the last chunk boundary (Eq. 64-65, 76-93).
+    """Return y_BHTd, and the memories and their momenta where the chunks of all of them last ended (Eq. 64-65, 76-93).
 
     Arguments as nlray/memories/scan.py: ChunkedMemory.__call__; `answer` says what a box answers, `inputs_of` what its layers read.
     """
@@ -51,12 +51,13 @@ def memory_reference(
     for box, layers in weights.memories.items():
         rows = [layer.unsqueeze(1) if layer.dim() == 2 else layer for layer in layers]
         first[box] = tuple(layer.expand(batch, *layer.shape) for layer in rows)
-    start = memories = first
-    start_momenta = momenta = {box: tuple(torch.zeros_like(layer) for layer in layers) for box, layers in first.items()}
+    start = memories = ended = first
+    momenta = ended_momenta = {box: tuple(torch.zeros_like(layer) for layer in layers) for box, layers in first.items()}
     outputs = []
     for t in range(inputs_BHTP.shape[2]):
-        if t % model.chunk_size == 0:
-            start, start_momenta = memories, momenta
+        start = {box: memories[box] if t % size == 0 else start[box] for box, size in model.chunk_sizes.items()}
+        if t % model.chunk_period == 0:
+            ended, ended_momenta = memories, momenta
         x = inputs_BHTP[:, :, t]
         if model.phase == "static":
             sizes = [model.head_dim, model.head_dim, *[1] * len(model.gates)]
@@ -93,9 +94,9 @@ def memory_reference(
             updated[box], updated_momenta[box] = (tuple(layers) for layers in zip(*new, strict=True))
         memories, momenta = updated, updated_momenta
         outputs.append(answer("mem", memories["mem"] if model.read == "token" else start["mem"], q))
-    if inputs_BHTP.shape[2] % model.chunk_size == 0:
-        start, start_momenta = memories, momenta
-    return torch.stack(outputs, dim=2), start, start_momenta
+    if inputs_BHTP.shape[2] % model.chunk_period == 0:
+        ended, ended_momenta = memories, momenta
+    return torch.stack(outputs, dim=2), ended, ended_momenta
 
 
 def inner_loss(answer: Tensor, target: Tensor, objective: Literal["dot", "l2"]) -> Tensor:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlray.config import ModelConfig
-from nlray.memories.layer import Coefficients, Layer, answer_at_start, close, read, rows_of, write
-from nlray.memories.scan import GATE_BOXES, ChunkedMemory, MemoryWeights, Tokens
+from nlray.memories.layer import Coefficients, Layer, answer_at_start, close, read, renewed, rows_of, write
+from nlray.memories.problems import box_problems
+from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
+from nlray.models.layers import normal
 
 
 class Layers(NamedTuple):
@@ -43,6 +45,16 @@ class MLPMemory(ChunkedMemory):
         }
         self.groups = {group: boxes for group, boxes in self.groups.items() if boxes}
 
+    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+        """Return the initial W_1 and W_2: the memory starts near the identity, a gate near zero."""
+        heads, width, hidden = self.model.heads, self.model.head_dim, self.model.box_hidden
+        # Small but not zero: W_2 has no gradient behind a zero W_1.
+        out = BoxTensor((heads, 1 if box in GATE_BOXES else width, hidden), normal(MEMORY_NOISE))
+        return {"_1": out, "_2": BoxTensor((heads, hidden, width), normal(width**-0.5))}
+
+    def problems(self) -> list[MemoryProblem]:
+        return box_problems(self.model, self.box_values())
+
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         values_HS = torch.cat([tensor.flatten(1) for tensor in self._stack(weights)], dim=1)
         if self.model.retain == "init":
@@ -70,18 +82,26 @@ class MLPMemory(ChunkedMemory):
         parts = [layer.change_HGBVK for layer in every] + [layer.momentum_HGBVK for layer in every if layer.momentum_HGBVK is not None]
         return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=2).transpose(0, 1)
 
-    def _project(self, layers: Layers, x_HGBCd: Tensor) -> dict[str, Tensor]:
-        answers = self._answers(layers, x_HGBCd, F.silu(self._hidden(layers, x_HGBCd)))
+    def _renewed(self, starts: Layers, layers: Layers, boxes: tuple[str, ...]) -> Layers:
+        is_new = {group: [box in boxes for box in members] for group, members in self.groups.items()}
+        every = [new for group in is_new.values() for new in group]
+        hidden = renewed(starts.hidden, layers.hidden, [self.model.box_hidden] * len(every), every, -2)
+        return Layers(
+            hidden, {group: renewed(starts.out[group], layers.out[group], [1] * len(new), new, 1) for group, new in is_new.items()}
+        )
+
+    def _project(self, starts: Layers, x_HGBCd: Tensor) -> dict[str, Tensor]:
+        answers = self._answers(starts, x_HGBCd, F.silu(self._hidden(starts, x_HGBCd)))
         return {box: answers[group][:, i : i + 1] for group, boxes in self.groups.items() for i, box in enumerate(boxes) if box != "mem"}
 
-    def _update(self, layers: Layers, tokens: Tokens) -> tuple[Tensor, Layers]:
+    def _update(self, layers: Layers, starts: Layers, tokens: Tokens) -> tuple[Tensor, Layers]:
         k_HGBCd, coefficients, forgets = tokens.k_HGBCd, tokens.coefficients, self.model.forgets
-        a_HGBCZ = self._hidden(layers, k_HGBCd)
+        a_HGBCZ = self._hidden(starts, k_HGBCd)
         h_HGBCZ = F.silu(a_HGBCZ)
         h = self._by_group(h_HGBCZ)
-        targets = self._targets(layers, tokens, h_HGBCZ)
+        targets = self._targets(starts, tokens, h_HGBCZ)
         # Backwards through W_1 and silu: minus the gradient at the hidden layer, as the targets are at the output.
-        back = torch.cat([answer_at_start(_transposed(out), targets[group]) for group, out in layers.out.items()], dim=1)
+        back = torch.cat([answer_at_start(_transposed(out), targets[group]) for group, out in starts.out.items()], dim=1)
         slope_HGBCZ = torch.sigmoid(a_HGBCZ)
         slope_HGBCZ = slope_HGBCZ * (1 + a_HGBCZ * (1 - slope_HGBCZ))
         w_hidden = write(layers.hidden, k_HGBCd, _stacked(back * slope_HGBCZ), coefficients, forgets=forgets)
@@ -92,26 +112,27 @@ class MLPMemory(ChunkedMemory):
             close(layers.hidden, k_HGBCd, w_hidden, coefficients),
             {group: close(out, h[group], w_out[group], coefficients) for group, out in layers.out.items()},
         )
-        hidden, out = self._main(layers)
         # Departs from Eq. 90 with read "token": Eq. 90 reads at the chunk's start, so that a token never sees its own chunk.
         if self.model.read == "token":
+            hidden, out = self._main(layers)
             h_q_HGBCZ = F.silu(read(hidden, tokens.q_HGBCd, k_HGBCd, w_hidden[..., self._main_rows()], coefficients))
             made_HGBCd = read(out, h_q_HGBCZ, h["vectors"][:, -1:], w_out["vectors"][:, -1:], coefficients)
         else:
+            hidden, out = self._main(starts)
             made_HGBCd = answer_at_start(out, F.silu(answer_at_start(hidden, tokens.q_HGBCd)))
         return tokens.q_HGBCd + made_HGBCd, after
 
-    def _targets(self, layers: Layers, tokens: Tokens, h_HGBCZ: Tensor) -> dict[str, Tensor]:
-        """Return minus the gradient of the inner objective at every box's output, at the chunk's start."""
+    def _targets(self, starts: Layers, tokens: Tokens, h_HGBCZ: Tensor) -> dict[str, Tensor]:
+        """Return minus the gradient of the inner objective at every box's output, at the start of its own chunk."""
         v_HGBCd = tokens.v_HGBCd
         if self.model.phase == "self_modifying":
-            targets = self._answers(layers, v_HGBCd, F.silu(self._hidden(layers, v_HGBCd)))
+            targets = self._answers(starts, v_HGBCd, F.silu(self._hidden(starts, v_HGBCd)))
         else:
             # Departs from Eq. 81-82: a gate is one number per head, and its value the mean of v.
             values = {"vectors": v_HGBCd, "gates": v_HGBCd.mean(-1, keepdim=True)}
             targets = {group: values[group].expand(-1, len(boxes), -1, -1, -1) for group, boxes in self.groups.items()}
         if self.model.objective == "l2":
-            answers = self._answers(layers, tokens.k_HGBCd, h_HGBCZ)
+            answers = self._answers(starts, tokens.k_HGBCd, h_HGBCZ)
             targets = {group: target - answers[group] for group, target in targets.items()}
         return targets
 

@@ -22,5 +22,5 @@ def inputs_of_mlp(weights: Weights, z: Tensor) -> tuple[Tensor, ...]:
 def mlp_memory_reference(
     inputs_BHTP: Tensor, q_BHTd: Tensor | None, weights: MemoryWeights, *, model: ModelConfig, inner_lr: float
 ) -> tuple[Tensor, dict[str, Weights], dict[str, Weights]]:
-    """Return y_BHTd, and the memories and their momenta at the last chunk boundary; arguments as memory_reference."""
+    """Return y_BHTd, and the memories and their momenta as memory_reference does."""
     return memory_reference(inputs_BHTP, q_BHTd, weights, model=model, inner_lr=inner_lr, answer=answer_of_mlp, inputs_of=inputs_of_mlp)

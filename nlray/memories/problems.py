@@ -1,0 +1,85 @@
+"""The optimization problems of a memory in context, as `nlray levels` lists them: one for each box of a head.
+
+A memory's class contributes them (nlray/memories/scan.py: ChunkedMemory.problems); `box_problems` has what follows from phase, objective
+and chunk sizes, so that a class adds how many values it holds, and its rule where that is not one of `RULES`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from nlray.config import ModelConfig
+from nlray.errors import NlrayError
+from nlray.memories.scan import GATE_BOXES, MemoryProblem
+
+RULES = {
+    "dgd": "delta gradient descent, decay to {target} (Eq. 88, 90)",
+    "gd": "gradient descent, decay to {target} (Eq. 77, 82, 90)",
+    "hebbian": "gradient descent at one rate, no decay: linear attention (Eq. 64)",
+    "delta": "delta rule, no decay (Eq. 65)",
+    "gated_delta": "delta rule after the decay to {target}",
+}
+"""Update rules in words, by `model.rule`; the target is what the decay leads to."""
+
+
+def box_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: str | None = None) -> list[MemoryProblem]:
+    """Return the problems of all boxes (Eq. 64-65, 76-93), the main one first, with momentum that of the momentum before it.
+
+    Args:
+        model: phase, objective, chunk sizes and so on.
+        state_values: values that each box holds of one sequence, over the heads of a layer; 0 where they are in the main one's state.
+        rule: the update rule in words; None: that of `model.rule`.
+
+    Raises:
+        NlrayError: a rule that has no words.
+    """
+    objective = {"dot": "-<M k, {}>", "l2": "1/2 |M k - {}|^2"}[model.objective]
+    memory = MemoryProblem(
+        name="mem",
+        updates_per_token=1.0 if model.read == "token" else 1.0 / model.chunk_sizes["mem"],
+        context_flow="tokens" if model.read == "token" else "chunks",
+        key="k = W_k x" if model.phase == "static" else "k = M_k x",
+        value=_value("mem", model),
+        objective=objective.format(_value("mem", model).partition(" =")[0]),
+        rule=rule or _rule(model),
+        state_values=state_values["mem"],
+    )
+    projections = [
+        replace(
+            memory,
+            name=box,
+            updates_per_token=1.0 / model.chunk_sizes[box],
+            context_flow="chunks",
+            value=_value(box, model),
+            objective=objective.format(_value(box, model).partition(" =")[0]),
+            rule="as memory.mem" if state_values[box] else "as memory.mem, in its state",
+            state_values=state_values[box],
+        )
+        for box in model.boxes
+        if box != "mem"
+    ]
+    if not model.momentum:
+        return [memory, *projections]
+    momentum = replace(
+        memory,
+        name="momentum",
+        key="write of memory.mem",
+        value="none",
+        objective="-<m, write> (Eq. 10-13)",
+        rule="decayed sum, decay theta of the token",
+    )
+    return [momentum, replace(memory, after=(momentum.name,)), *projections]
+
+
+def _rule(model: ModelConfig) -> str:
+    if model.rule not in RULES:
+        raise NlrayError(f"memory rule {model.rule!r} contributes no optimization problem; add it to nlray/memories/problems.py")
+    return RULES[model.rule].format(target="its initial state" if model.retain == "init" else "zero")
+
+
+def _value(box: str, model: ModelConfig) -> str:
+    """Return what a memory in context learns to answer."""
+    if model.phase == "self_modifying":
+        return f"v_{box} = M_{box} v"
+    if box in GATE_BOXES:
+        return "mean of v"
+    return "v = W_v x" if model.phase == "static" else "v = M_v x"
