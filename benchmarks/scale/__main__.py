@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.plots is not None:
+    if args.plots is not None and rows:
         from benchmarks.scale.plots import save_plots
 
         for path in save_plots(rows, args.plots):

@@ -23,7 +23,7 @@ from benchmarks.bare import BareLoop
 from benchmarks.scale.events import simulate
 from benchmarks.scale.exchange import bytes_moved, level_routes
 from benchmarks.scale.machine import Machine
-from benchmarks.scale.workload import Layout, workload_of
+from benchmarks.scale.workload import Layout, Workload, workload_of
 from nlray.actors.launch import launch, resolve
 from nlray.actors.level import LevelRank
 from nlray.actors.seat import Behaviours
@@ -47,7 +47,7 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
         settings: workers x ranks of each level, with commas between them; the first one gives the elementary times.
 
     Raises:
-        UserError: more than one model, or settings that are none.
+        UserError: more than one model, settings that are none, or a model that cannot be checked.
     """
     sizes = [setting.split("x") for setting in settings.split(",")]
     if not all(len(size) == 2 and all(part.isdigit() and int(part) > 0 for part in size) for size in sizes):
@@ -62,6 +62,7 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
     for workers, ranks in ((int(w), int(n)) for w, n in sizes):
         with tempfile.TemporaryDirectory() as folder:
             config = configure(Path(folder), models, overrides, workers, ranks, num_steps)
+            work = workload_of("check", config)
             # Before each run anew: a machine's speed drifts.
             compute_s = bare_step_s(config, num_steps)
             print(f"bare loop of {config.sequence.worker_batch} sequences: {1e3 * compute_s:.1f} ms a step", flush=True)
@@ -69,7 +70,7 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
             if machine is None:
                 machine = measured_machine(Path(folder))
                 print(" ".join(f"{name}={getattr(machine, name):.2f}" for name in MESSAGE_TIMES), f"measured with {workers}x{ranks}")
-        are_equal &= compare(config, rows, machine, compute_s)
+        are_equal &= compare(config, work, rows, machine, compute_s)
     return 0 if are_equal else 1
 
 
@@ -77,7 +78,10 @@ def configure(folder: Path, models: Sequence[str], overrides: Sequence[str], wor
     own = [f"run.dir={folder}/run", f"run.stop_after={num_steps}", "eval={every: 0, sequences: 0}", f"sequence.workers={workers}"]
     config = load_config(models[0] if models else None, [*own, *overrides], default_name="check")
     levels = [f"memory.levels.{name}.ranks={ranks}" for name in config.levels]
-    return resolve(load_config(models[0] if models else None, [*own, *levels, *overrides], default_name="check"))
+    config = resolve(load_config(models[0] if models else None, [*own, *levels, *overrides], default_name="check"))
+    if config.exchange.mode != "delayed" or not config.levels:
+        raise UserError(f"--check with exchange.mode={config.exchange.mode} and {len(config.levels)} levels; allowed: delayed, one or more")
+    return config
 
 
 def bare_step_s(config: Config, num_steps: int) -> float:
@@ -172,9 +176,8 @@ def measured_machine(folder: Path) -> Machine:
     return Machine(**medians, **dict.fromkeys(bandwidths, AT_ONCE), nic_us=0, receive_ms=0, publish_ms=0)
 
 
-def compare(config: Config, rows: Sequence[dict[str, Any]], machine: Machine, compute_s: float) -> bool:
+def compare(config: Config, work: Workload, rows: Sequence[dict[str, Any]], machine: Machine, compute_s: float) -> bool:
     """Print predicted and measured step time, stall and bytes; return whether the bytes are equal."""
-    work = workload_of("check", config)
     layout = Layout(workers=config.sequence.workers, group=1, link=None)
     routes, _ = level_routes(work.levels, layout, machine, state_bytes=work.level_state_bytes, is_summed=False)
     told = simulate(routes, compute_s=compute_s, warm_up=WARM_UP_STEPS, steps=len(rows) - WARM_UP_STEPS)

@@ -65,7 +65,7 @@ def predict(work: Workload, gpus: int, place: Place, variant: Variant, machine: 
     hbm = layout.group * machine.hbm_gb_s * 1e9
     # Each step's gradients of the levels are added to the open sums: two are read and one is written.
     adding_s = 3 * 4 * sum(plan.num_parameters for plan in plans) / hbm
-    # The optimizer reads gradient, parameter and state and writes the latter two.
+    # The optimizer reads gradient, parameter and state and writes the latter two; in data parallelism it is the levels' too.
     tail_s = own * (12 + 2 * work.optimizer_bytes) / hbm
     routes, exchanged = level_routes(plans, layout, machine, state_bytes=work.level_state_bytes, is_summed=variant == "summed")
     times = simulate(routes, compute_s=compute_s + sharding_s + summing_s + adding_s, tail_s=tail_s)
@@ -81,7 +81,8 @@ def predict(work: Workload, gpus: int, place: Place, variant: Variant, machine: 
         group=layout.group,
         compute_s=compute_s,
         times=times,
-        step_tokens=gpus * sequences * work.seq_len,
+        # GPUs that make no whole worker are idle.
+        step_tokens=layout.gpus * sequences * work.seq_len,
         busiest=busiest,
         busiest_bytes_s=num_bytes / times.step_s,
         busiest_share=num_bytes / bandwidth / times.step_s,

@@ -63,6 +63,8 @@ def test_the_plan_has_70_b_parameters_and_a_worker_of_it_takes_32_gpus(plan, hop
     assert layout_of(plan, 16, "pod", Machine()) is None and layout_of(plan, 64, "pod", Machine()) == Layout(workers=2, group=32, link=None)
     assert layout_of(hope, 8, "pod", Machine()) == Layout(workers=8, group=1, link=None)
     assert predict(plan, 16, "pod", "built", Machine(), sequences=1) is None
+    # 8 of 40 GPUs are left over.
+    assert predict(plan, 40, "pod", "plain", Machine(), sequences=1).step_tokens == 32 * 4096
 
 
 def test_operations_are_those_that_torch_counts():
@@ -265,6 +267,7 @@ def test_the_command_prints_a_row_for_each_case_and_saves_plots(tmp_path, capsys
         (["tiny", "--places", "moon"], "--places has 'moon'; allowed: pod, pods, regions"),
         (["tiny", "--sequences", "0"], "--sequences is 0; allowed: 1 or more"),
         (["tiny", "--check", "--settings", "1"], "--settings is '1'; allowed: WORKERSxRANKS"),
+        (["tiny", "--check", "exchange.mode=eager"], "--check with exchange.mode=eager and 4 levels; allowed: delayed"),
         (["nothing"], "'nothing': no such preset or file"),
     ],
 )
