@@ -1,5 +1,6 @@
 """The model of `python -m benchmarks.scale`: its bytes are the runtime's, its events a plain loop's, its goodput that of chance."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scale.__main__ import MODELS, main
+from benchmarks.scale.check import compare, measured_machine
 from benchmarks.scale.events import Route, Stage, simulate
 from benchmarks.scale.exchange import bytes_moved, level_routes, message_bytes, rank_s
 from benchmarks.scale.failures import best_interval_s, drawn_interval_s, mean_interval_s
@@ -241,6 +243,39 @@ def test_goodput_by_hand(hope):
     assert mean_interval_s(100.0, 100.0, 0.01) == pytest.approx(100 * math.e * (math.e - 1))
     few, many = (predict(hope, gpus, "pod", "summed", Machine(), sequences=4).goodput for gpus in (512, 16384))
     assert 0.9 < many < few < 1
+
+
+# The check against runs.
+
+
+def test_a_byte_more_or_less_than_predicted_is_told(capsys):
+    config = load_config("tiny", ["model.vocab_size=257", "sequence.workers=2", "memory.defaults.ranks=3"])
+    work = workload_of("check", config)
+
+    def row(step):
+        moved = {plan.name: bytes_moved(plan, step, 2) for plan in work.levels}
+        levels = {name: {"bytes_pushed": pushed, "bytes_pulled": pulled} for name, (pushed, pulled) in moved.items()}
+        return {"tokens_per_second": 2048 / 0.5, "stall_s": 0.05, "levels": levels}
+
+    rows = [row(step) for step in range(1, 41)]
+    # fast alone stalls: 3 x 1 for handing over, 2, 3 and 3 x 4 for fetching.
+    machine = replace(AT_ONCE, hand_ms=1, carry_ms=2, update_ms=3, fetch_ms=4)
+    assert compare(config, work, rows, machine, 0.48)
+    assert "step predicted 500.0 ms, measured 500.0 (mean 500.0); stall predicted 4.0%, measured 10.0%" in capsys.readouterr().out
+    rows[-1]["levels"]["slow"]["bytes_pulled"] += 1
+    assert not compare(config, work, rows, machine, 0.48)
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_elementary_times_are_medians_over_whole_round_trips(tmp_path):
+    trips = [(1, 0.0, 0.010, 0.013, 0.020, 0.024), (2, 1.0, 1.020, 1.019, 1.030, 1.033), (3, 2.0, 2.012, 2.014, 2.030, 2.031)]
+    link = [["push", "link-a-0", "a", v, began, sent] for v, began, sent, *_ in trips]
+    link += [["pull", "link-a-0", "a", v, began, there] for v, began, *_, there in trips[:2]]
+    rank = [["apply", "rank-a-0", "a", v, at, done] for v, _, _, at, done, _ in trips]
+    for name, lines in (("link-a-0", link), ("rank-a-0", rank), ("link-a-1", [["push", "link-a-1", "a", 1, 0.0, 9.0]])):
+        (tmp_path / f"{name}.times").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = measured_machine(tmp_path)
+    assert [found.hand_ms, found.carry_ms, found.update_ms, found.fetch_ms] == pytest.approx([15, 1.5, 9, 3.5])
 
 
 # The command.
