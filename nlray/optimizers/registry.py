@@ -3,19 +3,16 @@
 A class of the user's, by its import path `package.module:Class`, is used like those of the table; see `docs/extending.md`.
 """
 
-import difflib
-import importlib
-import inspect
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from nlray.config import Config, OptimizerConfig
 from nlray.errors import UserError
+from nlray.extensions import options_of, resolve_class, takes
 from nlray.optimizers.base import GradientMemory
 from nlray.optimizers.deep_momentum import DeepMomentum
 from nlray.optimizers.m3 import M3
@@ -103,21 +100,12 @@ def optimizer_class(name: str) -> type[Optimizer]:
     Raises:
         UserError: it cannot be imported, is no torch optimizer, or lacks what the runtime needs of one.
     """
-    if name in CLASSES:
-        return CLASSES[name]
-    module_name, _, class_name = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    # Whatever a module of the user's raises while it is imported.
-    except Exception as error:
-        raise UserError(f"name is {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise UserError(f"name is {name!r}: not a subclass of torch.optim.Optimizer")
+    found = resolve_class("name", name, CLASSES, Optimizer)
     if not callable(getattr(found, "gradient_memories", None)):
         raise UserError(
             f"name is {name!r}: contributes no optimization problem; it needs a classmethod gradient_memories (docs/extending.md)"
         )
-    missing = [key for key in ("lr", "weight_decay") if not _takes(found, key)]
+    missing = [key for key in ("lr", "weight_decay") if not takes(found, key)]
     if missing:
         raise UserError(f"name is {name!r}: its __init__ takes no keyword {' and no '.join(missing)}")
     return found
@@ -126,66 +114,8 @@ def optimizer_class(name: str) -> type[Optimizer]:
 def _options(config: OptimizerConfig, optimizer: type[Optimizer]) -> dict[str, Any]:
     """Return every option of the class: what it has as a default, then what the configuration says."""
     own_keys = _OWN_KEYS.get(config.name, ())
-    parameters = _keywords(optimizer)
-    allowed = [key for key in parameters if key not in ("lr", "weight_decay", *own_keys)]
-    kinds = _type_hints(optimizer)
-    for key, value in config.options.items():
+    for key in config.options:
         if key in own_keys:
             raise UserError(f"options.{key}: {config.name}'s {key} has a key of its own, beside options")
-        if key not in allowed and (key in ("lr", "weight_decay") or not _takes(optimizer, key)):
-            close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"options.{key}: {config.name} has no such option; {hint}allowed: {', '.join(allowed) or 'none'}")
-        if key in kinds and not _fits(value, kinds[key]):
-            raise UserError(f"options.{key} is {value!r}; allowed: {_describe(kinds[key])}")
-    missing = [key for key in allowed if parameters[key].default is inspect.Parameter.empty and key not in config.options]
-    if missing:
-        raise UserError(f"options.{missing[0]}: {config.name} needs a value")
-    defaults = {key: parameters[key].default for key in allowed if key not in config.options}
-    return defaults | {key: getattr(config, key) for key in own_keys} | config.options
-
-
-def _keywords(optimizer: type[Optimizer]) -> dict[str, inspect.Parameter]:
-    """Return what an optimizer's constructor takes by name, beside the parameters that it is to update."""
-    _, _, *parameters = inspect.signature(optimizer.__init__).parameters.values()
-    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def _takes(optimizer: type[Optimizer], key: str) -> bool:
-    parameters = inspect.signature(optimizer.__init__).parameters.values()
-    return key in _keywords(optimizer) or any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _type_hints(optimizer: type[Optimizer]) -> dict[str, Any]:
-    try:
-        return get_type_hints(optimizer.__init__)
-    except NameError:
-        # Names that only a type checker sees: such options are left to the constructor.
-        return {}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value from YAML is of an annotated type; types beyond the plain ones are left to the constructor."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, k) for k in inner)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, list | tuple) and all(_fits(v, inner[0] if inner else Any) for v in value)
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    return not isinstance(kind, type) or isinstance(value, kind)
-
-
-def _describe(kind: Any) -> str:
-    """Return a type in words."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return ", ".join(map(str, inner))
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_describe, inner))
-    if origin in (list, tuple, Sequence):
-        return f"a list of {_describe(inner[0]) if inner else 'values'}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
-    return words.get(kind, getattr(kind, "__name__", str(kind)))
+    options = options_of(optimizer, config.options, key="options", owner=config.name, taken=("lr", "weight_decay", *own_keys))
+    return options | {key: getattr(config, key) for key in own_keys}

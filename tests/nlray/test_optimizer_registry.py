@@ -94,7 +94,7 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module):
         ("own_optimizers:Missing", {}, ["name is 'own_optimizers:Missing'", "cannot be imported"]),
         ("own_nowhere:Signs", {}, ["name is 'own_nowhere:Signs'", "cannot be imported", "own_nowhere"]),
         ("own_broken:Signs", {}, ["cannot be imported", "ZeroDivisionError"]),
-        ("own_optimizers:not_a_class", {}, ["not a subclass of torch.optim.Optimizer"]),
+        ("own_optimizers:not_a_class", {}, ["not a subclass of torch.optim.optimizer.Optimizer"]),
         ("own_optimizers:Silent", {}, ["contributes no optimization problem", "gradient_memories"]),
         ("own_optimizers:NoDecay", {}, ["takes no keyword weight_decay"]),
         ("own_optimizers:Needy", {}, ["options.width", "needs a value"]),

@@ -103,7 +103,7 @@ def test_what_was_stacked_learns_in_every_level_generates_and_is_listed(tmp_path
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
     state = model(tokens(1, config.model.seq_len))[1]
     attention = next(p for p in system.problems if p.name == "attention")
-    assert attention.state_values == sum(layer.keys.numel() + layer.values.numel() for layer in state)
+    assert attention.state_values == sum(block.mixer.keys.numel() + block.mixer.values.numel() for block in state)
 
 
 def test_weights_in_several_files_are_put_together(tmp_path):

@@ -1,0 +1,120 @@
+"""Classes that a configuration names: one of nlray's by its name, or one of the user's by its import path `package.module:Class`.
+
+    cls = resolve_class("memory.mlp", "own:LowRank", CLASSES, Level)
+    options = options_of(cls, {"rank": 8}, key="memory.mlp_options", owner="own:LowRank")
+    level = cls(form, **options)
+
+Every mistake is a UserError of one line that names the key; nothing is built here. See `docs/extending.md`.
+"""
+
+import difflib
+import importlib
+import inspect
+import types
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from nlray.errors import UserError
+
+
+def resolve_class(key: str, name: str, names: Mapping[str, type], base: type) -> type:
+    """Return the class of a name or an import path.
+
+    Args:
+        key: of the configuration, for messages.
+        name: one of `names`, or `package.module:Class`.
+        names: the classes of nlray.
+        base: what the user's class is to be a subclass of.
+
+    Raises:
+        UserError: it cannot be imported, or is no such subclass.
+    """
+    if name in names:
+        return names[name]
+    module_name, _, class_name = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    # Whatever a module of the user's raises while it is imported.
+    except Exception as error:
+        raise UserError(f"{key} is {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{key} is {name!r}: not a subclass of {base.__module__}.{base.__name__}")
+    return found
+
+
+def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, taken: Collection[str] = ()) -> dict[str, Any]:
+    """Return every option of a class in force: the defaults of its constructor, then what is given.
+
+    Options are what the constructor takes by name, beside its first argument and those in `taken`. A value whose type is not the
+    annotated one is refused; without an annotation, or with one beyond the plain types, it is left to the constructor.
+
+    Args:
+        key: of the options in the configuration, for messages.
+        owner: name of the class in the configuration, for messages.
+        taken: further arguments that are not options.
+
+    Raises:
+        UserError: an unknown option, a value of another type, or one that is missing.
+    """
+    parameters = _keywords(cls)
+    allowed = [name for name in parameters if name not in taken]
+    kinds = _type_hints(cls)
+    for name, value in given.items():
+        if name not in allowed and (name in taken or not takes(cls, name)):
+            close = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"{key}.{name}: {owner} has no such option; {hint}allowed: {', '.join(allowed) or 'none'}")
+        if name in kinds and not _fits(value, kinds[name]):
+            raise UserError(f"{key}.{name} is {value!r}; allowed: {_describe(kinds[name])}")
+    missing = [name for name in allowed if parameters[name].default is inspect.Parameter.empty and name not in given]
+    if missing:
+        raise UserError(f"{key}.{missing[0]}: {owner} needs a value")
+    return {name: parameters[name].default for name in allowed if name not in given} | dict(given)
+
+
+def takes(cls: type, name: str) -> bool:
+    """Return whether a class's constructor takes an argument of this name, beside its first one."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())
+    first = [p.name for p in parameters[:2]]
+    return name in _keywords(cls) or (name not in first and any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def _keywords(cls: type) -> dict[str, inspect.Parameter]:
+    """Return what a class's constructor takes by name, beside its first argument."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _type_hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)
+    except NameError:
+        # Names that only a type checker sees: such options are left to the constructor.
+        return {}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value from YAML is of an annotated type; types beyond the plain ones are left to the constructor."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, k) for k in inner)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(v, inner[0] if inner else Any) for v in value)
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _describe(kind: Any) -> str:
+    """Return a type in words."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_describe, inner))
+    if origin in (list, tuple, Sequence):
+        return f"a list of {_describe(inner[0]) if inner else 'values'}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
