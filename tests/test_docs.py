@@ -17,6 +17,7 @@ from torch import nn
 from nlray.clusters.cli import app, split_arguments
 from nlray.config import OPTIMIZERS, Config, LevelConfig
 from nlray.config_loading import PRESETS, load_config, parse_config
+from nlray.models.lm import build_model, level_parameters
 from nlray.nested_system import NestedSystem
 from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
@@ -146,13 +147,45 @@ def test_the_example_file_of_the_readme_loads():
     assert list(config.levels) == ["fast", "slow"] and config.levels["slow"].ranks == 2
 
 
-def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
-    (example,) = code_blocks("docs/extending.md", "python")
-    (tmp_path / "lion.py").write_text(example)
+@pytest.fixture
+def examples(tmp_path, monkeypatch) -> dict[str, list[list[str]]]:
+    """Write the files of the extending page; return for each the words of the commands that use it."""
+    codes, shells = code_blocks("docs/extending.md", "python"), code_blocks("docs/extending.md", "sh")
+    files = re.findall(r"^In the folder that holds `(\w+)\.py`:", text_of("docs/extending.md"), flags=re.M)
+    for file, code in zip(files, codes, strict=True):
+        (tmp_path / f"{file}.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    commands = [shlex.split(line)[1:] for line in "".join(code_blocks("docs/extending.md", "sh")).splitlines()]
-    assert [words[:2] for words in commands] == [["levels", "tiny"], ["train", "tiny"]]
-    for words in commands:
+    commands = {file: [shlex.split(line)[1:] for line in shell.splitlines()] for file, shell in zip(files, shells, strict=True)}
+    assert all([words[:2] for words in lines] == [["levels", "tiny"], ["train", "tiny"]] for lines in commands.values())
+    return commands
+
+
+def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(examples):
+    for words, in_context, rank in zip(examples["lowrank"], (False, True), (16, 8), strict=True):
+        config = load_config("tiny", [*words[2:], "model.dim=16", "model.layers=2", "memory.hidden=24", "model.seq_len=80"])
+        names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        model = build_model(config, 31, seed=0)
+        assert sum(p.parameters for p in names.values()) == sum(p.numel() for p in model.parameters())
+        assert names["cms.slow"].parameters == 2 * (16 + 24 * 16 + rank * 24 + 16 * rank)
+        assert ("cms.fast.in_context" in names) == in_context
+        levels = level_parameters(model)
+        optimizer = OuterOptimizer(levels["fast"], config.levels["fast"].optimizer, horizon=10)
+        blocks = torch.randint(31, (2, 81), generator=torch.Generator().manual_seed(0))
+        before = model.token_losses(blocks)[0].mean()
+        before.backward()
+        assert all(p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer.step(16)
+        with torch.no_grad():
+            losses, state = model.token_losses(blocks)
+            assert losses.mean() < before
+            changes = [change for block in state for level in block.levels for change in level.changes]
+            assert len(changes) == (6 if in_context else 0) and all(change.abs().max() > 0 for change in changes)
+            model.set_inner_lr(0.0)
+            assert not torch.equal(model.token_losses(blocks)[0], losses)
+
+
+def test_the_optimizer_of_the_extending_page_trains_and_is_listed(examples):
+    for words in examples["lion"]:
         config = load_config("tiny", [*words[2:], "memory.defaults.optimizer.schedule.kind=constant"])
         names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
         assert names["cms.slow.momentum"].state_values == names["cms.slow"].parameters
