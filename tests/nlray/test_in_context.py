@@ -48,7 +48,7 @@ def level_of(kind: str, rule: str, objective: str, **form) -> Level:
     return level
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=MODELS, scope="module")
 def config(request):
     return load_config("tiny", [*SIZES, *MODELS[request.param], *IN_CONTEXT])
 
@@ -118,8 +118,9 @@ def slow_change(level: Level, kind: str, x_BTD: Tensor) -> tuple[Tensor, list[di
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize(("rule", "objective"), [("gd", "l2"), ("dgd", "l2"), ("dgd", "dot")])
-@pytest.mark.parametrize("form", [{}, {"has_bias": True, "norm": "layer"}], ids=["rms", "layer"])
+@pytest.mark.parametrize(
+    ("rule", "objective", "form"), [("gd", "l2", {}), ("dgd", "l2", {"has_bias": True, "norm": "layer"}), ("dgd", "dot", {})]
+)
 def test_values_states_and_gradients_equal_the_loop_over_tokens(kind, rule, objective, form):
     level = level_of(kind, rule, objective, **form)
     x = randn(2, 7, DIM, seed=40).requires_grad_()
@@ -255,10 +256,10 @@ def test_the_state_is_bounded_and_the_nested_system_counts_it(config, vocab_size
         problem = problems[f"cms.{name}.in_context"]
         assert problem.state_values == sum(change.numel() for state in states for change in state.changes) > 0
         assert problem.updates_per_token == 1 / size and problem.context_flow == "chunks" and problem.runs_on == "workers"
-    assert ("dot" in config.levels["slow"].in_context.objective) and "Eq. 92" in problems["cms.slow.in_context"].objective
+    assert "Eq. 92" in problems["cms.slow.in_context"].objective and "Eq. 93" in problems["cms.fast.in_context"].objective
     assert "lambda 1" in problems["cms.slow.in_context"].rule and "descent" in problems["cms.fast.in_context"].rule
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
-    if config.model.kind == "hope":
+    if config.model.kind == "hope" and config.memory.variant == "sequential" and config.memory.layout == "chain":
         # The state comes back to its size at the start where the chunks of 3, 4 (of the memory) and 5 tokens end at once.
         values = stream_losses(model, random_blocks(61), piece_length=1).state_values
         start = sum(tensor.numel() for tensor in state_tensors(model.init_state(1)).values())
