@@ -39,6 +39,9 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "memory.hidden": config.memory.hidden,
         "memory.variant": config.memory.variant,
         "memory.layout": config.memory.layout,
+        "memory.mlp": config.memory.mlp,
+        "memory.mlp_bias": config.memory.mlp_bias,
+        "memory.mlp_options": config.memory.mlp_options,
         "sequence.global_batch": config.sequence.global_batch,
         "sequence.optimizer.name": config.sequence.optimizer.name,
         "sequence.optimizer.options": config.sequence.optimizer.options,
@@ -53,6 +56,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
     for name, level in config.levels.items():
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
+        keys[f"memory.levels.{name}.in_context"] = asdict(level.in_context) if level.in_context is not None else None
         keys[f"memory.levels.{name}.optimizer.name"] = level.optimizer.name
         keys[f"memory.levels.{name}.optimizer.options"] = level.optimizer.options
     return keys

@@ -28,7 +28,8 @@ from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, Us
 from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.models.lanes import Lanes
-from nlray.models.lm import State, build_model, level_parameters, sequence_parameters
+from nlray.models.lm import build_model, level_parameters, sequence_parameters
+from nlray.models.state import State
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.lanes import open_stream
 from nlray.pipelines.stream import Batch, PrefetchStream, heldout_blocks

@@ -24,6 +24,9 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 MEMORIES = ("matrix", "mlp")
 """Names of the memories in context of `nlray.memories`."""
 
+LEVEL_FORMS = ("silu", "swiglu", "gelu")
+"""Names of the MLPs of a level; `nlray/models/level.py` has the class of each."""
+
 OPTIMIZERS = ("adamw", "muon", "gradient_descent", "adagrad", "momentum", "delta_momentum", "deep_momentum", "m3")
 """Names of the optimizers of `nlray.optimizers`; its registry has the class of each."""
 
@@ -467,6 +470,22 @@ class AutoscaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InContextConfig:
+    """How a level learns within a sequence: it starts from the weights that all sequences share, and returns to them at the end."""
+
+    chunk_size: int = MISSING
+    """Tokens C between two updates within a sequence (Eq. 71 in token time); less than model.seq_len."""
+    lr: float = 1.0
+    """Largest step: the share of its error that a token's own update takes away from a linear layer; the level learns how much of it."""
+    objective: Literal["l2", "dot"] = "l2"
+    """Inner objective, Eq. 93 (l2) or, with rule dgd, Eq. 92 (dot)."""
+
+    def __post_init__(self) -> None:
+        _require(self.chunk_size >= 1, f"in_context.chunk_size is {self.chunk_size}; allowed: 1 or more")
+        _require(self.lr > 0 and math.isfinite(self.lr), f"in_context.lr is {self.lr}; allowed: more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LevelConfig:
     """One CMS level: its update period, its delay and the actor group that owns it."""
 
@@ -486,6 +505,8 @@ class LevelConfig:
     """Of each rank."""
     autoscale: AutoscaleConfig | None = None
     """Lets the run change `ranks` itself; null: only `nlray scale` does."""
+    in_context: InContextConfig | None = None
+    """Lets the level also learn within each sequence, by `rule`; null: it changes once in `update_period` steps only."""
 
     def __post_init__(self) -> None:
         _require(self.update_period >= 1, f"update_period is {self.update_period}; allowed: 1 or more")
@@ -494,6 +515,9 @@ class LevelConfig:
             f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
         )
         _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
+        # Plain gradient descent on a dot product has no minimum: the level would grow along the sequence.
+        if self.in_context is not None and self.rule == "gd":
+            _require(self.in_context.objective == "l2", "in_context.objective is dot; allowed with rule=gd: l2")
 
     @property
     def visible_delay(self) -> int:
@@ -515,8 +539,11 @@ class MemoryConfig:
     """chain: every layer has all levels. by_layer: every layer has one, the fastest in the first layers, the slowest in the last."""
     hidden: int | None = None
     """Hidden width of each level's MLP; null: 2 dim."""
-    mlp: Literal["silu", "swiglu", "gelu"] = "silu"
-    """A level's MLP: W_out silu(W_in x), W_out (silu(W_gate x) * W_in x), or W_out gelu(W_in x) with the tanh form of gelu."""
+    mlp: str = "silu"
+    """A level's MLP. One of LEVEL_FORMS: W_out silu(W_in x), W_out (silu(W_gate x) * W_in x), or W_out gelu(W_in x) with the tanh form
+    of gelu; or `package.module:Class`, a class of your own (`docs/extending.md`)."""
+    mlp_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of that class, by name; the forms of nlray have none."""
     mlp_bias: bool = False
     """Whether the MLP's matrices have biases."""
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -525,6 +552,7 @@ class MemoryConfig:
     """Levels by name; `memory.levels.NAME=null` on the command line removes one."""
 
     def __post_init__(self) -> None:
+        _require_name("memory.mlp", self.mlp, LEVEL_FORMS)
         _require(self.hidden is None or self.hidden >= 1, f"memory.hidden is {self.hidden}; allowed: 1 or more, or null")
         _require(
             self.variant != "independent" or self.layout == "chain",
@@ -676,6 +704,12 @@ class Config:
             _require(
                 self.memory.layout == "chain" or self.model.layers >= len(self.memory.levels),
                 f"model.layers is {self.model.layers}; allowed for memory.layout=by_layer: at least the {len(self.memory.levels)} levels",
+            )
+        for name, level in self.levels.items():
+            size = None if level.in_context is None else level.in_context.chunk_size
+            _require(
+                size is None or size < self.model.seq_len,
+                f"memory.levels.{name}.in_context.chunk_size is {size}; allowed: less than model.seq_len={self.model.seq_len}",
             )
 
     @property

@@ -8,7 +8,7 @@ import re
 from dataclasses import fields, is_dataclass, replace
 from importlib import resources as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -170,8 +170,13 @@ def _check_keys(value: Any, schema: type, *, prefix: str) -> None:
         elif schema is DataConfig and key == "sources" and isinstance(item, list):
             for index, source in enumerate(item):
                 _check_keys(source, SourceConfig, prefix=f"{prefix}sources[{index}].")
-        elif is_dataclass(known[key].type):
-            _check_keys(item, known[key].type, prefix=f"{prefix}{key}.")
+        elif (section := _section(known[key].type)) is not None and (item is not None or section is known[key].type):
+            _check_keys(item, section, prefix=f"{prefix}{key}.")
+
+
+def _section(kind: Any) -> type | None:
+    """Return the schema of a field that is a section of its own, or may be one or null; None: it is no section."""
+    return next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), None)
 
 
 def _locate(message: str, plain: dict[str, Any]) -> str:

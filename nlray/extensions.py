@@ -1,72 +1,82 @@
-"""Classes of the user's in the place of nlray's: `package.module:Class` and options by name, checked before a run starts.
+"""Classes that a configuration names: one of nlray's by its name, or one of the user's by its import path `package.module:Class`.
 
-    cls = load_class("lion:Lion", torch.optim.Optimizer)
-    options = checked_options(cls, ("lr", "weight_decay"), {"beta1": 0.95})     # with the defaults of all the others
+    cls = resolve_class("memory.mlp", "own:LowRank", CLASSES, Level)
+    options = options_of(cls, {"rank": 8}, key="memory.mlp_options", owner="own:LowRank")
+    level = cls(form, **options)
 
-Messages begin with the name or the option; the caller puts its key in front of them. See docs/extending.md.
+Every mistake is a UserError of one line that names the key; nothing is built here. See `docs/extending.md`.
 """
 
 import difflib
 import importlib
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nlray.errors import UserError
 
 
-def load_class(name: str, base: type) -> type:
-    """Return the class that an import path `package.module:Class` names.
+def resolve_class(key: str, name: str, names: Mapping[str, type], base: type) -> type:
+    """Return the class of a name or an import path.
+
+    Args:
+        key: of the configuration, for messages.
+        name: one of `names`, or `package.module:Class`.
+        names: the classes of nlray.
+        base: what the user's class is to be a subclass of.
 
     Raises:
-        UserError: it cannot be imported, or is no subclass of `base`.
+        UserError: it cannot be imported, or is no such subclass.
     """
+    if name in names:
+        return names[name]
     module_name, _, class_name = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     # Whatever a module of the user's raises while it is imported.
     except Exception as error:
-        raise UserError(f"{name!r}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{key} is {name!r}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{name!r}: not a subclass of {base.__module__}.{base.__qualname__}")
+        raise UserError(f"{key} is {name!r}: not a subclass of {base.__module__}.{base.__qualname__}")
     return found
 
 
-def checked_options(cls: type, skip: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every option of a class: what its constructor has as a default, then what is given.
+def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, taken: Collection[str] = ()) -> dict[str, Any]:
+    """Return every option of a class in force: the defaults of its constructor, then what is given.
+
+    Options are what the constructor takes by name, beside its first argument and those in `taken`. A value whose type is not the
+    annotated one is refused; without an annotation, or with one beyond the plain types, it is left to the constructor.
 
     Args:
-        cls: its constructor's first argument after `self` is what it is built over, and no option.
-        skip: further arguments that are no options.
-        options: given ones, by name.
+        key: of the options in the configuration, for messages.
+        owner: name of the class in the configuration, for messages.
+        taken: further arguments that are not options.
 
     Raises:
-        UserError: an option that the constructor does not have, a value that its annotation does not allow, or one that is missing.
+        UserError: an unknown option, a value of another type, or one that is missing.
     """
-    parameters, kinds = keywords(cls), _type_hints(cls)
-    allowed = [key for key in parameters if key not in skip]
-    for key, value in options.items():
-        if key not in allowed and (key in skip or not takes(cls, key)):
-            close = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+    parameters = _keywords(cls)
+    allowed = [name for name in parameters if name not in taken]
+    kinds = _type_hints(cls)
+    for name, value in given.items():
+        if name not in allowed and (name in taken or not takes(cls, name)):
+            close = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{key}: {cls.__name__} has no such option; {hint}allowed: {', '.join(allowed) or 'none'}")
-        if key in kinds and not _fits(value, kinds[key]):
-            raise UserError(f"{key} is {value!r}; allowed: {_describe(kinds[key])}")
-    missing = [key for key in allowed if parameters[key].default is inspect.Parameter.empty and key not in options]
+            raise UserError(f"{key}.{name}: {owner} has no such option; {hint}allowed: {', '.join(allowed) or 'none'}")
+        if name in kinds and not _fits(value, kinds[name]):
+            raise UserError(f"{key}.{name} is {value!r}; allowed: {_describe(kinds[name])}")
+    missing = [name for name in allowed if parameters[name].default is inspect.Parameter.empty and name not in given]
     if missing:
-        raise UserError(f"{missing[0]}: {cls.__name__} needs a value")
-    return {key: parameters[key].default for key in allowed if key not in options} | dict(options)
+        raise UserError(f"{key}.{missing[0]}: {owner} needs a value")
+    return {name: parameters[name].default for name in allowed if name not in given} | dict(given)
 
 
-def keywords(cls: type) -> dict[str, inspect.Parameter]:
-    """Return what a class's constructor takes by name, beside what it is built over."""
-    return {p.name: p for p in _arguments(cls) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def takes(cls: type, key: str) -> bool:
-    """Return whether a class's constructor takes an argument of this name, beside what it is built over."""
-    return key in keywords(cls) or any(p.kind is p.VAR_KEYWORD for p in _arguments(cls))
+def takes(cls: type, name: str) -> bool:
+    """Return whether a class's constructor takes an argument of this name, beside its first one."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())
+    first = [p.name for p in parameters[:2]]
+    return name in _keywords(cls) or (name not in first and any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
 def one_line(error: Exception) -> str:
@@ -74,8 +84,10 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _arguments(cls: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(cls.__init__).parameters.values())[2:]
+def _keywords(cls: type) -> dict[str, inspect.Parameter]:
+    """Return what a class's constructor takes by name, beside its first argument."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _type_hints(cls: type) -> dict[str, Any]:

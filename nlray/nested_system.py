@@ -6,9 +6,9 @@
     system.actors       bytes that each kind of actor holds
 
 A problem comes from the component that solves it: `_MODULES` and `_RULES` below map each module type and update rule to
-the function that contributes its problems, and the class of an optimizer (`gradient_memories`) or of a memory in context
-(`problems`) contributes its own; one that contributes none is an error, so nothing can be trained that is not listed. Equation
-numbers are those of arXiv 2512.24695.
+the function that contributes its problems, and the classes of an optimizer (`gradient_memories`), of a memory in context (`problems`)
+and of a level (`key_value`) contribute their own; one that contributes none is an error, so nothing can be trained that is not
+listed. Equation numbers are those of arXiv 2512.24695.
 """
 
 import math
@@ -22,9 +22,10 @@ from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.errors import NlrayError
 from nlray.levels import LevelPlan, TensorSpec
 from nlray.models.attention import Attention
-from nlray.models.cms import ContinuumMemory, Level
+from nlray.models.cms import ContinuumMemory
 from nlray.models.hope import Titans
 from nlray.models.layers import GatedMLP, ShortConvolution
+from nlray.models.level import Level, check_levels
 from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers.registry import check_optimizers, gradient_memories
 
@@ -90,16 +91,17 @@ class NestedSystem:
 
         Raises:
             NlrayError: a module, update rule or optimizer that contributes no problems.
-            UserError: an optimizer that cannot be built; the message names the key.
+            UserError: an optimizer or a level that cannot be built; the message names the key.
         """
         check_optimizers(config)
+        check_levels(config)
         model = build_model(config, vocab_size, device="meta", seed=None)
         levels = _level_plans(config, model)
         sequence = _specs(sequence_parameters(model))
         problems = [
             *_module_problems(model, config),
             *_outer_problems(config, sequence),
-            *(p for plan in levels for p in _level_problems(config, plan)),
+            *(p for plan in levels for p in _level_problems(config, plan, _levels_of(model, plan.name)[0])),
         ]
         return NestedSystem(problems=_in_order(problems), levels=levels, sequence=sequence, actors=_actor_costs(config, levels, sequence))
 
@@ -119,8 +121,9 @@ class NestedSystem:
 
 
 def level_plans(config: Config, vocab_size: int) -> tuple[LevelPlan, ...]:
-    """Return what the runtime needs of each CMS level, fastest first; raise UserError for an optimizer that cannot be built."""
+    """Return what the runtime needs of each CMS level, fastest first; raise UserError for an optimizer or level that cannot be built."""
     check_optimizers(config)
+    check_levels(config)
     return _level_plans(config, build_model(config, vocab_size, device="meta", seed=None))
 
 
@@ -159,7 +162,8 @@ def _in_order(problems: list[Problem]) -> tuple[Problem, ...]:
 def _module_problems(model: LanguageModel, config: Config) -> list[Problem]:
     found: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules():
-        found.setdefault(type(module), []).append(module)
+        # A level of the user's own is no type of the table: it contributes as every level does.
+        found.setdefault(Level if isinstance(module, Level) else type(module), []).append(module)
     return [p for kind, modules in found.items() for p in _lookup(_MODULES, kind, f"module {kind.__name__}")(modules, config.model)]
 
 
@@ -204,6 +208,39 @@ def _attention_problems(layers: list[nn.Module], model: ModelConfig) -> list[Pro
     ]
 
 
+def _context_problems(blocks: list[nn.Module], model: ModelConfig) -> list[Problem]:
+    """The levels that learn within a sequence (Eq. 71 in token time), each over the blocks that have it."""
+    levels: dict[str, list[Level]] = {}
+    for block in blocks:
+        for name, level in block.named_children():
+            if level.form.in_context is not None:
+                levels.setdefault(name, []).append(level)
+    return [_context_problem(name, found) for name, found in levels.items()]
+
+
+def _context_problem(name: str, levels: list[Level]) -> Problem:
+    form = levels[0].form
+    rule = _lookup(_CONTEXT_RULES, form.rule, f"update rule {form.rule!r} in context")(form.dgd_lambda)
+    return Problem(
+        name=f"cms.{name}.in_context",
+        updates_per_token=1.0 / form.in_context.chunk_size,
+        context_flow="chunks",
+        key="norm(x)",
+        value="v = W_value norm(x)",
+        objective=_lookup(_CONTEXT_OBJECTIVES, form.in_context.objective, f"inner objective {form.in_context.objective!r} of a level"),
+        rule=f"{rule} on each layer, from the weights that all sequences share (Eq. 71)",
+        state_values=sum(change.numel() for level in levels for change in level.init_state(1).changes),
+        runs_on=WORKERS,
+    )
+
+
+_CONTEXT_RULES: dict[str, Callable[[float], str]] = {
+    "gd": lambda dgd_lambda: "gradient descent",
+    "dgd": lambda dgd_lambda: f"delta rule, lambda {dgd_lambda:g} (Eq. 57)",
+}
+_CONTEXT_OBJECTIVES = {"l2": "1/2 |y - v|^2 (Eq. 93)", "dot": "-<y, v> (Eq. 92)"}
+
+
 def _no_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
     """A module that is fixed in context: its parameters belong to the outer problems."""
     return []
@@ -212,9 +249,8 @@ def _no_problems(layers: list[nn.Module], model: ModelConfig) -> list[Problem]:
 _MODULES: dict[type[nn.Module], Callable[[list[nn.Module], ModelConfig], list[Problem]]] = {
     Titans: _titans_problems,
     Attention: _attention_problems,
-    **dict.fromkeys(
-        (LanguageModel, nn.ModuleList, Block, Embedding, FinalNorm, ShortConvolution, GatedMLP, ContinuumMemory, Level), _no_problems
-    ),
+    ContinuumMemory: _context_problems,
+    **dict.fromkeys((LanguageModel, nn.ModuleList, Block, Embedding, FinalNorm, ShortConvolution, GatedMLP, Level), _no_problems),
 }
 
 
@@ -254,19 +290,26 @@ def _is_initial_state(name: str) -> bool:
     return ".memory.m_" in name
 
 
-def _level_problems(config: Config, plan: LevelPlan) -> list[Problem]:
+def _levels_of(model: LanguageModel, name: str) -> list[Level]:
+    """Return the modules of a level, one for each block that has it."""
+    found = [dict(module.named_children()).get(name) for module in model.modules() if isinstance(module, ContinuumMemory)]
+    return [level for level in found if level is not None]
+
+
+def _level_problems(config: Config, plan: LevelPlan, module: Level) -> list[Problem]:
     level = config.levels[plan.name]
     frequency = 1.0 / (plan.update_period * _step_tokens(config))
     runs_on = f"level {plan.name}"
     memories = optimizer_problems(f"cms.{plan.name}", level.optimizer, plan.tensors, frequency, runs_on)
     initial = _initial_state_problems(config, plan, runs_on)
     objective, rule = _lookup(_RULES, level.rule, f"update rule {level.rule!r}")(level)
+    key, value = module.key_value()
     cms = Problem(
         name=f"cms.{plan.name}",
         updates_per_token=frequency,
         context_flow="stream",
-        key="input x of each layer",
-        value="surprise -delta",
+        key=key,
+        value=value,
         objective=objective,
         rule=f"{rule}; every {'step' if plan.update_period == 1 else f'{plan.update_period} steps'} (Eq. 71)",
         parameters=plan.num_parameters,

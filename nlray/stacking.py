@@ -132,6 +132,9 @@ def _check(config: Config, plain: Mapping[str, Any], source: str) -> None:
             raise UserError(f"{key} is {now}; {source} has {value}")
     if config.memory.variant == "independent":
         raise UserError("memory.variant is independent; allowed for a pretrained model: sequential, nested, which keep its logits")
+    for name, level in config.memory.levels.items():
+        if level.in_context is not None:
+            raise UserError(f"memory.levels.{name}.in_context is set; allowed for a pretrained model: null, which keeps its logits")
 
 
 class Weights:

@@ -20,7 +20,7 @@ from nlray.config_loading import PRESETS, load_config, parse_config
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
 from nlray.memories.scan import GATE_BOXES, MemoryWeights, input_width
-from nlray.models.lm import build_model, sequence_parameters
+from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.nested_system import NestedSystem
 from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
@@ -162,6 +162,31 @@ def extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, fil
     return commands
 
 
+def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(tmp_path, monkeypatch):
+    commands = extension(tmp_path, monkeypatch, "A level of your own", "lowrank.py")
+    for words, in_context, rank in zip(commands, (False, True), (16, 8), strict=True):
+        config = load_config("tiny", [*words[2:], "model.dim=16", "model.layers=2", "memory.hidden=24", "model.seq_len=80"])
+        names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        model = build_model(config, 31, seed=0)
+        assert sum(p.parameters for p in names.values()) == sum(p.numel() for p in model.parameters())
+        assert names["cms.slow"].parameters == 2 * (16 + 24 * 16 + rank * 24 + 16 * rank)
+        assert ("cms.fast.in_context" in names) == in_context
+        levels = level_parameters(model)
+        optimizer = OuterOptimizer(levels["fast"], config.levels["fast"].optimizer, horizon=10)
+        blocks = torch.randint(31, (2, 81), generator=torch.Generator().manual_seed(0))
+        before = model.token_losses(blocks)[0].mean()
+        before.backward()
+        assert all(p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer.step(16)
+        with torch.no_grad():
+            losses, state = model.token_losses(blocks)
+            assert losses.mean() < before
+            changes = [change for block in state for level in block.levels for change in level.changes]
+            assert len(changes) == (6 if in_context else 0) and all(change.abs().max() > 0 for change in changes)
+            model.set_inner_lr(0.0)
+            assert not torch.equal(model.token_losses(blocks)[0], losses)
+
+
 def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
     commands = extension(tmp_path, monkeypatch, "An optimizer of your own", "lion.py")
     for words in commands:
@@ -198,7 +223,9 @@ def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path,
         first, between = model.token_losses(blocks[:, :7])
         rest, last = model.token_losses(blocks[:, 6:], between)
         assert torch.allclose(torch.cat([first, rest], dim=1), whole, atol=1e-5)
-        assert torch.allclose(last[0].fast_weights, state[0].fast_weights, atol=1e-6) and last[0].open_inputs.shape[2] == 1
+        assert (
+            torch.allclose(last[0].mixer.fast_weights, state[0].mixer.fast_weights, atol=1e-6) and last[0].mixer.open_inputs.shape[2] == 1
+        )
         whole.mean().backward()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         OuterOptimizer(sequence_parameters(model), config.sequence.optimizer, horizon=1000).step(100)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nlray.models.hope import TitansState
 from nlray.models.lm import LanguageModel
+from nlray.models.state import state_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,8 @@ class StreamResult:
     losses: Tensor
     """Loss of every next token in nats, [T], float32, on the CPU."""
     state_norms: Tensor
-    """Root mean square over heads of |fast weights| / sqrt(d) after each piece, [pieces, blocks]; no column for attention blocks."""
+    """Root mean square over heads of |fast weights| / sqrt(d) of the memories after each piece, [pieces, blocks]; no column for attention
+    blocks."""
     state_values: list[int]
     """Numbers that the state holds after each piece, all blocks together."""
 
@@ -43,8 +45,8 @@ def stream_losses(model: LanguageModel, tokens: Tensor, *, piece_length: int) ->
     for start in range(0, len(tokens) - 1, piece_length):
         piece_losses, state = model.token_losses(tokens[None, start : start + piece_length + 1], state)
         losses.append(piece_losses[0].float().cpu())
-        norms.append([_norm(block.fast_weights, width) for block in state if isinstance(block, TitansState)])
-        values.append(sum(tensor.numel() for block in state for tensor in block))
+        norms.append([_norm(block.mixer.fast_weights, width) for block in state if isinstance(block.mixer, TitansState)])
+        values.append(sum(tensor.numel() for tensor in state_tensors(state).values()))
     return StreamResult(losses=torch.cat(losses), state_norms=torch.tensor(norms), state_values=values)
 
 

@@ -12,9 +12,9 @@ Memories with chunk sizes of their own do not collapse. `model.memory` may also 
 
 from torch import Tensor
 
-from nlray.config import MEMORIES, ModelConfig
+from nlray.config import ModelConfig
 from nlray.errors import UserError
-from nlray.extensions import checked_options, load_class, one_line
+from nlray.extensions import one_line, options_of, resolve_class
 from nlray.memories.delta.chunk import MemoryParameters, initial_state, titans_memory
 from nlray.memories.delta.general import MatrixMemory
 from nlray.memories.mlp.chunk import MLPMemory
@@ -53,11 +53,9 @@ def memory_of(model: ModelConfig) -> ChunkedMemory:
     Raises:
         UserError: `model.memory` cannot be imported, is no ChunkedMemory, lists no optimization problem, or refuses the settings.
     """
-    cls = _class_of(model)
-    try:
-        options = checked_options(cls, (), model.memory_options)
-    except UserError as error:
-        raise UserError(f"model.memory_options.{error}") from error
+    classes = {"matrix": CollapsedMemory if model.collapses else MatrixMemory, "mlp": MLPMemory}
+    cls = resolve_class("model.memory", model.memory, classes, ChunkedMemory)
+    options = options_of(cls, model.memory_options, key="model.memory_options", owner=model.memory)
     try:
         memory = None if getattr(cls.problems, "__isabstractmethod__", False) else cls(model, **options)
     except (ValueError, TypeError) as error:
@@ -67,14 +65,3 @@ def memory_of(model: ModelConfig) -> ChunkedMemory:
             f"model.memory is {model.memory!r}: contributes no optimization problem; it needs a method problems (docs/extending.md)"
         )
     return memory
-
-
-def _class_of(model: ModelConfig) -> type[ChunkedMemory]:
-    if model.collapses:
-        return CollapsedMemory
-    if model.memory in MEMORIES:
-        return {"matrix": MatrixMemory, "mlp": MLPMemory}[model.memory]
-    try:
-        return load_class(model.memory, ChunkedMemory)
-    except UserError as error:
-        raise UserError(f"model.memory is {error}") from error

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
+from torch.utils._pytree import tree_map
 
-from nlray.models.lm import LanguageModel, State
+from nlray.models.lm import LanguageModel
+from nlray.models.state import State, state_from_tensors, state_tensors
 
 
 class Lanes:
@@ -38,10 +39,10 @@ class Lanes:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the live tensors by name, sequences first; none where they begin anew."""
-        return {} if self._state is None else {str(index): tensor for index, tensor in enumerate(tree_leaves(self._state))}
+        return {} if self._state is None else state_tensors(self._state)
 
     def load(self, tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
         """Take over what `tensors` gave, of this model; of no tensors: the sequences begin anew."""
         device = model.embedding.weight.device
-        leaves = [tensors[str(index)].to(device) for index in range(len(tensors))]
-        self._state = tree_unflatten(leaves, tree_structure(model.init_state(0))) if leaves else None
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self._state = state_from_tensors(moved, like=model.init_state(0)) if moved else None

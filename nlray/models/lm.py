@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from nlray.config import Config, ModelConfig
 from nlray.initial import fill_parameters_
-from nlray.models.attention import Attention, AttentionState
-from nlray.models.cms import ContinuumMemory, Level, MLPForm
-from nlray.models.hope import Titans, TitansState
+from nlray.models.attention import Attention
+from nlray.models.cms import ContinuumMemory
+from nlray.models.hope import Titans
 from nlray.models.layers import GatedMLP, ParameterModule, constant, normal, normalize, parameter_inits
+from nlray.models.level import Level, LevelForm, SiluLevel, build_level
+from nlray.models.state import BlockState, State
 
 EMBEDDING_STD = 0.02
-
-State = list[TitansState | AttentionState]
 
 
 class Embedding(ParameterModule):
@@ -56,12 +56,10 @@ class Block(ParameterModule):
         self.mlp_name = "cms" if model.uses_cms else "mlp"
         self.add_module(self.mixer_name, Attention(model) if model.uses_attention else Titans(model))
         if model.uses_cms:
-            levels = memory.levels_of(layer, model.layers)
-            is_independent = memory.variant == "independent"
-            form = MLPForm(kind=memory.mlp, has_bias=memory.mlp_bias, norm=model.norm, norm_eps=model.norm_eps)
-            mlp = ContinuumMemory(model.dim, config.cms_hidden, model.layers, levels, is_independent=is_independent, form=form)
+            levels = {name: build_level(config, level) for name, level in memory.levels_of(layer, model.layers).items()}
+            mlp = ContinuumMemory(levels, is_independent=memory.variant == "independent")
         elif model.kind == "titans":
-            mlp = Level(model.dim, model.mlp_hidden or 4 * model.dim, model.layers)
+            mlp = SiluLevel(LevelForm(dim=model.dim, hidden=model.mlp_hidden or 4 * model.dim, num_layers=model.layers))
         else:
             mlp = GatedMLP(model.dim, model.mlp_hidden or 8 * -(-model.dim // 3), model.layers)
         self.add_module(self.mlp_name, mlp)
@@ -70,9 +68,16 @@ class Block(ParameterModule):
     def mixer(self) -> Titans | Attention:
         return getattr(self, self.mixer_name)
 
-    def forward(self, x_BTD: Tensor, state: TitansState | AttentionState | None) -> tuple[Tensor, TitansState | AttentionState]:
-        o_BTD, state = self.mixer(x_BTD, state)
-        return getattr(self, self.mlp_name)(x_BTD + o_BTD), state
+    def init_state(self, batch_size: int) -> BlockState:
+        return BlockState(self.mixer.init_state(batch_size), self.cms.init_state(batch_size) if self.mlp_name == "cms" else ())
+
+    def forward(self, x_BTD: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        o_BTD, mixer = self.mixer(x_BTD, None if state is None else state.mixer)
+        x_BTD = x_BTD + o_BTD
+        if self.mlp_name == "mlp":
+            return self.mlp(x_BTD), BlockState(mixer, ())
+        x_BTD, levels = self.cms(x_BTD, None if state is None else state.levels)
+        return x_BTD, BlockState(mixer, levels)
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +95,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch_size: int) -> State:
         """Return the state before the first token, one entry per block; tensors have the batch first."""
-        return [block.mixer.init_state(batch_size) for block in self.blocks]
+        return [block.init_state(batch_size) for block in self.blocks]
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return the logits of the next token after each token, and the state after the piece.
@@ -104,7 +109,7 @@ class LanguageModel(nn.Module):
         """
         x_BTD = F.embedding(tokens_BT, self.embedding.weight)
         if self.positions is not None:
-            x_BTD = x_BTD + self._positions(0 if state is None else state[0].keys.shape[2], tokens_BT.shape[1])
+            x_BTD = x_BTD + self._positions(0 if state is None else state[0].mixer.keys.shape[2], tokens_BT.shape[1])
         after: State = []
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x_BTD, block_state = block(x_BTD, before)
@@ -132,10 +137,10 @@ class LanguageModel(nn.Module):
                 level.loss_tokens = num_tokens
 
     def set_inner_lr(self, inner_lr: float) -> None:
-        """Set the largest inner learning rate of every memory; 0 turns the updates in context off."""
-        for block in self.blocks:
-            if isinstance(block.mixer, Titans):
-                block.mixer.inner_lr = inner_lr
+        """Set the largest inner learning rate of every memory and level in context; 0 turns the updates in context off."""
+        for module in self.modules():
+            if isinstance(module, Titans | Level):
+                module.inner_lr = inner_lr
 
 
 def build_model(config: Config, vocab_size: int, *, device: str | torch.device = "cpu", seed: int | None) -> LanguageModel:

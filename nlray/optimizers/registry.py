@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from nlray.config import Config, OptimizerConfig
 from nlray.errors import UserError
-from nlray.extensions import checked_options, load_class, takes
+from nlray.extensions import options_of, resolve_class, takes
 from nlray.optimizers.base import GradientMemory
 from nlray.optimizers.deep_momentum import DeepMomentum
 from nlray.optimizers.m3 import M3
@@ -100,12 +100,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     Raises:
         UserError: it cannot be imported, is no torch optimizer, or lacks what the runtime needs of one.
     """
-    if name in CLASSES:
-        return CLASSES[name]
-    try:
-        found = load_class(name, Optimizer)
-    except UserError as error:
-        raise UserError(f"name is {error}") from error
+    found = resolve_class("name", name, CLASSES, Optimizer)
     if not callable(getattr(found, "gradient_memories", None)):
         raise UserError(
             f"name is {name!r}: contributes no optimization problem; it needs a classmethod gradient_memories (docs/extending.md)"
@@ -122,8 +117,5 @@ def _options(config: OptimizerConfig, optimizer: type[Optimizer]) -> dict[str, A
     for key in config.options:
         if key in own_keys:
             raise UserError(f"options.{key}: {config.name}'s {key} has a key of its own, beside options")
-    try:
-        options = checked_options(optimizer, ("lr", "weight_decay", *own_keys), config.options)
-    except UserError as error:
-        raise UserError(f"options.{error}") from error
-    return {key: getattr(config, key) for key in own_keys} | options
+    options = options_of(optimizer, config.options, key="options", owner=config.name, taken=("lr", "weight_decay", *own_keys))
+    return options | {key: getattr(config, key) for key in own_keys}

@@ -9,6 +9,7 @@ import torch
 
 from nlray.config import Config
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
+from nlray.models.state import state_from_tensors, state_tensors
 from nlray.optimizers import OuterOptimizer, clip_factor, clip_gradients_, total_norm
 from nlray.pipelines.lanes import open_stream
 
@@ -52,7 +53,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
             loss = token_losses.sum() / num_tokens
             loss.backward()
             step_loss += loss.item()
-            states.append([type(block)(*(tensor.detach() for tensor in block)) for block in state])
+            states.append(state_from_tensors({n: t.detach() for n, t in state_tensors(state).items()}, like=state))
         carried = states if config.model.carry_state else None
         losses.append(step_loss)
         for name, level in config.levels.items():

@@ -60,8 +60,9 @@ def test_level_ranks_change_no_bit(small, ranks):
         ["memory.variant=independent", "memory.levels.fast.ranks=3"],
         ["memory.layout=by_layer", "memory.levels.medium=null"],
         [*CARRIED, "sequence.micro_batch=2"],
+        [*CARRIED, "memory.levels.fast.in_context={chunk_size: 8}", "memory.defaults.rule=dgd"],
     ],
-    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention", "nested", "independent", "by_layer", "carried state"],
+    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention", "nested", "independent", "by_layer", "carried state", "in context"],
 )
 def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
     config = small(*overrides)

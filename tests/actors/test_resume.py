@@ -96,6 +96,12 @@ def test_a_resumed_run_keeps_the_options_of_its_optimizers(small):
     assert fixed["memory.levels.slow.optimizer.options"] == {"slow_every": 2} and fixed["sequence.optimizer.options"] == {}
 
 
+def test_a_resumed_run_keeps_the_mlp_of_its_levels_and_how_they_learn_in_context(small):
+    fixed = fixed_on_resume(small("memory.mlp=swiglu", "memory.levels.slow.in_context={chunk_size: 4}"))
+    assert fixed["memory.mlp"] == "swiglu" and fixed["memory.levels.fast.in_context"] is None
+    assert fixed["memory.levels.slow.in_context"] == {"chunk_size": 4, "lr": 1.0, "objective": "l2"}
+
+
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
     config = small("run.stop_after=2")
     run_to_end(config)

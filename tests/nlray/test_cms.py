@@ -9,11 +9,16 @@ from nlray.config import OptimizerConfig, ScheduleConfig
 from nlray.config_loading import load_config
 from nlray.errors import UserError
 from nlray.models.cms import ContinuumMemory
+from nlray.models.level import Level, LevelForm, SiluLevel
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.nested_system import NestedSystem
 from nlray.optimizers import LevelLearner, OuterOptimizer
 
 LEVELS = ("fast", "medium", "slow", "slowest")
+
+
+def small_levels() -> dict[str, Level]:
+    return {name: SiluLevel(LevelForm(dim=6, hidden=5, num_layers=1)) for name in LEVELS}
 
 
 def filled(memory: ContinuumMemory, seed: int) -> ContinuumMemory:
@@ -31,12 +36,12 @@ def change(x: torch.Tensor, memory: ContinuumMemory, level: str) -> torch.Tensor
     return p[f"{level}.w_out"] @ (inner / (1 + torch.exp(-inner)))
 
 
-def test_independent_levels_are_added_with_softmax_weights_values_and_gradients(small_config):
-    levels = small_config("hope").levels
-    memory = filled(ContinuumMemory(6, 5, 1, levels, is_independent=True), 0)
+def test_independent_levels_are_added_with_softmax_weights_values_and_gradients():
+    memory = filled(ContinuumMemory(small_levels(), is_independent=True), 0)
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = list(memory.parameters())
-    found = memory(x)
+    found, state = memory(x)
+    assert state == ()
     weights = memory.mix.exp() / memory.mix.exp().sum()
     expected = torch.stack(
         [
@@ -50,13 +55,13 @@ def test_independent_levels_are_added_with_softmax_weights_values_and_gradients(
         torch.testing.assert_close(gradient, direct, rtol=1e-10, atol=1e-12)
 
 
-def test_sequential_levels_are_a_chain(small_config):
-    memory = filled(ContinuumMemory(6, 5, 1, small_config("hope").levels), 3)
+def test_sequential_levels_are_a_chain():
+    memory = filled(ContinuumMemory(small_levels()), 3)
     x = torch.randn(6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     expected = x
     for name in LEVELS:
         expected = expected + change(expected, memory, name)
-    torch.testing.assert_close(memory(x[None, None])[0, 0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(memory(x[None, None])[0][0, 0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_independent_weights_are_equal_at_the_start_and_belong_to_the_sequence_parameters(small_config, random_blocks, vocab_size):

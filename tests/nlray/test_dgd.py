@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nlray.models.cms import delta_linear
+from nlray.models.delta_linear import delta_linear
 from nlray.models.lm import build_model
 
 BATCH, TIME, DIM, OUT = 2, 3, 6, 4

@@ -34,7 +34,7 @@ def test_bf16_autocast_keeps_every_memory_in_float32(memory, small_config, rando
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses, state = model.token_losses(blocks)
     torch.testing.assert_close(losses, exact, rtol=0.03, atol=0.03)
-    assert {block.fast_weights.dtype for block in state} == {torch.float32}
+    assert {block.mixer.fast_weights.dtype for block in state} == {torch.float32}
 
 
 def test_each_head_starts_with_its_own_decay(small_config, vocab_size):
@@ -142,7 +142,7 @@ def test_bf16_autocast_is_finite_and_close_to_float32(kind, small_config, random
         error = (parameter.grad - gradients[name]).norm() / (gradients[name].norm() + 1e-8)
         assert error < 0.1, (name, error)
     if kind in ("hope", "titans"):
-        assert state[0].fast_weights.dtype == torch.float32
+        assert state[0].mixer.fast_weights.dtype == torch.float32
 
 
 def test_options_of_the_config_reach_the_model(kind, small_config, random_blocks, vocab_size):

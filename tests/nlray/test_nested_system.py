@@ -114,7 +114,7 @@ def test_state_in_context_is_that_of_the_model(overrides, retain):
     momentum = ["memory.momentum"] if config.model.momentum else []
     assert sorted(memories) == sorted([f"memory.{box}" for box in config.model.boxes] + momentum)
     assert all(of(system, name).state_values > 0 for name in memories if not config.model.collapses)
-    held = sum(layer.fast_weights.numel() for layer in state)
+    held = sum(block.mixer.fast_weights.numel() for block in state)
     assert sum(p.state_values for p in system.problems if p.name.startswith("memory.")) == held
 
 

@@ -103,7 +103,7 @@ def test_what_was_stacked_learns_in_every_level_generates_and_is_listed(tmp_path
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
     state = model(tokens(1, config.model.seq_len))[1]
     attention = next(p for p in system.problems if p.name == "attention")
-    assert attention.state_values == sum(layer.keys.numel() + layer.values.numel() for layer in state)
+    assert attention.state_values == sum(block.mixer.keys.numel() + block.mixer.values.numel() for block in state)
 
 
 def test_weights_in_several_files_are_put_together(tmp_path):
@@ -181,6 +181,7 @@ def test_a_source_that_cannot_be_taken_over_is_one_line_and_leaves_nothing(tmp_p
         ("model.attention.kv_heads=1", r"model.attention.kv_heads is 1; .* has 2"),
         ("memory.hidden=8", r"memory.hidden is 8; .* has 40"),
         ("memory.variant=independent", r"memory.variant is independent; allowed for a pretrained model: sequential, nested"),
+        ("memory.levels.slow.in_context={chunk_size: 4}", r"memory.levels.slow.in_context is set; allowed for a pretrained model: null"),
     ],
 )
 def test_what_the_weights_decide_cannot_be_changed(tmp_path, override, words):

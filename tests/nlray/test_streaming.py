@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nlray.evals.generate import generate
 from nlray.evals.streaming import stream_losses
 from nlray.models.lm import build_model
+from nlray.models.state import state_tensors
 
 TOLERANCE = 1e-9  # float64
 
@@ -24,9 +25,7 @@ def test_pieces_of_any_length_equal_the_whole(kind, small_config, random_blocks,
             piece_logits, state = model(piece, state)
             logits.append(piece_logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=TOLERANCE, atol=TOLERANCE)
-    for block, right in zip(state, last, strict=True):
-        for tensor, expected in zip(block, right, strict=True):
-            torch.testing.assert_close(tensor, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(state_tensors(state), state_tensors(last), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("option", ["retain=zero", "read=chunk_start", "objective=l2", "conv_width=0", "chunk_size=1"])
@@ -53,8 +52,9 @@ def test_every_memory_streams(memory, option, small_config, random_blocks, vocab
 def test_the_state_of_every_memory_is_bounded(memory, small_config, random_blocks, vocab_size):
     model = build_model(small_config("hope", *memory), vocab_size, seed=0)
     result = stream_losses(model, random_blocks(26), piece_length=1)
-    start = sum(tensor.numel() for block in model.init_state(1) for tensor in block)
-    open_columns = sum(block.open_inputs.shape[1] * block.open_inputs.shape[3] for block in model.init_state(1))
+    start = sum(tensor.numel() for tensor in state_tensors(model.init_state(1)).values())
+    mixers = [block.mixer for block in model.init_state(1)]
+    open_columns = sum(mixer.open_inputs.shape[1] * mixer.open_inputs.shape[3] for mixer in mixers)
     assert [values - start for values in result.state_values] == [open_columns * ((i + 1) % 4) for i in range(25)]
     assert open_columns > 0
 
@@ -76,12 +76,11 @@ def test_the_given_state_is_not_modified(kind, small_config, random_blocks, voca
     tokens = random_blocks(2, 14)
     with torch.no_grad():
         _, state = model(tokens[:, :6])
-        copy = [tensor.clone() for block in state for tensor in block]
+        copy = [tensor.clone() for tensor in state_tensors(state).values()]
         first, _ = model(tokens[:, 6:], state)
         second, _ = model(tokens[:, 6:], state)
     assert torch.equal(first, second)
-    kept = [tensor for block in state for tensor in block]
-    assert all(torch.equal(tensor, old) for tensor, old in zip(kept, copy, strict=True))
+    assert all(torch.equal(tensor, old) for tensor, old in zip(state_tensors(state).values(), copy, strict=True))
 
 
 def test_the_state_of_titans_is_bounded_and_that_of_attention_grows(kind, small_config, random_blocks, vocab_size):
