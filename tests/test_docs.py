@@ -232,7 +232,7 @@ def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path,
         assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if ".memory.m_" in name)
         problems = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
         held = sum(p.state_values for name, p in problems.items() if name.startswith("memory."))
-        assert held == state[0].fast_weights[0].numel() and "diagonal" in problems["memory.mem"].rule
+        assert held == state[0].mixer.fast_weights[0].numel() and "diagonal" in problems["memory.mem"].rule
 
 
 @pytest.mark.parametrize(
