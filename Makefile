@@ -18,11 +18,17 @@ install: $(INSTALLED)  ## create .venv with pinned packages (the others do it wh
 train: $(INSTALLED)  ## train a model here; without ARGS the preset tiny, minutes on two CPU cores
 	$(VENV)/bin/nlray train $(ARGS)
 
+# Tests without Ray on every core, then those with Ray; status 5 is that ARGS chose none of a kind.
+define run_tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "$(1) and not ray" -n auto $(ARGS) || [ $$? -eq 5 ]
+	$(VENV)/bin/pytest -m "$(1) and ray" $(ARGS) || [ $$? -eq 5 ]
+endef
+
 test: $(INSTALLED)  ## run every test that needs no GPU, but those of make chaos
-	$(VENV)/bin/pytest -m "not chaos" $(ARGS)
+	$(call run_tests,not chaos)
 
 test-fast: $(INSTALLED)  ## run the tests that take less than a quarter of a minute each
-	$(VENV)/bin/pytest -m "not slow and not chaos" $(ARGS)
+	$(call run_tests,not slow and not chaos)
 
 check: $(INSTALLED)  ## lint with ruff
 	$(VENV)/bin/ruff check $(ARGS)
