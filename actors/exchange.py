@@ -1,8 +1,9 @@
 """The exchange, as a sequence worker sees it: gradients of a period out, versions in, both beside the steps.
 
 One `LevelChannel` a level. Gradients are added to one of two buffers; at a period's end that buffer is sent by a background
-thread while the other one takes over. Another thread waits for the version the period makes. The training thread meets
-neither, except where a version is due and has not come: that wait is measured.
+thread while the other one takes over. (With compression the code is sent, and the buffer goes on with what is left.) Another thread
+waits for the version the period makes. The training thread meets neither, except where a version is due and has not come: that wait
+is measured.
 """
 
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nlray.actors.types import Contribution, Version
+from nlray.compression import codec_of, take_code
 from nlray.config import ExchangeConfig
 from nlray.errors import RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
@@ -64,7 +66,9 @@ class LevelChannel:
         device = self._parameters[0].device
         self._free: SimpleQueue[list[Tensor]] = SimpleQueue()
         self._open = [layout.new_buffer(device) for layout in self.layouts]
-        self._free.put([layout.new_buffer(device) for layout in self.layouts])
+        self._codec = codec_of(exchange.compression)
+        if self._codec is None:
+            self._free.put([layout.new_buffer(device) for layout in self.layouts])
         self._open_views = self._views(self._open)
         self._num_steps = 0
         self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"push-{plan.name}")
@@ -120,7 +124,7 @@ class LevelChannel:
     def accumulate(self, gradients: Mapping[str, Tensor]) -> None:
         """Add a step's gradients, by parameter name, to the open period."""
         ordered = [gradients[name] for name in self._names]
-        if self._num_steps == 0:
+        if self._num_steps == 0 and self._codec is None:
             torch._foreach_copy_(self._open_views, ordered)
         else:
             torch._foreach_add_(self._open_views, ordered)
@@ -130,8 +134,23 @@ class LevelChannel:
         """Send the open period if `step` closes it."""
         if not closes_period(step, self.plan.update_period):
             return
-        version, buffers, num_steps = open_version(step, self.plan.update_period), self._open, self._num_steps
-        started = time.perf_counter()
+        version, num_steps = open_version(step, self.plan.update_period), self._num_steps
+        if self._codec is None:
+            buffers = self._swap_buffers(version)
+        elif num_steps > 0:
+            buffers = [take_code(self._codec, buffer) for buffer in self._open]
+        else:
+            # What is left of earlier periods waits for one with a step in it; of this one a rank looks at the number of steps only.
+            buffers = [torch.empty(0, dtype=torch.uint8) for _ in self._open]
+        self._num_steps = 0
+        self.bytes_pushed += sum(buffer.nbytes for buffer in buffers)
+        self._sent_s[version] = time.perf_counter()
+        sent = self._sender.submit(self._send, version, buffers, num_steps)
+        self._arriving[version] = self._receiver.submit(self._receive, version, sent)
+
+    def _swap_buffers(self, version: int) -> list[Tensor]:
+        """Return the full buffers and go on with those that have been sent, waiting for them if they have not."""
+        full, started = self._open, time.perf_counter()
         try:
             self._open = self._free.get(timeout=self.timeout_s)
         except Empty as error:
@@ -140,11 +159,7 @@ class LevelChannel:
             ) from error
         self.stall_s += time.perf_counter() - started
         self._open_views = self._views(self._open)
-        self._num_steps = 0
-        self.bytes_pushed += sum(layout.size_bytes for layout in self.layouts)
-        self._sent_s[version] = time.perf_counter()
-        sent = self._sender.submit(self._send, version, buffers, num_steps)
-        self._arriving[version] = self._receiver.submit(self._receive, version, sent)
+        return full
 
     def hold_snapshots(self, step: int, generation: int) -> None:
         """Worker 0 only: have every rank snapshot the boundary after `step`, between this worker's pushes."""
@@ -163,8 +178,8 @@ class LevelChannel:
         return self._holding is None or self._holding.done()
 
     def accumulators(self) -> dict[str, Tensor]:
-        """Return copies of the open period's sums by parameter name; none if no step is in it yet."""
-        if self._num_steps == 0:
+        """Return copies of the open period's sums by parameter name; none if there is nothing in them yet."""
+        if self._num_steps == 0 and self._codec is None:
             return {}
         return {name: view.clone() for name, view in zip(self._names, self._open_views, strict=True)}
 
@@ -195,7 +210,8 @@ class LevelChannel:
                 for rank, buffer in zip(self.ranks, buffers, strict=True)
             ]
         finally:
-            self._free.put(buffers)
+            if self._codec is None:
+                self._free.put(buffers)
 
     def _receive(self, version: int, sent: Future | None) -> tuple[float, list[tuple[Version, np.ndarray]]]:
         receipts = [None] * len(self.ranks) if sent is None else sent.result(self.timeout_s)

@@ -16,6 +16,7 @@ from nlray.actors.recovery import Snapshot, Vault, to_host
 from nlray.actors.transports import Store
 from nlray.actors.types import Contribution, PieceKey, Role, RoleError, Version
 from nlray.checkpoint import load_tensors, read_manifest
+from nlray.compression import codec_of
 from nlray.config import Config
 from nlray.device import device_for
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
@@ -62,6 +63,7 @@ class LevelRank:
             inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
             fill_parameters_(self.parameters, inits, config, config.run.seed)
         self.learner = LevelLearner(self.parameters, config, plan.name, horizon=config.run.steps)
+        self._codec = codec_of(config.exchange.compression)
         self._gradient = self.layout.new_buffer(device)
         for parameter, view in zip(self.parameters.values(), self.layout.views(self._gradient), strict=True):
             parameter.grad = view
@@ -226,9 +228,9 @@ class LevelRank:
         version, num_steps = contributions[0].version, contributions[0].num_steps
         is_skipped, norm = num_steps == 0, math.nan
         if not is_skipped:
-            self._gradient.copy_(as_tensor(contributions[0].buffer))
+            self._gradient.copy_(self._sums(contributions[0]))
             for contribution in contributions[1:]:
-                self._gradient.add_(as_tensor(contribution.buffer).to(self.device))
+                self._gradient.add_(self._sums(contribution))
             # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
             # changes how often a level learns and not how far it goes at a time.
             self._gradient.div_(num_steps)
@@ -240,6 +242,10 @@ class LevelRank:
                 self._gradient.mul_(factor)
         self.learner.update(version, version * self.plan.update_period, is_skipped=is_skipped)
         self._publish(version, norm, is_skipped=is_skipped)
+
+    def _sums(self, contribution: Contribution) -> torch.Tensor:
+        received = as_tensor(contribution.buffer).to(self.device)
+        return received if self._codec is None else self._codec.decode(received, self.layout.size)
 
     def _level_norm(self, version: int) -> float:
         """Return the gradient's norm over the group, summed in tensor order."""

@@ -50,7 +50,8 @@ class Contribution:
     """A worker's gradients of one period for one level rank. Producer: exchange; consumer: level rank.
 
     buffer: [layout.size] float32, the sum over the period's good steps of the gradient of the global mean loss that falls
-    to this worker. num_steps: good steps in it (the same in every worker); 0: all were skipped.
+    to this worker, or its code where `exchange.compression` says so (`nlray.compression`). num_steps: good steps in it (the same in
+    every worker); 0: all were skipped.
     """
 
     version: int

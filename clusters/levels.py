@@ -46,8 +46,8 @@ def levels_data(system: NestedSystem, config: Config, *, title: str, vocab_size:
                 "delay": plan.delay,
                 "ranks": plan.ranks,
                 "parameters": plan.num_parameters,
-                "bytes_pushed_per_step": plan.bytes_per_step,
-                "bytes_pulled_per_step": plan.bytes_per_step,
+                "bytes_pushed_per_step": plan.bytes_pushed_per_step,
+                "bytes_pulled_per_step": plan.bytes_pulled_per_step,
             }
             for plan in system.levels
         ],
@@ -139,8 +139,8 @@ def _level_table(system: NestedSystem) -> Any:
     right = ("period", "delay", "ranks", "parameters", "pushed a step", "pulled a step")
     table = _table("memory levels, bytes of one worker", "level", *right, right=right)
     for plan in system.levels:
-        wire = format_bytes(plan.bytes_per_step)
-        table.add_row(plan.name, *map(str, (plan.update_period, plan.delay, plan.ranks)), format_count(plan.num_parameters), wire, wire)
+        wire = [format_bytes(size) for size in (plan.bytes_pushed_per_step, plan.bytes_pulled_per_step)]
+        table.add_row(plan.name, *map(str, (plan.update_period, plan.delay, plan.ranks)), format_count(plan.num_parameters), *wire)
     return table
 
 

@@ -640,6 +640,9 @@ class ExchangeConfig:
     mode: Literal["delayed", "eager"] = "delayed"
     """delayed: a version is taken up exactly at its step (deterministic); eager: as soon as it is there, at the latest
     at that step (the one mode whose result may differ from run to run)."""
+    compression: Literal["none", "bf16", "int8"] = "none"
+    """What contributions travel as: float32, or a half or a quarter of the bytes; what rounding leaves goes into the worker's next
+    contribution to the level."""
     transport: Literal["object_store"] = "object_store"
     """How contributions and versions travel: Ray's object store."""
 

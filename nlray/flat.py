@@ -12,11 +12,11 @@ from nlray.levels import TensorSpec
 # Arrays from the object store are read in place and never written; torch has no read-only tensors.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-_ALIGN = 16  # float32 values: 64 bytes, so that a view is aligned like a tensor of its own
+ALIGN = 64  # float32 values: a view is aligned like a tensor of its own, and a block of `nlray.compression` lies in one tensor
 
 
 class FlatLayout:
-    """Where each tensor of a share lies in its flat buffer. Offsets are multiples of 64 bytes; gaps are zero."""
+    """Where each tensor of a share lies in its flat buffer. Offsets are multiples of 256 bytes; gaps are zero."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self.specs = tuple(specs)
@@ -24,7 +24,7 @@ class FlatLayout:
         end = 0
         for spec in self.specs:
             self.offsets.append(end)
-            end += -(-spec.numel // _ALIGN) * _ALIGN
+            end += -(-spec.numel // ALIGN) * ALIGN
         self.size = end
 
     @property

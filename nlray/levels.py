@@ -51,6 +51,8 @@ class LevelPlan:
     delay: int
     ranks: int
     tensors: tuple[TensorSpec, ...]
+    pushed_bytes_per_value: float = 4.0
+    """Less than float32's with `exchange.compression`."""
 
     @cached_property
     def shards(self) -> tuple[tuple[TensorSpec, ...], ...]:
@@ -62,9 +64,14 @@ class LevelPlan:
         return sum(t.numel for t in self.tensors)
 
     @property
-    def bytes_per_step(self) -> float:
-        """Bytes that one worker pushes (and pulls) per step, averaged over a period."""
+    def bytes_pulled_per_step(self) -> float:
+        """Bytes that one worker pulls per step, averaged over a period."""
         return 4 * self.num_parameters / self.update_period
+
+    @property
+    def bytes_pushed_per_step(self) -> float:
+        """Bytes that one worker pushes per step, averaged over a period."""
+        return self.pushed_bytes_per_value * self.num_parameters / self.update_period
 
 
 def deal_tensors(tensors: Sequence[TensorSpec], ranks: int) -> tuple[tuple[TensorSpec, ...], ...]:

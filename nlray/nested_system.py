@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from nlray.compression import codec_of
 from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.errors import NlrayError
 from nlray.levels import LevelPlan, TensorSpec
@@ -133,9 +134,10 @@ def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ..
 
 
 def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
-    parameters = level_parameters(model)
+    parameters, codec = level_parameters(model), codec_of(config.exchange.compression)
+    pushed = float(_VALUE_BYTES) if codec is None else codec.bytes_per_value
     return tuple(
-        LevelPlan(name, level.update_period, level.visible_delay, level.ranks, _specs(parameters[name]))
+        LevelPlan(name, level.update_period, level.visible_delay, level.ranks, _specs(parameters[name]), pushed)
         for name, level in config.levels.items()
     )
 

@@ -107,6 +107,23 @@ def test_carried_states_change_the_result_and_go_on_from_a_checkpoint_within_a_l
     assert digest_plainly(third.train().parameters) != digest_plainly(plain)
 
 
+@pytest.mark.parametrize("compression", ["bf16", "int8"])
+def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_checkpoints(small, tmp_path, compression):
+    overrides = [f"exchange.compression={compression}", "memory.levels.medium.delay=2"]
+    plain = InProcessRun(small()).train()
+    whole = InProcessRun(small(*overrides)).train()
+    losses = [[row["loss"] for row in run.worker.report(0).rows] for run in (plain, whole)]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    pushed, pulled = (whole.worker.report(0).rows[-1]["levels"]["fast"][key] for key in ("bytes_pushed", "bytes_pulled"))
+    assert 1.8 < pulled / pushed < 4
+    # After 10 steps: the open period of medium has two steps, that of fast none but what is left.
+    first = InProcessRun(small(*overrides, "run.stop_after=10", "memory.levels.slow.ranks=2")).train()
+    first.write(10, str(tmp_path / "ten"))
+    second = InProcessRun(small(*overrides, "memory.levels.fast.ranks=2"))
+    second.load(str(tmp_path / "ten"))
+    assert digest_plainly(second.train().parameters) == digest_plainly(whole.parameters)
+
+
 def test_other_workers_take_up_the_lanes_where_they_are(small):
     one = InProcessRun(small(*CARRIED, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()

@@ -47,17 +47,17 @@ def test_the_bytes_of_a_step_are_those_of_the_levels_table(hope, plan):
     for work in (hope, plan):
         layout = Layout(workers=1, group=1, link=None)
         _, loads = level_routes(work.levels, layout, Machine(), state_bytes=work.level_state_bytes, is_summed=False)
-        assert loads["GPU"][0] == sum(level.bytes_per_step for level in work.levels)
+        assert loads["GPU"][0] == sum(level.bytes_pushed_per_step for level in work.levels)
         for level in work.levels:
-            assert loads[f"rank of {level.name}"][0] == level.bytes_per_step
+            assert loads[f"rank of {level.name}"][0] == level.bytes_pushed_per_step
             assert bytes_moved(level, 3 * level.update_period, workers=2)[0] == 2 * 3 * 4 * level.num_parameters
 
 
 def test_bytes_pulled_count_from_the_step_that_uses_the_version():
     level = LevelPlan("slow", 4, 2, 2, (TensorSpec("a", (3, 5)), TensorSpec("b", (16,))))
-    # 15 values lie in 16, and each rank has a message.
-    assert message_bytes(level) == [64, 64]
-    assert bytes_moved(level, 6, workers=3) == (3 * 128, 0) and bytes_moved(level, 7, workers=3) == (3 * 128, 3 * 128)
+    # 15 and 16 values each lie in 64, and each rank has a message.
+    assert message_bytes(level) == [256, 256]
+    assert bytes_moved(level, 6, workers=3) == (3 * 512, 0) and bytes_moved(level, 7, workers=3) == (3 * 512, 3 * 512)
 
 
 def test_the_plan_has_70_b_parameters_and_a_worker_of_it_takes_32_gpus(plan, hope):

@@ -43,4 +43,4 @@ def test_dealing_gives_every_tensor_once_in_model_order_and_balances(sizes, rank
 def test_a_level_moves_one_cth_of_its_bytes_per_step():
     plan = LevelPlan("slow", 16, 8, 2, (TensorSpec("a", (8, 4)), TensorSpec("b", (16,))))
     assert plan.num_parameters == 48
-    assert plan.bytes_per_step == 48 * 4 / 16
+    assert plan.bytes_pushed_per_step == plan.bytes_pulled_per_step == 48 * 4 / 16

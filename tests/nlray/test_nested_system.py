@@ -175,7 +175,7 @@ def test_bytes_of_actors_and_wire():
     slow, plan = ranks[2], system.levels[2]
     assert slow.count == 2 and slow.parameters == 4 * max(sum(t.numel for t in shard) for shard in plan.shards)
     assert slow.optimizer == 2 * slow.parameters and slow.total == 6 * slow.parameters
-    assert plan.bytes_per_step == 4 * plan.num_parameters / 16
+    assert plan.bytes_pushed_per_step == plan.bytes_pulled_per_step == 4 * plan.num_parameters / 16
 
 
 def test_optimizer_that_contributes_nothing_is_an_error():
