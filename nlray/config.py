@@ -608,6 +608,9 @@ class SequenceConfig:
     """Optimizer of the sequence parameters: all that is not a level's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; parameters, gates, memory states, accumulators and optimizer state stay float32."""
+    recompute_blocks: bool = False
+    """Whether the backward pass computes each block anew in place of keeping what it computed: the memory of one block's activations in
+    place of all blocks', for the time of a second forward pass; the same bits."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Of each worker."""
 

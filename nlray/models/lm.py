@@ -12,6 +12,7 @@ losses, state = model.token_losses(blocks)
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nlray.config import Config, ModelConfig
 from nlray.initial import fill_parameters_
@@ -111,8 +112,12 @@ class LanguageModel(nn.Module):
         if self.positions is not None:
             x_BTD = x_BTD + self._positions(0 if state is None else state[0].mixer.keys.shape[2], tokens_BT.shape[1])
         after: State = []
+        recomputes = self.config.sequence.recompute_blocks and torch.is_grad_enabled()
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x_BTD, block_state = block(x_BTD, before)
+            if recomputes:
+                x_BTD, block_state = checkpoint(block, x_BTD, before, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, block_state = block(x_BTD, before)
             after.append(block_state)
         head = self.embedding if self.head is None else self.head
         return F.linear(self.final_norm(x_BTD), head.weight), after

@@ -179,3 +179,35 @@ def test_a_few_steps_learn_a_repeated_sequence(kind, small_config, random_blocks
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("hope", ["memory.defaults.rule=dgd", "memory.variant=independent"]),
+        ("hope", ["model.memory=mlp", "model.objective=l2"]),
+        ("hope", ["memory.levels.fast.in_context={chunk_size: 4}"]),
+        ("hope_attention", []),
+        ("titans", ["model.phase=adaptive"]),
+        ("transformer", []),
+    ],
+)
+def test_blocks_computed_anew_in_the_backward_change_no_bit_and_keep_less(kind, overrides, small_config, random_blocks, vocab_size):
+    kept, found = [], []
+    for recompute_blocks in ("false", "true"):
+        model = build_model(small_config(kind, f"sequence.recompute_blocks={recompute_blocks}", *overrides), vocab_size, seed=0)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            first, state = model.token_losses(random_blocks(3, 13))
+            second, _ = model.token_losses(random_blocks(3, 13, seed=1), state)
+            loss = first.mean() + second.mean()
+        kept.append(sum(sizes.values()))
+        loss.backward()
+        found.append({"loss": loss, **{name: p.grad for name, p in model.named_parameters()}})
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert kept[1] < 0.6 * kept[0]
