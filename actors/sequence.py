@@ -393,6 +393,9 @@ class SequenceWorker:
             channel.take_up(step)
             if channel.skipped_updates > skipped_before:
                 self._add_event(f"step {step}: update {channel.visible} of level {channel.plan.name} was skipped: no finite gradient")
+            takes_gradient = channel.plan.takes_gradient(step)
+            for parameter in self.level_parameters[channel.plan.name].values():
+                parameter.requires_grad_(takes_gradient)
         batch = self.stream.next()
         if batch.is_start:
             self.lanes.clear()
@@ -404,7 +407,8 @@ class SequenceWorker:
         if agreement.is_finite:
             self._skipped_in_a_row = 0
             for channel in self.channels:
-                channel.accumulate({n: p.grad for n, p in self.level_parameters[channel.plan.name].items()})
+                if channel.plan.takes_gradient(step):
+                    channel.accumulate({n: p.grad for n, p in self.level_parameters[channel.plan.name].items()})
                 channel.end_step(step)
             learning_rate = self.optimizer.step(step)
             if self.config.model.carry_state:
@@ -435,7 +439,7 @@ class SequenceWorker:
                 states.append(state)
         for parameter in self.model.parameters():
             # A parameter that the loss does not reach, such as a memory that no token reads back within one chunk.
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         return total, states
 

@@ -16,18 +16,22 @@ class BareLoop:
         torch.set_num_threads(config.sequence.resources.num_threads)
         self.model = build_model(config, config.model.vocab_size, seed=config.run.seed)
         self.model.set_loss_tokens(config.sequence.global_batch * config.model.seq_len)
-        groups = [(1, sequence_parameters(self.model), config.sequence.optimizer)]
-        groups += [(config.levels[n].update_period, p, config.levels[n].optimizer) for n, p in level_parameters(self.model).items()]
-        self._groups = [(period, p, OuterOptimizer(p, o, horizon=config.run.steps), o.clip) for period, p, o in groups]
+        groups = [(1, 1, sequence_parameters(self.model), config.sequence.optimizer)]
+        levels = [(config.levels[name], parameters) for name, parameters in level_parameters(self.model).items()]
+        groups += [(level.update_period, level.grad_every, p, level.optimizer) for level, p in levels]
+        self._groups = [(period, every, p, OuterOptimizer(p, o, horizon=config.run.steps), o.clip) for period, every, p, o in groups]
 
     def step(self, step: int, blocks: Tensor) -> Tensor:
         """Train on blocks, [N, T + 1], as step `step` (from 1); return the loss, a scalar that is not read here."""
+        for _, every, parameters, _, _ in self._groups:
+            for parameter in parameters.values():
+                parameter.requires_grad_(step % every == 0)
         loss = self.model.token_losses(blocks)[0].mean()
         loss.backward()
-        for period, parameters, optimizer, clip in self._groups:
+        for period, every, parameters, optimizer, clip in self._groups:
             if step % period == 0:
                 for parameter in parameters.values():
-                    parameter.grad.div_(period)
+                    parameter.grad.div_(period // every)
                 clip_gradients_([p.grad for p in parameters.values()], clip)
                 optimizer.step(step)
                 for parameter in parameters.values():

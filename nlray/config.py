@@ -495,6 +495,9 @@ class LevelConfig:
     """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
     ranks: int = 1
     """Actors that share the level's tensors."""
+    grad_every: int = 1
+    """Take the level's gradient in every so many steps of a period only, and save its computation in the others; a divisor of
+    update_period. The mean of the period is then over fewer steps."""
     rule: Literal["gd", "dgd"] = "gd"
     """Update rule: gradient descent, or delta gradient descent (Eq. 56-57)."""
     dgd_lambda: float = 1.0
@@ -515,6 +518,10 @@ class LevelConfig:
             f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
         )
         _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
+        _require(
+            self.grad_every >= 1 and self.update_period % self.grad_every == 0,
+            f"grad_every is {self.grad_every}; allowed: a divisor of update_period={self.update_period}",
+        )
         # Plain gradient descent on a dot product has no minimum: the level would grow along the sequence.
         if self.in_context is not None and self.rule == "gd":
             _require(self.in_context.objective == "l2", "in_context.objective is dot; allowed with rule=gd: l2")

@@ -51,6 +51,8 @@ class LevelPlan:
     delay: int
     ranks: int
     tensors: tuple[TensorSpec, ...]
+    grad_every: int = 1
+    """Steps between two whose gradients the level takes."""
     pushed_bytes_per_value: float = 4.0
     """Less than float32's with `exchange.compression`."""
 
@@ -62,6 +64,10 @@ class LevelPlan:
     @property
     def num_parameters(self) -> int:
         return sum(t.numel for t in self.tensors)
+
+    def takes_gradient(self, step: int) -> bool:
+        """Return whether the gradient of `step` goes into the level's open period."""
+        return step % self.grad_every == 0
 
     @property
     def bytes_pulled_per_step(self) -> float:

@@ -137,7 +137,7 @@ def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
     parameters, codec = level_parameters(model), codec_of(config.exchange.compression)
     pushed = float(_VALUE_BYTES) if codec is None else codec.bytes_per_value
     return tuple(
-        LevelPlan(name, level.update_period, level.visible_delay, level.ranks, _specs(parameters[name]), pushed)
+        LevelPlan(name, level.update_period, level.visible_delay, level.ranks, _specs(parameters[name]), level.grad_every, pushed)
         for name, level in config.levels.items()
     )
 

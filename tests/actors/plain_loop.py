@@ -57,11 +57,11 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
         carried = states if config.model.carry_state else None
         losses.append(step_loss)
         for name, level in config.levels.items():
-            for n, p in in_model[name].items():
+            for n, p in in_model[name].items() if step % level.grad_every == 0 else ():
                 sums[name][n] = sums[name][n] + p.grad if n in sums[name] else p.grad.clone()
             if step % level.update_period == 0:
                 for n, p in newest[name].items():
-                    p.grad = sums[name][n] / level.update_period
+                    p.grad = sums[name][n] / (level.update_period // level.grad_every)
                 gradients = [p.grad for p in newest[name].values()]
                 norm = total_norm([torch.linalg.vector_norm(g).item() for g in gradients])
                 torch._foreach_mul_(gradients, clip_factor(norm, level.optimizer.clip))

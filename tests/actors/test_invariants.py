@@ -59,10 +59,23 @@ def test_level_ranks_change_no_bit(small, ranks):
         ["memory.variant=nested", "memory.levels.slow.ranks=2", "memory.levels.slow.optimizer.name=muon"],
         ["memory.variant=independent", "memory.levels.fast.ranks=3"],
         ["memory.layout=by_layer", "memory.levels.medium=null"],
+        ["memory.levels.medium.grad_every=2", "memory.levels.slow={grad_every: 4, rule: dgd}", "sequence.micro_batch=2"],
         [*CARRIED, "sequence.micro_batch=2"],
         [*CARRIED, "memory.levels.fast.in_context={chunk_size: 8}", "memory.defaults.rule=dgd"],
     ],
-    ids=["delays", "dgd", "muon", "micro-batches", "hope_attention", "nested", "independent", "by_layer", "carried state", "in context"],
+    ids=[
+        "delays",
+        "dgd",
+        "muon",
+        "micro-batches",
+        "hope_attention",
+        "nested",
+        "independent",
+        "by_layer",
+        "some gradients",
+        "carried state",
+        "in context",
+    ],
 )
 def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
     config = small(*overrides)

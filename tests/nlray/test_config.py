@@ -74,6 +74,12 @@ def test_defaults_hold_where_a_level_says_nothing():
     assert [level.ranks for level in config.levels.values()] == [2, 2, 3, 2]
 
 
+def test_gradients_are_taken_in_every_so_many_steps_of_a_period():
+    assert load_config("tiny", ["memory.levels.slow.grad_every=4"]).levels["slow"].grad_every == 4
+    with pytest.raises(UserError, match=r"memory\.levels\.slow\.grad_every is 3; allowed: a divisor of update_period=16"):
+        load_config("tiny", ["memory.levels.slow.grad_every=3"])
+
+
 def test_a_state_that_grows_with_the_text_is_not_carried():
     with pytest.raises(UserError, match=r"model\.carry_state is true; allowed for kind hope_attention, whose state grows .*: false"):
         load_config("tiny", ["model.carry_state=true", "model.kind=hope_attention"])
