@@ -83,6 +83,8 @@ def nested_learning(turns: Turns, options: dict[str, Any]) -> None:
             "+data.dataset_size=4096",
             f"data.seq_len={seq_len}",
             "data.num_workers=0",
+            # As ours; with the Muon of its configuration it stops at its own convolution: torch's takes matrices only.
+            "optim.type=adamw",
             "train.steps=100000000",
             "train.log_interval=1",
             "train.device=cpu",

@@ -43,9 +43,9 @@ def test_a_table_has_text_to_the_left_numbers_to_the_right_and_gaps_where_a_row_
     rows = [{"what": "a", "ms": Spread([1.0, 2.0, 3.0])}, {"what": "long", "ms": 10.0, "ratio": 5.0}]
     assert lines_of("title", ["what", "ms", "ratio"], rows) == [
         "title",
-        "what                ms  ratio",
+        "what                 ms  ratio",
         "a     2.00 (1.00..3.00)",
-        "long              10.0   5.00",
+        "long               10.0   5.00",
     ]
 
 

@@ -29,7 +29,8 @@ def test_an_unknown_suite_is_one_line_with_the_nearest_name(capsys):
 
 def test_without_a_suite_they_are_listed(capsys):
     assert main(["--help"]) == 0 and main([]) == 2
-    assert all(f"  {name}" in capsys.readouterr().out for name in SUITES)
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in SUITES)
 
 
 @pytest.mark.parametrize(
