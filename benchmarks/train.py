@@ -17,6 +17,7 @@ import ray
 import torch
 from torch import Tensor
 
+from benchmarks import measure
 from benchmarks.bare import BareLoop
 from benchmarks.measure import Report, Spread, alternate, status_bytes
 from benchmarks.options import positive
@@ -48,8 +49,9 @@ def configure(args: argparse.Namespace, folder: Path) -> Config:
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
-    # The actors' processes may not find this module.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # The actors' processes may not find these modules.
+    for module in (sys.modules[__name__], measure):
+        ray.cloudpickle.register_pickle_by_value(module)
     with tempfile.TemporaryDirectory() as folder:
         config = configure(args, Path(folder))
         model, sequence = config.model, config.sequence
