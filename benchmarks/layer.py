@@ -120,11 +120,11 @@ def error_of(memory: str) -> float:
     """Return how far a small memory by chunks in float32 is from the reference in float64, outputs and gradients, relative."""
     # Gates in the middle of their range, so that every term of the recurrence counts.
     model = ModelConfig(
-        dim=32, heads=2, layers=1, chunk_size=4, memory=memory, objective=OBJECTIVES[memory], inner_lr_bias=-1.0, decay_bias=1.0
+        dim=32, heads=2, layers=1, chunk_size=3, memory=memory, objective=OBJECTIVES[memory], inner_lr_bias=-1.0, decay_bias=1.0
     )
     weights, generator = build_layer(model).memory_weights(), torch.Generator().manual_seed(1)
     # Three chunks, the last one open.
-    u, q, upstream = torch.randn(3, 2, model.heads, 11, model.head_dim, generator=generator)
+    u, q, upstream = torch.randn(3, 2, model.heads, 7, model.head_dim, generator=generator)
     u.requires_grad_()
     by_chunks = memory_of(model)
     y, _ = by_chunks(u, q, weights, by_chunks.initial_state(2, weights), inner_lr=1.0)

@@ -3,17 +3,18 @@
 import argparse
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import layer, peers, streaming
+from benchmarks import layer, peers, recovery, streaming, train
 from benchmarks import step as steps
 from benchmarks.__main__ import SUITES, main
 from benchmarks.measure import Report
-from benchmarks.train import activation_bytes
 from nlray.errors import UserError
 from nlray.models.lm import build_model
 
@@ -52,16 +53,15 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):
     assert status == 2 and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("memory", ["matrix", "mlp"])
-def test_the_gate_of_the_layer_passes_and_sees_a_memory_that_is_wrong(memory, monkeypatch):
-    assert layer.error_of(memory) < layer.TOLERANCE
+def test_the_gate_of_the_layer_passes_and_sees_a_memory_that_is_wrong(monkeypatch):
+    assert layer.error_of("matrix") < layer.TOLERANCE and layer.error_of("mlp") < layer.TOLERANCE
     right = layer.memory_of
 
     def wrong(model):
         return right(replace(model, read="chunk_start"))
 
     monkeypatch.setattr(layer, "memory_of", wrong)
-    assert layer.error_of(memory) > 100 * layer.TOLERANCE
+    assert layer.error_of("matrix") > 100 * layer.TOLERANCE
 
 
 def test_the_work_of_the_layer_leaves_gradients_and_is_the_same_each_time():
@@ -116,7 +116,57 @@ def test_activations_are_what_the_backward_is_kept_for():
             # The product keeps x, the sine h, the square of it the sine; the weight is a parameter.
             return h.sin().square(), None
 
-    assert activation_bytes(Square(), torch.randn(5, 4)) == 4 * (5 * 4 + 2 * 5 * 6)
+    assert train.activation_bytes(Square(), torch.randn(5, 4)) == 4 * (5 * 4 + 2 * 5 * 6)
+
+
+class Handle:
+    """A run that has ended, as `launch` returns it."""
+
+    def __init__(self, rows, recoveries=()):
+        self.rows, self.recoveries, self.client, self.polls = rows, list(recoveries), self, 0
+
+    def poll(self):
+        self.polls += 1
+        return SimpleNamespace(state="running" if self.recoveries else "completed", rows=self.rows, message=None)
+
+    def describe(self):
+        # A recovery more at every look but the first two.
+        return SimpleNamespace(
+            state="running", members=[], step=40 * self.polls, recoveries=self.recoveries[: max(0, self.polls - 2)], pid=0
+        )
+
+    def close(self):
+        pass
+
+
+def test_of_a_run_the_first_steps_are_left_out_and_the_stall_is_the_share_of_the_others(monkeypatch, tmp_path):
+    config = steps.hope_config(SMALL, (2, 16))
+    first = [{"tokens_per_second": 1.0, "stall_s": 30.0}] * train.WARM_UP_STEPS
+    rows = [{"tokens_per_second": 32 / s, "stall_s": 0.1 * s} for s in (1.0, 2.0, 6.0)]
+    monkeypatch.setattr(train, "launch", lambda config, behaviours: Handle(first + rows))
+    assert train.trained(config, tmp_path / "weights") == (2.0, pytest.approx(0.1))
+
+
+def test_a_fault_has_a_row_with_the_seconds_of_each_phase(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        recovery, "launch", lambda config, behaviours: Handle([], [{"at": time.time() + 5, "restore_s": 2.0, "replay_s": 3.0}])
+    )
+    (row,) = recovery.measure_faults(steps.hope_config(SMALL, (2, 16)), ["raise"], 1, tmp_path)
+    assert row["fault"] == "raise" and row["roles started, s more"].values == (2.0,) and row["where it had been, s more"].values == (3.0,)
+    assert 4.0 < row["seen, s"].median <= 5.0 and (tmp_path / "trigger").exists()
+
+
+def test_the_cost_of_recovery_points_is_a_ratio_of_neighbouring_blocks(monkeypatch, tmp_path):
+    config, began, now = steps.hope_config(SMALL, (2, 16)), [], 0.0
+    for step in range(5 * recovery.BLOCK_STEPS + 2):
+        began.append(f"{step} {now}")
+        # Every other block, from the second on, has points; they make a step 10 % longer; from the fourth on all steps take twice as long.
+        now += (1.1 if step // recovery.BLOCK_STEPS % 2 == 1 else 1.0) * (2 if step >= 3 * recovery.BLOCK_STEPS else 1)
+    (tmp_path / "times").write_text("\n".join(began))
+    monkeypatch.setattr(recovery, "launch", lambda config, behaviours: Handle([]))
+    points, none = recovery.measure_cost(config, tmp_path / "times", 2)
+    assert len(points["tokens/s"].values) == len(none["tokens/s"].values) == 2
+    assert none["tokens/s"].values == pytest.approx((32.0, 16.0)) and points["with / without"].values == pytest.approx((1 / 1.1, 1 / 1.1))
 
 
 class Process:
