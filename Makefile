@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels chaos bench bench-recovery bench-long bench-optimizers bench-scale
+.PHONY: help install train test test-fast check doctor levels chaos bench bench-long bench-optimizers
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,15 +43,8 @@ chaos: $(INSTALLED)  ## do faults at chosen moments and at random, and compare w
 	$(VENV)/bin/pytest -m chaos
 	$(VENV)/bin/python -m benchmarks.chaos $(ARGS)
 
-bench: $(INSTALLED)  ## measure the data stream, and nlray train beside the bare loop of the same model
-	$(VENV)/bin/python -m benchmarks.stream
-	$(VENV)/bin/python -m benchmarks.step $(ARGS)
-
-bench-recovery: $(INSTALLED)  ## measure detection, restore and replay of faults, and what recovery points cost without any
-	$(VENV)/bin/python -m benchmarks.recovery $(ARGS)
-
-bench-scale: $(INSTALLED)  ## tell on paper what 8 to 16,384 GPUs would do; ARGS="--plots DIR" draws it, ARGS=--check compares with runs here
-	$(VENV)/bin/python -m benchmarks.scale $(ARGS)
+bench: $(INSTALLED)  ## run a benchmark suite: make bench SUITE=layer ARGS="--peers"; without SUITE the suite step
+	$(VENV)/bin/python -m benchmarks $(or $(SUITE),step) $(ARGS)
 
 bench-long: $(INSTALLED)  ## measure a trained model far beyond its training length: make bench-long RUN=runs/NAME
 	@test -n "$(RUN)" || { echo 'say which run: make bench-long RUN=runs/NAME' >&2; exit 2; }

@@ -1,6 +1,6 @@
-"""What faults and recovery points cost: `python -m benchmarks.recovery [PRESET] [key=value ...]`, `make bench-recovery`.
+"""What faults and recovery points cost: `python -m benchmarks recovery [PRESET] [key=value ...]`.
 
-Part `faults`: one run, in which each kind of fault is injected some times, one after the other; printed are the seconds until it is seen,
+Part `faults`: one run, in which each kind of fault is injected some times, one after the other; told are the seconds until it is seen,
 until all roles have started again, and until the run is where it had been. Part `nodes`: the same for the loss of one of three nodes, that
 of a level's rank; another joins. Part `standby`: the same with a standby. Part `cost`: one run without faults, in which blocks of steps
 with recovery points (copies to their keepers included) alternate with blocks without any; printed is the ratio of their speeds.
@@ -9,7 +9,6 @@ with recovery points (copies to their keepers included) alternate with blocks wi
 import argparse
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -20,7 +19,9 @@ from typing import Any
 import psutil
 import ray
 
-from benchmarks.chaos import keep_nodes, ray_nodes
+from benchmarks.chaos import keep_nodes, ray_nodes, table
+from benchmarks.measure import Cell, Report, Spread
+from benchmarks.options import choices, positive
 from nlray.actors.launch import launch, resolve
 from nlray.actors.level import LevelRank
 from nlray.actors.seat import Behaviours
@@ -29,6 +30,8 @@ from nlray.actors.types import ENDED, RunDescription
 from nlray.config import Config
 from nlray.config_loading import load_config
 
+PEERS = False
+PARTS = ("faults", "nodes", "standby", "cost")
 BLOCK_STEPS = 32
 POINT_STEPS = 16
 FAULTS = ("worker", "rank", "conductor", "hang", "raise")
@@ -71,8 +74,10 @@ def configure(folder: Path, overrides: Sequence[str], *own: str) -> Config:
     return resolve(load_config(preset, [*common, *(a for a in overrides if "=" in a)], default_name="benchmark"))
 
 
-def measure_faults(config: Config, kinds: Sequence[str], repeats: int, folder: Path, *, during: Callable[[], Any] = lambda: None) -> None:
-    """Inject each kind `repeats` times into one run and print the median, least and most seconds of each phase.
+def measure_faults(
+    config: Config, kinds: Sequence[str], repeats: int, folder: Path, *, during: Callable[[], Any] = lambda: None
+) -> list[dict[str, Cell]]:
+    """Inject each kind `repeats` times into one run and return a row of the seconds of each phase for each.
 
     during: called again and again.
     """
@@ -90,9 +95,9 @@ def measure_faults(config: Config, kinds: Sequence[str], repeats: int, folder: P
             found[kind].append((recovery["at"] - injected_at, recovery["restore_s"], recovery["replay_s"]))
     finally:
         handle.close()
-    for kind, times in found.items():
-        phases = [f"{statistics.median(t):6.2f} ({min(t):.2f}..{max(t):.2f})" for t in zip(*times, strict=True)]
-        print(f"{kind:<10} seen after {phases[0]} s, started after {phases[1]} s more, where it was after {phases[2]} s more", flush=True)
+    phases = ("seen, s", "roles started, s more", "where it had been, s more")
+    by_phase = {kind: zip(phases, map(Spread, zip(*times, strict=True)), strict=True) for kind, times in found.items()}
+    return [{"fault": kind, **dict(spreads)} for kind, spreads in by_phase.items()]
 
 
 def wait_for(handle: Any, during: Callable[[], Any], condition: Callable[[RunDescription], bool], *, settle_steps: int = 0) -> int:
@@ -129,8 +134,8 @@ def alternating(times: Path) -> Behaviours:
     return Behaviours(sequence_worker=AlternatingWorker)
 
 
-def measure_cost(config: Config, times: Path, num_pairs: int) -> None:
-    """Run pairs of blocks and print their speeds and the ratio."""
+def measure_cost(config: Config, times: Path, num_pairs: int) -> list[dict[str, Cell]]:
+    """Run pairs of blocks and return rows of their speeds and the ratio."""
     handle = launch(config, behaviours=alternating(times))
     try:
         while (status := handle.poll()).state not in ENDED:
@@ -143,43 +148,46 @@ def measure_cost(config: Config, times: Path, num_pairs: int) -> None:
     tokens = BLOCK_STEPS * config.sequence.global_batch * config.model.seq_len
     # The first block pays for the start.
     speeds = [tokens / (began[s + BLOCK_STEPS] - began[s]) for s in range(BLOCK_STEPS, (2 * num_pairs + 1) * BLOCK_STEPS, BLOCK_STEPS)]
-    points, none = speeds[0::2], speeds[1::2]
-    ratios = [a / b for a, b in zip(points, none, strict=True)]
-    for name, values in (("with points every 16 steps", points), ("without any", none)):
-        print(f"{name:<27} median {statistics.median(values):.0f} ({min(values):.0f}..{max(values):.0f}) tokens/s", flush=True)
-    print(f"{'ratio':<27} median {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f}), {num_pairs} pairs of blocks")
+    points, none = Spread(speeds[0::2]), Spread(speeds[1::2])
+    return [
+        {"steps": f"with a point every {POINT_STEPS}", "tokens/s": points, "with / without": points.over(none)},
+        {"steps": "without any", "tokens/s": none},
+    ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="*", help="a preset or file, and key=value overrides")
-    parser.add_argument("--parts", default="faults,nodes,standby,cost", help="of faults, nodes, standby, cost")
-    parser.add_argument("--repeats", type=int, default=5, help="faults of each kind")
-    parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of the cost")
-    args = parser.parse_args()
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--repeats", type=positive, default=5, help="faults of each kind (default: %(default)s)")
+    parser.add_argument("--pairs", type=positive, default=6, help="pairs of blocks of the cost (default: %(default)s)")
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    parts = choices("--parts", args.parts, PARTS)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The actors' processes may not find this module.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         window = ["recovery.window=16", "recovery.hang_timeout_s=5"]
-        if "nodes" in args.parts:
+        (folder / "gate").mkdir()
+        report.check(table(["worker"], ["step"], folder / "gate") == 0, "a small run with a worker killed ends with the quiet run's digest")
+        if "nodes" in parts:
             with ray_nodes(3) as cluster:
                 config = configure(folder / "nodes", args.arguments, *window)
-                measure_faults(config, ["node"], args.repeats, folder, during=lambda: keep_nodes(cluster, 3))
+                rows = measure_faults(config, ["node"], args.repeats, folder, during=lambda: keep_nodes(cluster, 3))
+                report.table("a lost node of three", rows)
+        if parts == ["nodes"]:
+            return
         with ray_nodes(0):
-            if "faults" in args.parts:
-                measure_faults(configure(folder / "faults", args.arguments, *window), FAULTS, args.repeats, folder)
-            if "standby" in args.parts:
-                print("with a standby:")
+            if "faults" in parts:
+                rows = measure_faults(configure(folder / "faults", args.arguments, *window), FAULTS, args.repeats, folder)
+                report.table("faults", rows)
+            if "standby" in parts:
                 config = configure(folder / "standby", args.arguments, *window, "recovery.standbys=1")
-                measure_faults(config, ["worker", "rank"], args.repeats, folder)
-            if "cost" in args.parts:
+                report.table("faults, with a standby", measure_faults(config, ["worker", "rank"], args.repeats, folder))
+            if "cost" in parts:
                 steps = (2 * args.pairs + 2) * BLOCK_STEPS + 1
                 own = ["recovery={window: 0, checkpoint_every: 0}", f"run.stop_after={steps}"]
-                measure_cost(configure(folder / "cost", args.arguments, *own), folder / "times", args.pairs)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                rows = measure_cost(configure(folder / "cost", args.arguments, *own), folder / "times", args.pairs)
+                report.table(f"what recovery points cost, {args.pairs} pairs of blocks of {BLOCK_STEPS} steps", rows)

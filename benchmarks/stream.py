@@ -1,4 +1,4 @@
-"""Measure the speed and the memory of the stream: `python -m benchmarks.stream [--full]` (about a minute; files are temporary).
+"""The speed and the memory of the data stream: `python -m benchmarks stream [--full]` (about a minute; files are temporary).
 
 Correctness first: the blocks of each file are compared with its tokens. Then the median and spread of several passes per
 format, the time of one small batch, and the peak memory of a fresh process (Linux) for a file and for one four times as large.
@@ -6,10 +6,6 @@ format, the time of one small batch, and the peak memory of a fresh process (Lin
 
 import argparse
 import json
-import os
-import platform
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,12 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.measure import Cell, Report, Spread, status_bytes
 from nlray.config import DataConfig, SourceConfig, StreamConfig
 from nlray.pipelines.stream import BlockStream
 
+PEERS = False
+KINDS = ("text", "parquet", "parquet_one_group", "arrow", "jsonl")
 REPEATS = 5
 BATCH = 64
 END = 256
+ONE_PASS = "import sys; from benchmarks.stream import one_pass; one_pass(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 
 
 def make_records(num_bytes: int) -> list[str]:
@@ -58,16 +58,15 @@ def make_config(path: Path, kind: str, *, shuffle: bool, eval_fraction: float) -
     return DataConfig(sources=[source], eval_fraction=eval_fraction, stream=StreamConfig(shuffle=shuffle))
 
 
-def check(path: Path, kind: str) -> None:
-    """Compare one epoch of blocks with the file's tokens."""
+def is_whole(path: Path, kind: str) -> bool:
+    """Return whether one epoch of blocks is the file's tokens."""
     records = make_records(2_000_000)
     text = b"".join(r.encode() if kind == "text" else r.encode() + b"\xff" for r in records)
     expected = np.frombuffer(text + b"\xff" * (kind == "text"), np.uint8).astype(np.int32)
     expected[expected == 255] = END
     stream = BlockStream(make_config(path, kind, shuffle=False, eval_fraction=0.0), seq_len=256, seed=0)
     blocks = stream.take((len(expected) - 1) // 256).blocks
-    if not np.array_equal(blocks[:, :-1].reshape(-1), expected[: len(blocks) * 256]):
-        raise SystemExit(f"{kind}: the blocks are not the file's tokens; no time is measured")
+    return np.array_equal(blocks[:, :-1].reshape(-1), expected[: len(blocks) * 256])
 
 
 def measure_pass(path: Path, kind: str, *, num_bytes: int, seq_len: int) -> float:
@@ -82,7 +81,7 @@ def measure_pass(path: Path, kind: str, *, num_bytes: int, seq_len: int) -> floa
 
 def peak_memory(path: Path, kind: str, num_bytes: int) -> float:
     """Return the peak resident memory in MB of a fresh process that streams one epoch."""
-    command = [sys.executable, "-m", "benchmarks.stream", "--one-pass", str(path), kind, str(num_bytes)]
+    command = [sys.executable, "-c", ONE_PASS, str(path), kind, str(num_bytes)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -90,41 +89,30 @@ def one_pass(path: str, kind: str, num_bytes: int) -> None:
     if num_bytes > 0:
         measure_pass(Path(path), kind, num_bytes=num_bytes, seq_len=256)
     # Not ru_maxrss, which a process takes over from its parent.
-    print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+    print(status_bytes("VmHWM") / 2**20)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="files of 100 and 400 MB instead of 25 and 100 MB")
-    parser.add_argument("--one-pass", nargs=3, metavar=("PATH", "KIND", "BYTES"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one_pass:
-        path, kind, num_bytes = arguments.one_pass
-        one_pass(path, kind, int(num_bytes))
-        return
-    size = 100_000_000 if arguments.full else 25_000_000
-    versions = f"python {platform.python_version()}, numpy {np.__version__}, pyarrow {pa.__version__}"
-    print(f"{versions}, {os.cpu_count()} cores, {platform.machine()}")
-    print(f"{size / 1e6:.0f} MB of text, byte tokenizer, batches of {BATCH}, shuffled, 5 % held out, {REPEATS} repeats")
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    size = 100_000_000 if args.full else 25_000_000
+    report.note(f"{size / 1e6:.0f} MB of text, byte tokenizer, batches of {BATCH}, shuffled, 5 % held out, {REPEATS} repeats")
+    speeds: list[dict[str, Cell]] = []
+    peaks: list[dict[str, Cell]] = []
     with tempfile.TemporaryDirectory() as name:
-        run(Path(name), size)
-
-
-def run(folder: Path, size: int) -> None:
-    idle = peak_memory(folder, "text", 0)
-    print(f"peak memory of a process that streams nothing: {idle:.0f} MB")
-    for kind in ("text", "parquet", "parquet_one_group", "arrow", "jsonl"):
-        check(write_file(folder, kind, 2_000_000), kind)
-        path, large = write_file(folder, kind, size), write_file(folder, kind, 4 * size)
-        for seq_len in (256, 1024):
-            rates = [measure_pass(path, kind, num_bytes=size, seq_len=seq_len) / 1e6 for _ in range(REPEATS)]
-            spread = f"{min(rates):.0f} .. {max(rates):.0f}"
-            print(f"{kind:18} seq_len {seq_len:5}: {statistics.median(rates):6.0f} M tokens/s  ({spread})")
-        peaks = peak_memory(path, kind, size), peak_memory(large, kind, 4 * size)
-        print(f"{kind:18} peak memory: {peaks[0]:.0f} MB at {size / 1e6:.0f} MB, {peaks[1]:.0f} MB at {4 * size / 1e6:.0f} MB")
-        path.unlink()
-        large.unlink()
-
-
-if __name__ == "__main__":
-    main()
+        folder = Path(name)
+        for kind in KINDS:
+            report.check(is_whole(write_file(folder, kind, 2_000_000), kind), f"{kind}: the blocks are the file's tokens")
+            path, large = write_file(folder, kind, size), write_file(folder, kind, 4 * size)
+            for seq_len in (256, 1024):
+                rates = [measure_pass(path, kind, num_bytes=size, seq_len=seq_len) / 1e6 for _ in range(REPEATS)]
+                speeds.append({"format": kind, "tokens of a block": seq_len, "M tokens/s": Spread(rates)})
+            peaks.append({"format": kind, f"MiB, {size / 1e6:.0f} MB": peak_memory(path, kind, size)})
+            peaks[-1][f"MiB, {4 * size / 1e6:.0f} MB"] = peak_memory(large, kind, 4 * size)
+            path.unlink()
+            large.unlink()
+        idle = peak_memory(folder, "text", 0)
+    report.table("speed", speeds)
+    report.table(f"peak memory of a process that streams; of one that streams nothing {idle:.0f} MiB", peaks)

@@ -1,4 +1,4 @@
-"""Runs of 8 to 16,384 GPUs on paper: `python -m benchmarks.scale [PRESET | FILE.yaml ...] [key=value ...]`, `make bench-scale`.
+"""Runs of 8 to 16,384 GPUs on paper: `python -m benchmarks.scale [PRESET | FILE.yaml ...] [key=value ...]`, `make bench SUITE=scale`.
 
 For each model, number of GPUs and place of the levels: step time, stall, traffic of the busiest link, goodput under failures; as built,
 with whole periods as delays, with sums before the exchange (not built), and as plain data parallelism, where every level is updated in

@@ -12,6 +12,8 @@ from nlray.actors.launch import launch, resolve
 from nlray.actors.types import ENDED
 from nlray.config import Config
 from nlray.config_loading import load_config
+from nlray.flat import FlatLayout
+from nlray.nested_system import level_plans
 
 SMALL = [
     "run.steps=20",
@@ -52,6 +54,12 @@ def small(text_file: Path, tmp_path: Path) -> Callable[..., Config]:
         return resolve(config)
 
     return make
+
+
+def message_bytes(config: Config, level: str) -> int:
+    """Return the bytes that a worker pushes to a level once a period: its tensors, each rounded up to the layout's alignment."""
+    (plan,) = [plan for plan in level_plans(config, config.model.vocab_size) if plan.name == level]
+    return FlatLayout(plan.tensors).size_bytes
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from nlray.actors.launch import fixed_on_resume, launch, resume_config
 from nlray.errors import CheckpointError, UserError
 
-from .conftest import run_to_end
+from .conftest import message_bytes, run_to_end
 from .in_process import InProcessRun
 from .plain_loop import digest_plainly, train_plainly
 
@@ -26,8 +26,7 @@ def test_stop_after_and_resume_give_the_digest_of_one_go(small, cluster):
     written = [json.loads(line)["step"] for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     assert written == list(range(1, 21))
     assert status.summary["loss_first"] == stopped.summary["loss_first"]
-    fast = status.summary["levels"][0]
-    assert fast["bytes_pushed"] == 20 * fast["parameter_bytes"]
+    assert status.summary["levels"][0]["bytes_pushed"] == 20 * message_bytes(config, "fast")
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, cluster):

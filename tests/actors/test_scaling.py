@@ -14,7 +14,7 @@ from nlray.config import AutoscaleConfig
 from nlray.errors import UserError
 from nlray.nested_system import level_plans
 
-from .conftest import run_to_end
+from .conftest import message_bytes, run_to_end
 from .plain_loop import digest_plainly, train_plainly
 
 
@@ -50,7 +50,7 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
     assert status.summary["recoveries"] == 0
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     fast = status.summary["levels"][0]
-    assert fast["bytes_pushed"] == steps * fast["parameter_bytes"]
+    assert fast["bytes_pushed"] == steps * message_bytes(config, "fast")
     assert sum("its resources are given back" in event for event in events) == 2
     assert resume_config(config.run.dir, []).levels["slow"].ranks == 2
 

@@ -1,0 +1,200 @@
+"""A level's way to its rank and back: `python -m benchmarks exchange`.
+
+One level rank in a seat under Ray, one channel in this process: the product's own exchange (actors/exchange.py, actors/level.py). First
+what is pulled is compared with what the rank holds. Then rounds of push, update, publish and pull of a level of `--megabytes`, each
+part by the clock that both processes share, beside a copy in memory of as many bytes in the same turns. Last the bytes per step of
+levels of equal size with the periods asked for, as the channel counts them, against updating all of them in every step.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import torch
+
+from benchmarks.measure import Cell, Report, Spread, alternate, memory_copy
+from benchmarks.options import positive, whole_numbers
+from nlray.actors.exchange import LevelChannel
+from nlray.actors.launch import resolve
+from nlray.actors.level import LevelRank
+from nlray.actors.members import SEAT_THREADS
+from nlray.actors.seat import Behaviours, Seat
+from nlray.actors.transports import ObjectStore, RankClient, wait_for
+from nlray.actors.types import Assignment, Role
+from nlray.config import Config
+from nlray.config_loading import load_config
+from nlray.nested_system import level_plans
+
+PEERS = False
+DIM, LAYERS = 512, 4
+LEVEL = "fast"
+PARTS = ("push", "update", "publish", "pull")
+TRAFFIC_HIDDEN = 8
+"""Of the levels whose bytes are counted: the share of a period does not depend on the size."""
+
+
+class TimedRank(LevelRank):
+    """Writes down when a contribution came, and when its version was made and published."""
+
+    marks: tuple[float, ...] = ()
+
+    def push(self, contribution):
+        self.marks = (time.monotonic(),)
+        super().push(contribution)
+
+    def _publish(self, version, norm, *, is_skipped):
+        made = time.monotonic()
+        super()._publish(version, norm, is_skipped=is_skipped)
+        if self.marks:
+            self.marks = (self.marks[0], made, time.monotonic())
+
+    def get_marks(self):
+        return self.marks
+
+    def values(self):
+        """Return the rank's parameters, by name."""
+        return {name: parameter.numpy() for name, parameter in self.parameters.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--megabytes", type=positive, default=100, help="size of the level (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=15, help="rounds (default: %(default)s)")
+    parser.add_argument("--periods", default="1,8,64,512", help="update periods of the levels of equal size (default: %(default)s)")
+    parser.add_argument("--optimizer", default="adamw", help="of the level (default: %(default)s)")
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    periods = whole_numbers("--periods", args.periods)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The actor's process may not find this module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with tempfile.TemporaryDirectory() as folder:
+        config = configure(folder, args.megabytes, args.optimizer, args.threads)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            level = Level(config)
+            round_trips(level, args.repeats, report)
+            traffic(level, periods, folder, report)
+        finally:
+            ray.shutdown()
+
+
+def configure(folder: str, megabytes: float, optimizer: str, threads: int, *, hidden: int | None = None, period: int = 1) -> Config:
+    """Return the preset tiny with one level of so many MB, or of another hidden width."""
+    hidden = hidden or max(1, round(megabytes * 1e6 / 4 / LAYERS / (2 * DIM)))
+    own = [f"model={{dim: {DIM}, layers: {LAYERS}, heads: 4, vocab_size: 257}}", f"memory.hidden={hidden}", f"run.dir={folder}/run"]
+    own += [f"memory.levels.{name}=null" for name in ("medium", "slow", "slowest")]
+    own += [f"memory.levels.{LEVEL}={{update_period: {period}, delay: 0, resources: {{threads: {threads}}}}}"]
+    return resolve(load_config("tiny", [*own, f"memory.defaults.optimizer.name={optimizer}"], default_name="exchange"))
+
+
+class Level:
+    """A seat for a level rank, and the other end of it in this process."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self._generation = config, 0
+        options = {"timeout_s": config.run.timeout_s, "hang_timeout_s": config.recovery.hang_timeout_s, "gpus": 0}
+        behaviours = Behaviours(level_rank=TimedRank)
+        self.seat = ray.remote(num_cpus=1, max_concurrency=SEAT_THREADS)(Seat).remote("seat", behaviours=behaviours, **options)
+
+    @contextmanager
+    def channel(self, config: Config) -> Iterator[tuple[LevelChannel, dict[str, torch.Tensor]]]:
+        """Have the rank of a configuration sit down; the channel to it, and the parameters that it writes."""
+        (plan,) = level_plans(config, config.model.vocab_size)
+        self._generation += 1
+        self._ask(self.seat.become.remote(Assignment(Role(plan.name, 0), self._generation, config, (plan,))))
+        self.call("start")
+        parameters = {spec.name: torch.empty(spec.shape) for spec in plan.tensors}
+        link = RankClient(self.seat, self._generation, f"level {plan.name} rank 0", ObjectStore(config.run.timeout_s), config.run.timeout_s)
+        channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=config.run.timeout_s)
+        channel.start(0, 0)
+        try:
+            yield channel, parameters
+        finally:
+            channel.close()
+
+    def call(self, method: str) -> object:
+        return self._ask(self.seat.call.remote(self._generation, method))
+
+    def _ask(self, ref: ray.ObjectRef) -> object:
+        return wait_for(ref, "the level rank", self.config.run.timeout_s)
+
+
+def round_trips(level: Level, repeats: int, report: Report) -> None:
+    """Measure rounds of one level."""
+    with level.channel(level.config) as (channel, parameters):
+        gradients = {name: torch.full_like(p, 1e-3) for name, p in parameters.items()}
+        first = {name: p.clone() for name, p in parameters.items()}
+        step, parts = 0, {part: [] for part in ("accumulate", *PARTS)}
+
+        def one_round() -> float:
+            nonlocal step
+            step += 1
+            began = time.monotonic()
+            channel.accumulate(gradients)
+            left = time.monotonic()
+            channel.end_step(step)
+            channel.take_up(step + 1)
+            there = time.monotonic()
+            came, made, published = level.call("get_marks")
+            for part, seconds in zip(parts, (left - began, came - left, made - came, published - made, there - published), strict=True):
+                parts[part].append(seconds)
+            return there - began
+
+        one_round()
+        applied = level.call("values")
+        is_right = all(torch.equal(p, torch.tensor(applied[name])) and not torch.equal(p, first[name]) for name, p in parameters.items())
+        report.check(is_right, "after a round the values pulled are those that the rank has applied, bit for bit, and new ones")
+        size = channel.layouts[0].size_bytes
+        report.check(channel.bytes_pushed == channel.bytes_pulled == size, f"a round moves {size / 1e6:.1f} MB each way")
+        del applied, first
+        seconds = alternate({"round": one_round, "copy": memory_copy(size)}, repeats=repeats, warm_up=2)
+
+    of_parts = {part: Spread(values[-repeats:]) for part, values in parts.items()}
+    copy = seconds["copy"]
+    rows: list[dict[str, Cell]] = []
+    for name, took in [*of_parts.items(), ("all of a round", seconds["round"]), ("copy in memory", copy)]:
+        passes = 2 if name == "all of a round" else 1
+        row: dict[str, Cell] = {"part": name, "ms": took.scaled(1e3), "GB/s": took.rate(passes * size / 1e9)}
+        rows.append(row | {"times a copy": None if took is copy else took.over(copy)})
+    of_rank = level.config.levels[LEVEL]
+    report.note(
+        f"{size / 1e6:.1f} MB of float32, {of_rank.optimizer.name}, the rank with {of_rank.resources.num_threads} thread(s), one node; "
+        f"{repeats} rounds; GB/s: the level's bytes over the part's time, of a round in both directions. "
+        "push: until the rank has the contribution; update: its mean, norm, clipping and optimizer; "
+        "publish: the flat copy and the object store; pull: until it is in the worker's parameters"
+    )
+    report.table("round trip of a level", rows)
+
+
+def traffic(level: Level, periods: list[int], folder: str, report: Report) -> None:
+    """Count the bytes per step of levels of equal size with other periods."""
+    steps, counted = max(periods), {}
+    for period in dict.fromkeys([1, *periods]):
+        config = configure(folder, 0, "gradient_descent", 1, hidden=TRAFFIC_HIDDEN, period=period)
+        with level.channel(config) as (channel, parameters):
+            gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
+            for step in range(1, steps + 1):
+                channel.take_up(step)
+                channel.accumulate(gradients)
+                channel.end_step(step)
+            channel.take_newest(steps)
+            counted[period] = (channel.bytes_pushed / steps, channel.bytes_pulled / steps)
+            pushes, rest = divmod(channel.bytes_pushed, channel.layouts[0].size_bytes)
+            is_right = rest == 0 and pushes == steps // period and channel.bytes_pulled == channel.bytes_pushed
+            report.check(is_right, f"period {period}: {pushes} pushes and as many pulls in {steps} steps")
+    each = sum(counted[1])
+    totals = {f"period {period}": (counted[period], 1) for period in periods}
+    totals["all of them"] = (tuple(sum(counted[p][way] for p in periods) for way in (0, 1)), len(periods))
+    totals["all, every step"] = (tuple(len(periods) * counted[1][way] for way in (0, 1)), len(periods))
+    rows: list[dict[str, Cell]] = [
+        {"levels": name, "bytes pushed a step": pushed, "bytes pulled a step": pulled, "share": (pushed + pulled) / (num_levels * each)}
+        for name, ((pushed, pulled), num_levels) in totals.items()
+    ]
+    report.table(f"traffic over {steps} steps, levels of equal size", rows)

@@ -1,0 +1,140 @@
+"""The memory layer of Titans, forward and backward: `python -m benchmarks layer [--peers]`.
+
+Matrix and MLP memories at the chunk sizes asked for, beside the matrix-product peak of the same run and, with `--peers`, NeuralMemory of
+titans-pytorch of depth 1 and 2, on the same shapes and threads, in turns. Correctness first: each form of memory against the
+per-token reference.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+
+from benchmarks.flops import count_flops
+from benchmarks.measure import Cell, Report, alternate, matrix_peak
+from benchmarks.options import choices, positive, whole_numbers
+from benchmarks.peers import VERSIONS, Peer, PeerError
+from nlray.config import ModelConfig
+from nlray.memories.delta.reference import memory_reference
+from nlray.memories.family import memory_of
+from nlray.memories.mlp.reference import mlp_memory_reference
+from nlray.models.hope import Titans
+from nlray.models.layers import initialize_, parameter_inits
+
+PEERS = True
+PEER = "titans-pytorch"
+DEPTHS = {"matrix": 1, "mlp": 2}
+OBJECTIVES = {"matrix": "dot", "mlp": "l2"}
+TOLERANCE = 1e-4
+"""Of float32 against the float64 reference, relative to the largest value."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memories", default="matrix,mlp", help="of matrix, mlp (default: %(default)s)")
+    parser.add_argument("--chunks", default="16,64", help="chunk sizes in tokens (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=4, help="sequences (default: %(default)s)")
+    parser.add_argument("--seq-len", type=positive, default=1024, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--dim", type=positive, default=256, help="width (default: %(default)s)")
+    parser.add_argument("--heads", type=positive, default=4, help="heads (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=7, help="turns (default: %(default)s)")
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    torch.set_num_threads(args.threads)
+    models = [
+        ModelConfig(
+            dim=args.dim, heads=args.heads, layers=1, seq_len=args.seq_len, chunk_size=chunk, memory=memory, objective=OBJECTIVES[memory]
+        )
+        for memory in choices("--memories", args.memories, DEPTHS)
+        for chunk in whole_numbers("--chunks", args.chunks)
+    ]
+    for memory in dict.fromkeys(model.memory for model in models):
+        error = error_of(memory)
+        report.check(error < TOLERANCE, f"{memory} memory by chunks equals the per-token reference, outputs and gradients, to {error:.1e}")
+    peak = matrix_peak()
+    shape = f"batch {args.batch}, {args.seq_len} tokens, dim {args.dim}, {args.heads} heads, float32, {args.threads} thread(s)"
+    report.note(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s; forward and backward of one layer, {shape}; {args.repeats} turns")
+    report.table("layer", [row for model in models for row in measure(model, peak, args, report)])
+
+
+def measure(model: ModelConfig, peak: float, args: argparse.Namespace, report: Report) -> list[dict[str, Cell]]:
+    """Return the rows of one form of memory: ours, and its peers where they are asked for."""
+    tokens = args.batch * model.seq_len
+    work = layer_work(model, args.batch)
+    flops = count_flops(work)
+    with ExitStack() as stack:
+        works: dict[str, Callable] = {"nlray": work}
+        # The gradients of its default are all taken at the weights of the sequence's start; renewed: at those of the chunk's, as ours.
+        for name, renew in ((f"{PEER}", 0), (f"{PEER}, renewed", model.chunk_size)) if args.peers else ():
+            options = {"dim": model.dim, "heads": model.heads, "chunk_size": model.chunk_size, "depth": DEPTHS[model.memory]}
+            try:
+                peer = stack.enter_context(
+                    Peer(PEER, args.peers_dir, threads=args.threads, batch=args.batch, seq_len=model.seq_len, renew=renew, **options)
+                )
+            except PeerError as error:
+                report.note(str(error))
+                break
+            report.check(peer.description["is_right"], f"{name} {VERSIONS[PEER]}, depth {options['depth']}: finite, with gradients")
+            works[name] = peer.turn
+        seconds = alternate(works, repeats=args.repeats)
+    rows: list[dict[str, Cell]] = []
+    for name, took in seconds.items():
+        row: dict[str, Cell] = {"memory": model.memory, "chunk": model.chunk_size, "layer": name, "ms": took.scaled(1e3)}
+        row["tokens/s"] = took.rate(tokens)
+        if name == "nlray":
+            rate = took.rate(flops / 1e9)
+            row |= {"GFLOP": flops / 1e9, "GFLOP/s": rate, "% of peak": rate.scaled(1e11 / peak)}
+        else:
+            row["times nlray's"] = took.over(seconds["nlray"])
+        rows.append(row)
+    return rows
+
+
+def layer_work(model: ModelConfig, batch: int) -> Callable[[], None]:
+    """Return forward and backward of a layer with gradients of its input and parameters, on one batch."""
+    layer = build_layer(model)
+    generator = torch.Generator().manual_seed(0)
+    x_BTD, upstream_BTD = torch.randn(2, batch, model.seq_len, model.dim, generator=generator)
+    x_BTD.requires_grad_()
+
+    def work() -> None:
+        layer.zero_grad(set_to_none=True)
+        x_BTD.grad = None
+        y_BTD, _ = layer(x_BTD, None)
+        y_BTD.backward(upstream_BTD)
+
+    return work
+
+
+def build_layer(model: ModelConfig) -> Titans:
+    layer = Titans(model)
+    inits = parameter_inits(layer)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            initialize_(name, parameter, inits[name], 0)
+    return layer
+
+
+def error_of(memory: str) -> float:
+    """Return how far a small memory by chunks in float32 is from the reference in float64, outputs and gradients, relative."""
+    # Gates in the middle of their range, so that every term of the recurrence counts.
+    model = ModelConfig(
+        dim=32, heads=2, layers=1, chunk_size=3, memory=memory, objective=OBJECTIVES[memory], inner_lr_bias=-1.0, decay_bias=1.0
+    )
+    weights, generator = build_layer(model).memory_weights(), torch.Generator().manual_seed(1)
+    # Three chunks, the last one open.
+    u, q, upstream = torch.randn(3, 2, model.heads, 7, model.head_dim, generator=generator)
+    u.requires_grad_()
+    by_chunks = memory_of(model)
+    y, _ = by_chunks(u, q, weights, by_chunks.initial_state(2, weights), inner_lr=1.0)
+    found = (y, *torch.autograd.grad(y, (u, *weights.memories["k"]), upstream))
+
+    exact = weights._replace(
+        memories={box: tuple(t.detach().double().requires_grad_() for t in layers) for box, layers in weights.memories.items()},
+        biases={gate: bias.detach().double() for gate, bias in weights.biases.items()},
+    )
+    u_exact, reference = u.detach().double().requires_grad_(), mlp_memory_reference if memory == "mlp" else memory_reference
+    y_exact, *_ = reference(u_exact, q.double(), exact, model=model, inner_lr=1.0)
+    expected = (y_exact, *torch.autograd.grad(y_exact, (u_exact, *exact.memories["k"]), upstream.double()))
+    return max(float((a.detach().double() - b.detach()).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
