@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.measure import Report, alternate
 from benchmarks.options import positive
 from nlray.config import Config
-from nlray.models.lm import LanguageModel, State, build_model
+from nlray.models.lm import LanguageModel, build_model
+from nlray.models.state import State, state_tensors
 
 SHORT_CONTEXT = 1024
 PIECE = 256
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace, config: Config, report: Report) -> None:
             state, seen = model(piece, state)[1], seen + piece.shape[1]
         states[context] = state
     took = time.perf_counter() - started
-    sizes = {context: sum(tensor.numel() for block in state for tensor in block) for context, state in states.items()}
+    sizes = {context: sum(tensor.numel() for tensor in state_tensors(state).values()) for context, state in states.items()}
     what = f"the state is {sizes[SHORT_CONTEXT]} values after {contexts[0]} and after {contexts[1]} tokens"
     report.check(len(set(sizes.values())) == 1, what)
     report.note(
