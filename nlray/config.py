@@ -198,6 +198,9 @@ class ModelConfig:
     """Bias of the inner learning rate's sigmoid at the start."""
     decay_bias: Any = 5.0
     """Bias of the decay's sigmoid at the start, one number or a list with one for each head: 5 is a half-life of about 100 tokens."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the self-modifying matrix memory with rule dgd: auto takes the Triton kernels on GPUs where they can run, torch and
+    triton insist. A resumed run may change it; the two differ by rounding."""
     conv_width: int = 4
     """Width of the causal depthwise convolution; 0: none."""
     mlp_hidden: int | None = None
@@ -222,6 +225,8 @@ class ModelConfig:
         )
         if self.uses_attention:
             self._check_attention()
+        has_kernels = self.collapses and not self.uses_attention
+        _require(self.kernels != "triton" or has_kernels, "model.kernels is triton; allowed for this memory or attention: auto, torch")
         _require(self.norm == "rms" or self.kind == "hope_attention", f"model.norm is {self.norm}; allowed for kind {self.kind}: rms")
         _require(self.norm_eps >= 0, f"model.norm_eps is {self.norm_eps}; allowed: 0 or more")
         _require(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; allowed: 2 or more, or null")

@@ -23,6 +23,7 @@ class CollapsedMemory:
     def __init__(self, model: ModelConfig) -> None:
         self.retain = model.retain
         self.options = {"chunk_size": model.chunk_size, "objective": model.objective, "retain": model.retain, "read": model.read}
+        self.options["path"] = model.kernels
 
     def __call__(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor, weights: MemoryWeights, state: MemoryState, *, inner_lr: float

@@ -1,16 +1,14 @@
 """The collapsed matrix memory as Triton kernels: the scan of chunk.py and its backward, fused over heads and sequences.
 
-README.md beside this file has the layout and the backward ('The kernels'). nlray/memories/delta/paths.py says where this module can
-be used; it is imported only there, since Triton is optional. Call it so:
+README.md beside this file has the layout and the backward ('The kernels'); nlray/memories/delta/paths.py says where they can be
+used. Triton is optional, so chunk.py imports this module where it needs it. Call it so:
 
-    nq_XTd, end_Xdd = scan_chunks(u_XTd, q_XTd, s_Xdd, parameters, chunk_size=64, objective="dot", retain="init", read="token", inner_lr=1.0)
+    nq_XTd, end_Xdd = scan_chunks(u_XTd, q_XTd, s_Xdd, parameters, chunk_size=64, objective="dot", ...)
 
-Four kernels. `_scan_kernel` walks a head's chunks in their order and keeps its state; in the backward the same kernel computes all
-chunks anew, side by side, from the states that it left at their starts. `_read_kernel` and `_read_backward_kernel` take a chunk each,
-`_scan_backward_kernel` walks back. What is summed over the batch, the gradients of the weights, is summed outside: no atomics, so
-equal inputs give equal bits. Buffers are [X, T, d] with X = H B, heads first; a chunk's tile is [BC, BD], masked to its C tokens of
-those left and to the d columns. Products have operands of the inputs' dtype and float32 sums; gates, decays, the
-triangular inverse and the carried state are float32.
+A program works on a block of BT tokens at a time; its tiles are [BD, BT], a token a column, so that the large matrices stand on the left
+of every product, where the warps share their rows. All dimensions are masked: tokens of the chunk and the sequence, columns of d.
+Products have operands of the inputs' dtype and float32 sums; gates, decays, the triangular inverse and the carried state are float32.
+Sums over the batch are made outside, without atomics: equal inputs give equal bits.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,8 +32,8 @@ _EPS = tl.constexpr(UNIT_EPS)
 # What the backward keeps of a token, side by side so that one address serves all: vectors in `work`, [X, T, 10, d] ...
 _K, _V, _N, _W, _DK_READ, _DW_READ, _DR, _DN, _DK, _DV = (tl.constexpr(plane) for plane in range(10))
 _VECTORS = tl.constexpr(10)
-# ... and numbers in `numbers`, [X, T, 8].
-_G, _SCALE_K, _SCALE_V, _SHARE_ETA, _SHARE_ALPHA, _DG_READ, _DETA, _DALPHA = (tl.constexpr(plane) for plane in range(8))
+# ... and numbers in `numbers`, [X, T, 8]; the loss of alpha is 1 - alpha, which alpha near 1 would not tell.
+_G, _SCALE_K, _SCALE_V, _SHARE_ETA, _LOSS_ALPHA, _DG_READ, _DETA, _DALPHA = (tl.constexpr(plane) for plane in range(8))
 _NUMBERS = tl.constexpr(8)
 
 
@@ -149,7 +147,7 @@ def _scan_kernel(
         for i in tl.range(0, NB, disable_licm=True):
             token_at, token_ok = _tokens_of(x, chunk, i, T, C, BT)
             at, ok = token_at * D, token_ok[None, :] & row_ok
-            # k, v and the gates come from the chunk's start.
+            # Departs from Eq. 83, 88, 90: as chunk.py does, in _project and _chunk; k, v and the gates come from the chunk's start.
             u_low = tl.load(u + at + tile, mask=ok, other=0.0)  # [BD, BT]
             n = _dot(tl.load(start, mask=square_ok, other=0.0), u_low)  # [BD, BT]
             if IS_INIT:
@@ -185,7 +183,7 @@ def _scan_kernel(
                 tl.store(number + _SCALE_K, scale_k, mask=token_ok)
                 tl.store(number + _SCALE_V, scale_v, mask=token_ok)
                 tl.store(number + _SHARE_ETA, share_eta, mask=token_ok)
-                tl.store(number + _SHARE_ALPHA, tl.sigmoid(logit_alpha), mask=token_ok)
+                tl.store(number + _LOSS_ALPHA, tl.sigmoid(-logit_alpha), mask=token_ok)
                 block = (x * num_chunks + chunk) * NB + i
                 tl.store(inverse_out + block * BT * BT + row * BT + col, inverse)
                 tl.store(states + block * D * D + square, s_low, mask=square_ok)
@@ -201,9 +199,8 @@ def _scan_kernel(
                 tl.store(nq + at + tile, answer.to(dtype), mask=ok)
             g_last = tl.sum(log_alpha, axis=0)
             s = tl.exp(g_last) * s + _dot((tl.exp(g_last - g)[None, :] * w).to(dtype), tl.trans(k_low))
-    if not IS_ALONE:
-        if T % C == 0:
-            tl.store(s_end + end_at + square, s, mask=square_ok)
+    if not IS_ALONE and T % C == 0:
+        tl.store(s_end + end_at + square, s, mask=square_ok)
 
 
 @triton.jit
@@ -343,7 +340,7 @@ def _scan_backward_kernel(
             tl.store(vectors + _DV * D, dv_low, mask=ok)
             dg += dgp
             dlog_alpha = dg_last + tl.sum(dg, axis=0) - tl.cumsum(dg, axis=0) + dg - dgp
-            dalpha_logit = dlog_alpha * (1.0 - tl.load(number + _SHARE_ALPHA, mask=token_ok, other=1.0))  # [BT]
+            dalpha_logit = dlog_alpha * tl.load(number + _LOSS_ALPHA, mask=token_ok, other=0.0)  # [BT]
             tl.store(number + _DETA, deta_logit, mask=token_ok)
             tl.store(number + _DALPHA, dalpha_logit, mask=token_ok)
             dn = _dot(tl.trans(tl.load(m_k + weight_at + square, mask=square_ok, other=0.0)), dk_low)  # [BD, BT]
@@ -383,7 +380,7 @@ def launch_options(chunk_size: int, width: int) -> dict[str, int]:
     """
     columns = max(16, triton.next_power_of_2(width))
     sizes = {"C": chunk_size, "D": width, "BT": BLOCK_TOKENS, "BD": columns, "NB": triton.cdiv(chunk_size, BLOCK_TOKENS)}
-    return sizes | {"num_warps": min(8, columns // 16), "num_stages": 1}
+    return sizes | {"num_warps": 8 if columns > 64 else 4, "num_stages": 1}
 
 
 class _Call:
@@ -447,7 +444,7 @@ class _Scan(torch.autograd.Function):
             call.launch_read_backward(dnq, q, states, work, numbers, dq)
             call.launch_scan_backward(dnq, ds_end, u, q, *weights[:4], inverse, states, work, numbers, du, ds_first)
         # What the batch shares is summed here: [H, rows, B T] times [H, B T, d].
-        heads, width = weights[2].shape
+        heads = len(weights[2])
         n_HNd, dk_HNd, dv_HNd = (work[:, :, plane.value].unflatten(0, (heads, -1)).flatten(1, 2) for plane in (_N, _DK, _DV))
         dm_k, dm_v = (torch.bmm(rows.mT, n_HNd).float() for rows in (dk_HNd, dv_HNd))
         dlogits_2HN = torch.stack([numbers[..., plane.value].reshape(heads, -1) for plane in (_DETA, _DALPHA)])
@@ -456,9 +453,7 @@ class _Scan(torch.autograd.Function):
         return du, dq, ds_first, dm_k, dm_v, dm_eta, dm_alpha, db_eta, db_alpha, None
 
 
-def scan_chunks(
-    u_XTd: Tensor, q_XTd: Tensor, s_Xdd: Tensor, parameters: "MemoryParameters", **options: Any
-) -> tuple[Tensor, Tensor]:
+def scan_chunks(u_XTd: Tensor, q_XTd: Tensor, s_Xdd: Tensor, parameters: "MemoryParameters", **options: Any) -> tuple[Tensor, Tensor]:
     """Return N q of every token and the state after the last whole chunk: the same as nlray/memories/delta/chunk.py: scan_chunks.
 
     Args:
