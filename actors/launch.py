@@ -15,7 +15,7 @@ from nlray.actors.conductor import Conductor, namespace_of
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.nodes import HEAD_RESOURCE
-from nlray.actors.placement import check_fit, cpus_needed, plan_actors, resolve_threads
+from nlray.actors.placement import check_fit, check_kernels, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
@@ -52,7 +52,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "data.sources": [asdict(source) for source in config.data.sources],
         "memory.levels": list(config.levels),
     }
-    keys |= {f"model.{key}": value for key, value in asdict(config.model).items()}
+    keys |= {f"model.{key}": value for key, value in asdict(config.model).items() if key != "kernels"}
     for name, level in config.levels.items():
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
@@ -116,6 +116,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         nodes = ray.nodes()
         actors, gpu_notes = plan_actors(config, sum(n["Resources"].get("GPU", 0.0) for n in nodes if n["Alive"]))
         check_fit(actors, nodes)
+        check_kernels(config, actors)
         check_not_running(config)
         if len(nodes) > 1 and "://" not in config.run.dir:
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")

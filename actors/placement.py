@@ -115,6 +115,12 @@ def check_fit(plans: Sequence[ActorPlan], nodes: Sequence[dict[str, Any]]) -> No
             raise UserError(f"the run asks for {asked:g} {name} ({', '.join(keys)}); the cluster has {there:g}")
 
 
+def check_kernels(config: Config, plans: Sequence[ActorPlan]) -> None:
+    """Raise UserError where the configuration insists on Triton and a sequence worker has no GPU."""
+    if config.model.kernels == "triton" and any(plan.gpus == 0 for plan in plans if plan.group == SEQUENCE):
+        raise UserError("model.kernels is triton and a sequence worker has no GPU (sequence.resources.gpus); allowed then: auto, torch")
+
+
 def resolve_threads(config: Config) -> Config:
     """Return the configuration with every actor's threads written out, so that a resume elsewhere computes the same bits."""
     sequence = replace(config.sequence, resources=replace(config.sequence.resources, threads=config.sequence.resources.num_threads))

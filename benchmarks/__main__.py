@@ -1,7 +1,7 @@
 """The benchmark suites: `python -m benchmarks SUITE [--json FILE] [--peers] [options]`; `python -m benchmarks SUITE --help` lists them.
 
 Each suite first checks that what it measures is right, then times the things to compare in turns, and prints medians, spreads and
-ratios. docs/performance_suite.md says what each shows and what came out.
+ratios. docs/performance.md says what each shows and what came out.
 """
 
 import difflib

@@ -230,6 +230,9 @@ class ModelConfig:
     carry_state: bool = False
     """Whether a row of a batch goes on, in the text and with the memories' state, where the same row of the batch before ended; gradients
     end at its start (truncated backpropagation). Kinds hope and titans; `data.stream.lane_blocks` says for how long."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the self-modifying matrix memory with rule dgd: auto takes the Triton kernels on GPUs where they can run, torch and
+    triton insist. A resumed run may change it; the two differ by rounding."""
     conv_width: int = 4
     """Width of the causal depthwise convolution; 0: none."""
     mlp_hidden: int | None = None
@@ -254,6 +257,8 @@ class ModelConfig:
         )
         if self.uses_attention:
             self._check_attention()
+        has_kernels = self.collapses and not self.uses_attention
+        _require(self.kernels != "triton" or has_kernels, "model.kernels is triton; allowed for this memory or attention: auto, torch")
         _require(self.norm == "rms" or self.kind == "hope_attention", f"model.norm is {self.norm}; allowed for kind {self.kind}: rms")
         carries = self.carry_state and self.uses_attention
         _require(not carries, f"model.carry_state is true; allowed for kind {self.kind}, whose state grows with the text: false")

@@ -29,6 +29,7 @@ class CollapsedMemory(MatrixMemory):
         super().__init__(model)
         self.retain = model.retain
         self.options = {"chunk_size": self.chunk_size, "objective": model.objective, "retain": model.retain, "read": model.read}
+        self.options["path"] = model.kernels
 
     def __call__(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor, weights: MemoryWeights, state: MemoryState, *, inner_lr: float

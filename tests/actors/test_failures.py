@@ -132,6 +132,18 @@ def test_a_folder_that_a_run_is_writing_to_is_refused(small, tmp_path):
     RunLock(config.run.dir).close()
 
 
+def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(small):
+    from nlray.actors.launch import fixed_on_resume
+    from nlray.actors.placement import check_kernels, plan_actors
+
+    config = small("model.kernels=triton")
+    check_kernels(config, plan_actors(config, 1)[0])
+    with pytest.raises(UserError, match=r"model.kernels is triton and a sequence worker has no GPU .*; allowed then: auto, torch"):
+        check_kernels(config, plan_actors(config, 0)[0])
+    check_kernels(small(), plan_actors(small(), 0)[0])
+    assert fixed_on_resume(config) == fixed_on_resume(small())
+
+
 def test_the_fit_is_checked_per_node_and_per_label(small):
     from nlray.actors.placement import check_fit, plan_actors
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlray.memories.delta.paths import Path, uses_triton
 from nlray.memories.layer import decays
 from nlray.memories.scan import MemoryState, unit
 
@@ -56,10 +57,12 @@ def titans_memory(
     retain: Literal["init", "zero"] = "init",
     read: Literal["token", "chunk_start"] = "token",
     inner_lr: float = 1.0,
+    path: Path = "auto",
 ) -> tuple[Tensor, MemoryState]:
     """Update the self-modifying memory with every token and read it (Eq. 83-90, 92, 93, matrix memories).
 
-    Computed in the parameters' dtype, whatever autocast says: gates, decays, the solve and the state need it.
+    With torch, computed in the parameters' dtype, whatever autocast says: gates, decays, the solve and the state need it. The Triton
+    kernels keep these in float32 too; their products have operands of the queries' dtype and float32 sums.
 
     Args:
         u_BHTd: inputs of the memories, [B, H, T, d], any T >= 1.
@@ -71,18 +74,24 @@ def titans_memory(
         retain: what the decay leads to, the initial memory (init) or nothing (zero, the paper).
         read: a token reads after its own update (token) or at the chunk's start (chunk_start, the paper).
         inner_lr: largest inner learning rate eta_max; 0 turns the inner updates off.
+        path: torch, triton, or auto: Triton wherever its kernels can run (paths.py). Gradients of gradients need torch.
 
     Returns:
-        y_BHTd: what the main memory answers, [B, H, T, d]; and the state after these tokens.
+        y_BHTd: what the main memory answers, [B, H, T, d], in the parameters' dtype, from Triton in the products'; and the
+        state after these tokens.
 
     Raises:
         ValueError: shapes that do not fit, or chunk_size < 1.
+        UserError: path is triton, and the kernels cannot run.
     """
     _check(u_BHTd, q_BHTd, parameters, chunk_size)
     batch, heads, length, width = u_BHTd.shape
     if state is None:
         state = initial_state(batch, parameters, retain=retain)
     num_open = state.open_inputs.shape[2]
+    options = {"chunk_size": chunk_size, "objective": objective, "retain": retain, "read": read, "inner_lr": inner_lr}
+    products = q_BHTd.dtype if q_BHTd.dtype == torch.bfloat16 else parameters.m_k.dtype
+    is_triton = uses_triton(path, u_BHTd.device, products, width)
     with torch.autocast(u_BHTd.device.type, enabled=False):
         dtype = parameters.m_k.dtype
         u_BHTd = torch.cat([state.open_inputs, u_BHTd.to(dtype)], dim=2)
@@ -90,20 +99,41 @@ def titans_memory(
         q_BHTd = F.pad(unit(q_BHTd.to(dtype)), (0, 0, num_open, 0))
         # X: the pairs of head and sequence, heads first, so that the projections of all sequences are one product per head.
         u_XTd, q_XTd, s_Xdd = (x.transpose(0, 1).flatten(0, 1) for x in (u_BHTd, q_BHTd, state.fast_weights))
-        weights_HdP, bias_H12 = _stack(parameters)
+        if is_triton:
+            from nlray.memories.delta import triton_kernels
 
-        reads, boundary_Xdd = [], s_Xdd
-        for u_XCd, q_XCd in zip(u_XTd.split(chunk_size, dim=1), q_XTd.split(chunk_size, dim=1), strict=True):
-            k_XCd, v_XCd, eta_XC1, log_alpha_XC1 = _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain)
-            nq_XCd, s_Xdd = _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective=objective, retain=retain, read=read)
-            reads.append(nq_XCd)
-            if u_XCd.shape[1] == chunk_size:
-                boundary_Xdd = s_Xdd
-        nq_HNd = torch.cat(reads, dim=1)[:, num_open:].reshape(heads, batch * length, width)
-        y_BHTd = torch.bmm(nq_HNd, parameters.m_mem.mT).view(heads, batch, length, width).transpose(0, 1)
+            nq_XTd, boundary_Xdd = triton_kernels.scan_chunks(u_XTd.to(products), q_XTd.to(products), s_Xdd, parameters, **options)
+        else:
+            nq_XTd, boundary_Xdd = scan_chunks(u_XTd, q_XTd, s_Xdd, parameters, **options)
+        nq_HNd = nq_XTd[:, num_open:].reshape(heads, batch * length, width)
+        y_BHTd = torch.bmm(nq_HNd, parameters.m_mem.mT.to(nq_HNd.dtype)).view(heads, batch, length, width).transpose(0, 1)
     matrix = boundary_Xdd.unflatten(0, (heads, batch)).transpose(0, 1)
     first_open = u_BHTd.shape[2] - u_BHTd.shape[2] % chunk_size
     return y_BHTd, MemoryState(matrix, u_BHTd[:, :, first_open:])
+
+
+def scan_chunks(
+    u_XTd: Tensor,
+    q_XTd: Tensor,
+    s_Xdd: Tensor,
+    parameters: MemoryParameters,
+    *,
+    chunk_size: int,
+    objective: str,
+    retain: str,
+    read: str,
+    inner_lr: float,
+) -> tuple[Tensor, Tensor]:
+    """Return N q of every token, [X, T, d], and the state after the last whole chunk, [X, d, d]; the queries have length 1."""
+    weights_HdP, bias_H12 = _stack(parameters)
+    reads, boundary_Xdd = [], s_Xdd
+    for u_XCd, q_XCd in zip(u_XTd.split(chunk_size, dim=1), q_XTd.split(chunk_size, dim=1), strict=True):
+        k_XCd, v_XCd, eta_XC1, log_alpha_XC1 = _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain)
+        nq_XCd, s_Xdd = _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective=objective, retain=retain, read=read)
+        reads.append(nq_XCd)
+        if u_XCd.shape[1] == chunk_size:
+            boundary_Xdd = s_Xdd
+    return torch.cat(reads, dim=1), boundary_Xdd
 
 
 def _stack(parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
