@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels chaos bench bench-long bench-optimizers
+.PHONY: help install train test test-fast check doctor levels chaos bench bench-long bench-optimizers bench-memories bench-stacking
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ bench-long: $(INSTALLED)  ## measure a trained model far beyond its training len
 
 bench-optimizers: $(INSTALLED)  ## measure a step of each optimizer; ARGS="--part table": the loss each reaches, hours, goes on where it stopped
 	$(VENV)/bin/python -m benchmarks.optimizers $(or $(ARGS),--part cost)
+
+bench-memories: $(INSTALLED)  ## train every memory in context on recall and on text; hours, goes on where it stopped
+	$(VENV)/bin/python -m benchmarks.memories $(ARGS)
+
+bench-stacking: $(INSTALLED)  ## pretrain a small transformer, stack it, go on with another text; an hour, goes on where it stopped
+	$(VENV)/bin/python -m benchmarks.stacking $(ARGS)
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -12,20 +12,17 @@ import json
 import math
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.bare import BareLoop
-from nlray.config import Config, OptimizerConfig, ScheduleConfig
+from benchmarks.bare import train
+from benchmarks.table import Runs, spread
+from nlray.config import OptimizerConfig, ScheduleConfig
 from nlray.config_loading import load_config
-from nlray.evals.heldout import heldout_losses
 from nlray.nested_system import level_plans
 from nlray.optimizers import OuterOptimizer
-from nlray.pipelines.stream import BlockStream, heldout_blocks
-from nlray.pipelines.tokenizers import checked_vocab_size
 
 RMS = {"update_rms": 0.2}
 """AdamW's update size, so that one sweep of learning rates fits all."""
@@ -47,9 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 LEARNING_RATES = (2e-3, 6e-3, 2e-2)
 SEEDS = (0, 1, 2)
 STEPS = 300
-HELDOUT_SEED = 0
 STEPS_A_TURN = 16
-WARM_UP_STEPS = 8
 
 
 def cost(turns: int) -> None:
@@ -82,22 +77,13 @@ def cost(turns: int) -> None:
 
 
 class Table:
-    """Finished runs, in a file of JSON lines, and the means of doing those that are missing."""
+    """The sweep and the seeds of every variant; `overrides` hold for all runs."""
 
     def __init__(self, out: Path, overrides: list[str]) -> None:
-        self.out, self.overrides = out, overrides
-        lines = out.read_text().splitlines() if out.exists() else []
-        self.done = {self._key(row): row for row in map(json.loads, lines)}
-
-    @staticmethod
-    def _key(row: dict[str, Any]) -> tuple:
-        return row["label"], row["lr"], row["seed"], row["steps"], tuple(row["overrides"])
+        self.runs, self.overrides = Runs(out, ("label", "lr", "seed", "steps", "overrides")), overrides
 
     def run(self, label: str, lr: float, seed: int) -> dict[str, Any]:
         """Return a run's row, from the file or by training; its held-out loss is null where the training broke down."""
-        row = {"label": label, "lr": lr, "seed": seed, "steps": STEPS, "overrides": self.overrides}
-        if self._key(row) in self.done:
-            return self.done[self._key(row)]
         rule = "dgd" if label == "dgd, adamw" else "gd"
         own = [f"memory.defaults.rule={rule}", f"run.steps={STEPS}", f"run.seed={seed}", f"memory.defaults.optimizer.lr={lr}"]
         plain = VARIANTS.get(label, VARIANTS["adamw"])
@@ -105,11 +91,8 @@ class Table:
             f"memory.defaults.optimizer.name={plain['name']}",
             f"memory.defaults.optimizer.options={json.dumps(plain.get('options', {}))}",
         ]
-        row |= train(load_config("tiny", [*self.overrides, *own]))
-        with self.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.done[self._key(row)] = row
-        return row
+        what = {"label": label, "lr": lr, "seed": seed, "steps": STEPS, "overrides": self.overrides}
+        return self.runs.row(what, lambda: train(load_config("tiny", [*self.overrides, *own])).results)
 
     def print(self) -> None:
         """Do the sweep and the seeds of each variant, and print a line for each as it is complete."""
@@ -121,29 +104,8 @@ class Table:
             sweep = [self.run(label, lr, SEEDS[0]) for lr in LEARNING_RATES]
             best = min(sweep, key=lambda row: math.inf if row["heldout_loss"] is None else row["heldout_loss"])["lr"]
             rows = [self.run(label, best, seed) for seed in SEEDS]
-            losses = [math.nan if row["heldout_loss"] is None else row["heldout_loss"] for row in rows]
-            spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f}..{max(losses):.4f})"
-            print(f"{label:<26} {best:7g} {spread:>38} {statistics.median(r['ms_per_step'] for r in rows):10.1f}", flush=True)
-
-
-def train(config: Config) -> dict[str, float | None]:
-    """Train a model by the plain loop; return its held-out loss and the median time of a step."""
-    config = replace(config, model=replace(config.model, vocab_size=checked_vocab_size(config)))
-    loop, length = BareLoop(config), config.model.seq_len
-    stream = BlockStream(config.data, seq_len=length, seed=config.run.seed)
-    seconds = []
-    for step in range(1, config.run.steps + 1):
-        blocks = torch.from_numpy(stream.take(config.sequence.global_batch).blocks)
-        started = time.perf_counter()
-        loss = loop.step(step, blocks).item()
-        seconds.append(time.perf_counter() - started)
-        if not math.isfinite(loss):
-            break
-    stream.close()
-    heldout = heldout_blocks(config.data, seq_len=length, seed=HELDOUT_SEED, num_blocks=config.eval.sequences).blocks
-    found = heldout_losses(loop.model, torch.from_numpy(heldout)).loss
-    milliseconds = 1e3 * statistics.median(seconds[WARM_UP_STEPS:] or seconds)
-    return {"heldout_loss": found if math.isfinite(found) else None, "ms_per_step": milliseconds}
+            losses = spread(row["heldout_loss"] for row in rows)
+            print(f"{label:<26} {best:7g} {losses:>38} {statistics.median(r['ms_per_step'] for r in rows):10.1f}", flush=True)
 
 
 def main() -> None:
@@ -156,7 +118,6 @@ def main() -> None:
     if args.part == "cost":
         cost(args.turns)
     else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         Table(args.out, args.overrides).print()
 
 

@@ -226,7 +226,7 @@ def generate(
 
 @app.command()
 def stack(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Local folder of a pretrained decoder: config.json and safetensors files.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Local folder of a pretrained decoder, or a run of kind transformer.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="New folder, for `nlray train init=DIR`.")],
     overrides: _Overrides = None,
     debug: _Debug = False,

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from nlray.config_loading import load_config
+from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
+from nlray.config_loading import config_to_yaml, load_config
 from nlray.errors import CheckpointError, UserError
 from nlray.evals.generate import generate
 from nlray.initial import check_initial
@@ -158,7 +159,7 @@ def broken(change: str, folder: Path) -> None:
         ("torn", r"model.safetensors: not a safetensors file"),
         ("no config", r"no config.json"),
         ("layers", r"have no tensor layers.4"),
-        ("width", r"w_gate would be \[40, 32\]; config.json makes it \[48, 32\]"),
+        ("width", r"w_gate would be \[40, 32\]; its configuration makes it \[48, 32\]"),
         ("yarn", r"rope_type is 'yarn'; allowed: default, linear, llama3"),
         ("model_type", r"architecture 'mamba'; allowed: llama, qwen2, qwen3, gpt2"),
         ("hidden_act", r"hidden_act is 'relu'; allowed: 'silu'"),
@@ -202,3 +203,64 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 def test_init_without_a_configuration_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"init: .*nowhere: no configuration there"):
         load_config(None, [f"init={tmp_path}/nowhere"])
+
+
+def save_run(folder: Path, *overrides: str) -> torch.nn.Module:
+    """Write a random model, every one of its parameters other than at its start, as a run leaves it; return it."""
+    sizes = ["model.dim=16", "model.layers=4", "model.heads=2", "model.seq_len=12", "model.vocab_size=257", "model.kind=transformer"]
+    config = load_config("tiny", [*sizes, *overrides])
+    model = build_model(config, 257, seed=0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    url = checkpoint_dir(str(folder), 7)
+    tensors = {f"param/{name}": p for name, p in model.named_parameters()}
+    # What the optimizer remembers is no part of what is taken over.
+    tensors["optimizer/embedding.weight/exp_avg"] = torch.ones(257, 16)
+    write_manifest(url, 7, [write_part(url, "sequence.safetensors", tensors)], {})
+    (folder / "config.yaml").write_text(config_to_yaml(config))
+    return model
+
+
+UNUSUAL = ["model.tie_head=false", "model.attention={kv_heads: 1, head_dim: 6, qk_norm: true, qkv_bias: true, rope_scaling: {factor: 2.0}}"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "where", "overrides"), [("by_layer", "", []), ("chain", "checkpoints/step_000000007", UNUSUAL)], ids=["plain", "unusual"]
+)
+def test_logits_are_those_of_the_run_that_was_stacked(tmp_path, layout, where, overrides):
+    source = save_run(tmp_path / "run", "model.rope_theta=500.0", "model.mlp_hidden=20", *overrides)
+    stack(str(tmp_path / "run" / where), str(tmp_path / "out"), [f"memory.layout={layout}"])
+    config = load_config(None, [f"init={tmp_path}/out"])
+    assert (config.model.kind, config.memory.layout, config.memory.hidden) == ("hope_attention", layout, 20)
+    ids = tokens(2, 24)
+    with torch.no_grad():
+        expected, found = source(ids)[0], build_model(config, 257, seed=0)(ids)[0]
+    assert expected.abs().max() > 0.1 and (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.kind=hope_attention", r"model.kind is 'hope_attention'; allowed: 'transformer'"),
+        ("model.kind=titans", r"model.kind is 'titans'; allowed: 'transformer'"),
+        ("model.norm_eps=1e-3", r"model.norm_eps is 0.001; allowed: 1e-06"),
+    ],
+)
+def test_a_run_that_cannot_be_taken_over_is_one_line_and_leaves_nothing(tmp_path, override, words):
+    save_run(tmp_path / "run", override)
+    with pytest.raises(UserError, match=words) as caught:
+        stack(str(tmp_path / "run"), str(tmp_path / "out"), [])
+    assert "\n" not in str(caught.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_the_tokenizer_of_a_run_goes_along(tmp_path):
+    (tmp_path / "tokens.json").write_text("{}")
+    save_run(tmp_path / "run", f"data.tokenizer={tmp_path}/tokens.json")
+    config = stack(str(tmp_path / "run"), str(tmp_path / "out"), [])
+    (tmp_path / "tokens.json").unlink()
+    assert config.model.vocab_size == 257
+    assert load_config(None, [f"init={tmp_path}/out"]).data.tokenizer == f"{tmp_path}/out/tokenizer.json"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"

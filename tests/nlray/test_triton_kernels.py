@@ -20,10 +20,7 @@ from nlray.memories.delta.chunk import MemoryParameters, titans_memory
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.scan import MemoryWeights
 
-# Triton's own functions are interpreted only where the variable is set when it is imported; other tests need neither.
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is made for Linux only")
-del os.environ["TRITON_INTERPRET"]
 
 TOLERANCE = 2e-5  # float32 against float64, relative to the largest value of the tensor
 VARIANTS = list(itertools.product(("dot", "l2"), ("init", "zero"), ("token", "chunk_start")))
