@@ -1,7 +1,8 @@
 """The optimizers beside AdamW: `python -m benchmarks.optimizers --part cost|table [key=value ...]`.
 
-cost   time of a step of each at the matrix shapes of the preset hope-340m. They take turns, so that a machine whose speed
-       drifts favours none; a turn is as many steps as M3's slow momentum has between two updates.
+cost   time of a step of each at the matrix shapes of the preset hope-340m, and what the delta rule adds to a backward pass. They
+       take turns, so that a machine whose speed drifts favours none; a turn is as many steps as M3's slow momentum has between
+       two updates.
 table  300 steps of the preset tiny with each on the CMS levels (AdamW elsewhere): the learning rate is that of the sweep's
        lowest held-out loss for seed 0, alike for all, then the mean and spread of three seeds. Hours. Each finished run is a JSON
        line in --out; runs that are there are not done again, so it can be stopped and started at will.
@@ -12,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks.bare import train
 from benchmarks.table import Runs, spread
 from nlray.config import OptimizerConfig, ScheduleConfig
 from nlray.config_loading import load_config
+from nlray.models.level import build_level
 from nlray.nested_system import level_plans
 from nlray.optimizers import OuterOptimizer
 
@@ -45,6 +48,7 @@ LEARNING_RATES = (2e-3, 6e-3, 2e-2)
 SEEDS = (0, 1, 2)
 STEPS = 300
 STEPS_A_TURN = 16
+DELTA_TOKENS = 2048
 
 
 def cost(turns: int) -> None:
@@ -73,7 +77,32 @@ def cost(turns: int) -> None:
     for label, times in seconds.items():
         ratios = [t / a for t, a in zip(times, seconds["adamw"], strict=True)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-        print(f"{label:<26} {1e3 * statistics.median(times):10.2f} {spread:>44}")
+        print(f"{label:<26} {1e3 * statistics.median(times):10.2f} {spread:>44}", flush=True)
+    delta_rule(turns, statistics.median(seconds["adamw"]))
+
+
+def delta_rule(turns: int, adamw_s: float) -> None:
+    """Print what the delta rule (Eq. 57) adds to a forward and backward pass of one layer of a level, beside a step of AdamW."""
+    config = load_config("hope-340m")
+    name, level = next(iter(config.levels.items()))
+    generator = torch.Generator().manual_seed(0)
+    x_BTD = torch.randn(1, DELTA_TOKENS, config.model.dim, generator=generator)
+    layers = {}
+    for rule in ("gd", "dgd"):
+        layers[rule] = build_level(config, replace(level, rule=rule))
+        for parameter in layers[rule].parameters():
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    seconds: dict[str, list[float]] = {rule: [] for rule in layers}
+    for _ in range(turns + 1):
+        for rule, layer in layers.items():
+            started = time.perf_counter()
+            layer(x_BTD).square().mean().backward()
+            seconds[rule].append(time.perf_counter() - started)
+    extra = [1e3 * (d - g) for g, d in zip(seconds["gd"][1:], seconds["dgd"][1:], strict=True)]
+    both = ", ".join(f"{rule} {1e3 * statistics.median(times[1:]):.1f} ms" for rule, times in seconds.items())
+    print(f"level {name}, forward and backward of {DELTA_TOKENS} tokens: {both}; {turns} turns")
+    found = f"{statistics.median(extra):.2f} ms ({min(extra):.2f}..{max(extra):.2f})"
+    print(f"dgd adds {found}, {statistics.median(extra) / (1e3 * adamw_s):.2f} steps of adamw, at {DELTA_TOKENS} tokens a step")
 
 
 class Table:

@@ -15,6 +15,7 @@ from nlray.actors.seat import Behaviours
 from nlray.checkpoint import load_parameters
 from nlray.config import Config
 from nlray.errors import NonFiniteLossError, UserError
+from nlray.models.state import state_tensors
 
 from .conftest import run_to_end
 from .in_process import InProcessRun
@@ -54,10 +55,26 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_le
     assert {int(v) for k, v in run.worker.optimizer.state_tensors().items() if k.endswith("/step")} == {7}
 
 
+def test_a_skipped_step_leaves_the_carried_state_as_it_was(small):
+    run = InProcessRun(small("model.carry_state=true", "run.steps=5", "eval.sequences=0"))
+    honest, seen = run.worker.model.token_losses, []
+
+    def losses(blocks, state=None):
+        seen.append({} if state is None else {name: tensor.clone() for name, tensor in state_tensors(state).items()})
+        found, after = honest(blocks, state)
+        return (found * math.nan, after) if len(seen) == 3 else (found, after)
+
+    run.worker.model.token_losses = losses
+    run.train()
+    assert seen[0] == {} and all(torch.isfinite(t).all() for t in run.worker.lanes.tensors().values())
+    # Steps 3 and 4 start from what step 2 left, step 5 from what step 4 did.
+    assert all(torch.equal(seen[2][n], seen[3][n]) and not torch.equal(seen[3][n], seen[4][n]) for n in seen[2] if "fast_weights" in n)
+
+
 def test_ten_such_steps_in_a_row_end_the_run(small):
     run = InProcessRun(small())
     honest = run.worker.model.token_losses
-    run.worker.model.token_losses = lambda blocks: (honest(blocks)[0] * math.inf, None)
+    run.worker.model.token_losses = lambda blocks, state: (honest(blocks, state)[0] * math.inf, None)
     with pytest.raises(NonFiniteLossError, match="10 steps in a row, last in step 10"):
         run.train()
 
