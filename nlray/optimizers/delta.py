@@ -73,6 +73,10 @@ class DeltaGradientDescent(torch.optim.Optimizer):
         """Have the base optimizer make its step."""
         return self.base.step(closure)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what a subclass adds, in copies too.
+        return super().__getstate__() | {"base": self.base}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's."""
         return self.base.state_dict()

@@ -487,3 +487,16 @@ def test_closures_and_missing_gradients_are_as_in_torch():
 
     assert optimizer.step(closure).item() == 2.0
     assert torch.equal(one.detach(), torch.zeros(2)) and torch.equal(two.detach(), torch.ones(2))
+
+
+def test_a_copy_of_delta_gradient_descent_steps_the_copied_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    optimizer = DeltaGradientDescent(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for one, steps in ((model, optimizer), (twin, twin_optimizer)):
+        for _ in range(2):
+            steps.zero_grad()
+            one(torch.ones(5, 4)).square().mean().backward()
+            steps.step()
+    assert twin_optimizer.base is not optimizer.base and twin_optimizer.param_groups is twin_optimizer.base.param_groups
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
