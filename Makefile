@@ -18,9 +18,9 @@ install: $(INSTALLED)  ## create .venv with pinned packages (the others do it wh
 train: $(INSTALLED)  ## train a model here; without ARGS the preset tiny, minutes on two CPU cores
 	$(VENV)/bin/nlray train $(ARGS)
 
-# Tests without Ray on every core, then those with Ray; status 5 is that ARGS chose none of a kind.
+# Tests without Ray on every core (up to 8, each with a torch of its own), then those with Ray; status 5 is that ARGS chose none of a kind.
 define run_tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "$(1) and not ray" -n auto $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "$(1) and not ray" -n auto --maxprocesses 8 $(ARGS) || [ $$? -eq 5 ]
 	$(VENV)/bin/pytest -m "$(1) and ray" $(ARGS) || [ $$? -eq 5 ]
 endef
 
