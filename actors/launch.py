@@ -49,6 +49,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "data.eval_fraction": config.data.eval_fraction,
         "data.stream.shuffle": config.data.stream.shuffle,
         "data.stream.shuffle_tokens": config.data.stream.shuffle_tokens,
+        "data.stream.lane_blocks": config.data.stream.lane_blocks,
         "data.sources": [asdict(source) for source in config.data.sources],
         "memory.levels": list(config.levels),
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nlray.config import Config
+from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
@@ -23,7 +24,9 @@ class BareLoop:
     """A model whose levels are each updated once in their period, by the period's mean gradient, without a delay."""
 
     def __init__(self, config: Config) -> None:
-        """Take a configuration with `model.vocab_size` set."""
+        """Take a configuration with `model.vocab_size` set; raise UserError for one that this loop would train in another way."""
+        if config.model.carry_state:
+            raise UserError("model.carry_state is true; allowed for the bare loop, which begins every batch anew: false")
         torch.set_num_threads(config.sequence.resources.num_threads)
         self.model = build_model(config, config.model.vocab_size, seed=config.run.seed)
         self.model.set_loss_tokens(config.sequence.global_batch * config.model.seq_len)

@@ -137,4 +137,4 @@ def error_of(memory: str) -> float:
     u_exact, reference = u.detach().double().requires_grad_(), mlp_memory_reference if memory == "mlp" else memory_reference
     y_exact, *_ = reference(u_exact, q.double(), exact, model=model, inner_lr=1.0)
     expected = (y_exact, *torch.autograd.grad(y_exact, (u_exact, *exact.memories["k"]), upstream.double()))
-    return max(float((a.detach().double() - b.detach()).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max()) for a, b in zip(found, expected, strict=True))

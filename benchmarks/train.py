@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -97,10 +98,10 @@ def bare_loop(config: Config, blocks: Tensor) -> float:
     return statistics.median(seconds[WARM_UP_STEPS:])
 
 
-def trained(config: Config, weights: Path) -> tuple[float, float]:
-    """Return the median seconds of a step of `nlray train` and the stall fraction, after its first steps."""
-    rows = []
-    handle = launch(config, behaviours=weighing(weights))
+def rows_of(config: Config, behaviours: Behaviours) -> list[dict[str, Any]]:
+    """Do a run to its end and return its rows of metrics."""
+    rows: list[dict[str, Any]] = []
+    handle = launch(config, behaviours=behaviours)
     try:
         while True:
             status = handle.poll()
@@ -112,7 +113,12 @@ def trained(config: Config, weights: Path) -> tuple[float, float]:
         handle.close()
     if status.state == "failed":
         raise SystemExit(f"the run failed: {status.message}")
-    rows = rows[WARM_UP_STEPS:]
+    return rows
+
+
+def trained(config: Config, weights: Path) -> tuple[float, float]:
+    """Return the median seconds of a step of `nlray train` and the stall fraction, after its first steps."""
+    rows = rows_of(config, weighing(weights))[WARM_UP_STEPS:]
     step_tokens = config.sequence.global_batch * config.model.seq_len
     seconds = [step_tokens / r["tokens_per_second"] for r in rows]
     return statistics.median(seconds), sum(r["stall_s"] for r in rows) / sum(seconds)

@@ -24,11 +24,11 @@ from benchmarks.scale.events import simulate
 from benchmarks.scale.exchange import bytes_moved, level_routes
 from benchmarks.scale.machine import Machine
 from benchmarks.scale.workload import Layout, Workload, workload_of
-from nlray.actors.launch import launch, resolve
+from benchmarks.train import rows_of
+from nlray.actors.launch import resolve
 from nlray.actors.level import LevelRank
 from nlray.actors.seat import Behaviours
 from nlray.actors.sequence import SequenceWorker
-from nlray.actors.types import ENDED
 from nlray.config import Config
 from nlray.config_loading import load_config
 from nlray.errors import UserError
@@ -66,7 +66,7 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
             # Before each run anew: a machine's speed drifts.
             compute_s = bare_step_s(config, num_steps)
             print(f"bare loop of {config.sequence.worker_batch} sequences: {1e3 * compute_s:.1f} ms a step", flush=True)
-            rows = train(config, Path(folder))
+            rows = rows_of(config, timing(Path(folder)))
             if machine is None:
                 machine = measured_machine(Path(folder))
                 print(" ".join(f"{name}={getattr(machine, name):.2f}" for name in MESSAGE_TIMES), f"measured with {workers}x{ranks}")
@@ -137,24 +137,6 @@ def timing(folder: Path) -> Behaviours:
             write("apply", f"rank-{self.plan.name}-{self.rank}", self.plan.name, contributions[0].version, began)
 
     return Behaviours(sequence_worker=TimedWorker, level_rank=TimedRank)
-
-
-def train(config: Config, folder: Path) -> list[dict[str, Any]]:
-    """Run it and return its rows of metrics."""
-    rows: list[dict[str, Any]] = []
-    handle = launch(config, behaviours=timing(folder))
-    try:
-        while True:
-            status = handle.poll()
-            rows += status.rows
-            if status.state in ENDED:
-                break
-            time.sleep(0.5)
-    finally:
-        handle.close()
-    if status.state == "failed":
-        raise SystemExit(f"the run failed: {status.message}")
-    return rows
 
 
 def measured_machine(folder: Path) -> Machine:

@@ -109,6 +109,8 @@ def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
         "memory.levels.slow.update_period": 16,
         "memory.levels.fast.optimizer.name": "muon",
         "data.eval_fraction": 0.1,
+        # A position in a lane would lie beyond the end of a shorter one.
+        "data.stream.lane_blocks": 8,
         "run.steps": 2,
     }
     for key, value in changes.items():

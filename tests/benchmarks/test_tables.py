@@ -4,10 +4,12 @@ import math
 
 import pytest
 
+from benchmarks.bare import BareLoop
 from benchmarks.memories import CONTROLS, VARIANTS
 from benchmarks.stacking import FROZEN, LEVELS, STEPS
 from benchmarks.table import Runs, spread
-from nlray.config_loading import parse_config
+from nlray.config_loading import load_config, parse_config
+from nlray.errors import UserError
 from nlray.stacking import DEFAULTS
 
 
@@ -41,3 +43,8 @@ def test_frozen_levels_are_not_updated_within_the_run_and_keep_their_order():
     assert tuple(DEFAULTS["memory"]["levels"]) == LEVELS
     periods = [int(change.rpartition("=")[2]) for change in FROZEN]
     assert STEPS < periods[0] < periods[1]
+
+
+def test_the_bare_loop_refuses_states_that_it_would_not_carry():
+    with pytest.raises(UserError, match=r"model\.carry_state is true; allowed for the bare loop"):
+        BareLoop(load_config("tiny", ["model.carry_state=true", "model.vocab_size=31"]))
