@@ -23,6 +23,7 @@ from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
 from nlray.initial import fill_parameters_
 from nlray.levels import LevelPlan, newest_version
+from nlray.malloc import keep_freed_memory
 from nlray.models.layers import parameter_inits
 from nlray.models.lm import build_model
 from nlray.optimizers import LevelLearner, clip_factor, tensor_norms, total_norm
@@ -58,6 +59,7 @@ class LevelRank:
         self._store = store
         self.device = device = device_for(gpus)
         torch.set_num_threads(self.level.resources.num_threads)
+        keep_freed_memory()
         self.parameters = {s.name: torch.empty(s.shape, dtype=torch.float32, device=device) for s in self.layout.specs}
         if not is_restored:
             inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))

@@ -27,6 +27,7 @@ from nlray.device import device_for
 from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, UserError
 from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
+from nlray.malloc import keep_freed_memory
 from nlray.models.lanes import Lanes
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.models.state import State
@@ -68,6 +69,7 @@ class SequenceWorker:
         self.label = f"sequence worker {worker}"
         sequence, model = config.sequence, config.model
         torch.set_num_threads(sequence.resources.num_threads)
+        keep_freed_memory()
         self.model = build_model(config, model.vocab_size, device=self.device, seed=None if is_restored else config.run.seed)
         self.step_tokens = sequence.global_batch * model.seq_len
         self.model.set_loss_tokens(self.step_tokens)

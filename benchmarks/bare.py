@@ -11,6 +11,7 @@ from torch import Tensor
 from nlray.config import Config
 from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
+from nlray.malloc import keep_freed_memory
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream, heldout_blocks
@@ -28,6 +29,7 @@ class BareLoop:
         if config.model.carry_state:
             raise UserError("model.carry_state is true; allowed for the bare loop, which begins every batch anew: false")
         torch.set_num_threads(config.sequence.resources.num_threads)
+        keep_freed_memory()
         self.model = build_model(config, config.model.vocab_size, seed=config.run.seed)
         self.model.set_loss_tokens(config.sequence.global_batch * config.model.seq_len)
         groups = [(1, 1, sequence_parameters(self.model), config.sequence.optimizer)]

@@ -5,6 +5,7 @@ turns can alternate with ours. While it waits it computes nothing.
 """
 
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -12,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from nlray.malloc import ENVIRONMENT
 
 VERSIONS = {"titans-pytorch": "0.5.5", "nested-learning": "0.2.0"}
 WORK = Path(__file__).with_name("peer_work.py")
@@ -62,7 +65,9 @@ class Peer:
         self.package = package
         python = install(package, folder)
         command = [str(python), str(WORK), package, json.dumps({"threads": threads, **options})]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        # The same care for freed memory as ours has, so that not this is compared.
+        self._process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, text=True, **pipes)
         self.description: dict[str, Any] = {}
         self.turn()
 

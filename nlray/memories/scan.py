@@ -26,9 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from nlray.config import ModelConfig
 from nlray.memories.layer import Coefficients, chunk_coefficients
 from nlray.models.layers import Init
-
-UNIT_EPS = 1e-6
-"""Added to |x|^2 before the root, so that a zero vector has a finite gradient."""
+from nlray.models.norms import unit
 
 GATE_BOXES = ("eta", "alpha")
 """Memories that answer with one number; all others answer with a vector of the head width."""
@@ -72,11 +70,6 @@ class Tokens(NamedTuple):
     v_HGBCd: Tensor
     q_HGBCd: Tensor
     coefficients: Coefficients
-
-
-def unit(x: Tensor) -> Tensor:
-    """Return x scaled to length 1 along the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
 
 
 def input_width(model: ModelConfig) -> int:

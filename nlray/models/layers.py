@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nlray.models import norms
+
 NORM_EPS = 1e-6
 
 
@@ -95,7 +97,7 @@ def out_std(fan_in: int, num_layers: int) -> float:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Return x over its root mean square along the last dimension, times weight; computed in float32 at least."""
-    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
+    return norms.rms_norm(x.to(weight.dtype), weight, eps)
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlray.memories.delta.collapsed import Settings, scan
 from nlray.memories.delta.paths import Path, uses_triton
-from nlray.memories.layer import decays
-from nlray.memories.scan import MemoryState, unit
+from nlray.memories.scan import MemoryState
+from nlray.models.norms import unit
+
+SCAN_VALUES = 1 << 20
+"""Values of a scan's inputs: longer sequences are several scans, so that intermediate results do not grow with them."""
 
 
 class MemoryParameters(NamedTuple):
@@ -85,7 +89,7 @@ def titans_memory(
         UserError: path is triton, and the kernels cannot run.
     """
     _check(u_BHTd, q_BHTd, parameters, chunk_size)
-    batch, heads, length, width = u_BHTd.shape
+    batch, heads, _, width = u_BHTd.shape
     if state is None:
         state = initial_state(batch, parameters, retain=retain)
     num_open = state.open_inputs.shape[2]
@@ -94,27 +98,29 @@ def titans_memory(
     is_triton = uses_triton(path, u_BHTd.device, products, width)
     with torch.autocast(u_BHTd.device.type, enabled=False):
         dtype = parameters.m_k.dtype
-        u_BHTd = torch.cat([state.open_inputs, u_BHTd.to(dtype)], dim=2)
-        # The tokens of the open chunk were read before: their queries are not needed again.
-        q_BHTd = F.pad(unit(q_BHTd.to(dtype)), (0, 0, num_open, 0))
+        u_BHTd, q_BHTd = u_BHTd.to(dtype), unit(q_BHTd.to(dtype))
+        if num_open > 0:
+            # The tokens of the open chunk were read before: their queries are not needed again.
+            u_BHTd, q_BHTd = torch.cat([state.open_inputs, u_BHTd], dim=2), F.pad(q_BHTd, (0, 0, num_open, 0))
         # X: the pairs of head and sequence, heads first, so that the projections of all sequences are one product per head.
-        u_XTd, q_XTd, s_Xdd = (x.transpose(0, 1).flatten(0, 1) for x in (u_BHTd, q_BHTd, state.fast_weights))
+        s_Xdd = state.fast_weights.transpose(0, 1).flatten(0, 1)
         if is_triton:
             from nlray.memories.delta import triton_kernels
 
-            nq_XTd, boundary_Xdd = triton_kernels.scan_chunks(u_XTd.to(products), q_XTd.to(products), s_Xdd, parameters, **options)
+            u_XTd, q_XTd = (x.transpose(0, 1).flatten(0, 1).to(products) for x in (u_BHTd, q_BHTd))
+            nq_XTd, boundary_Xdd = triton_kernels.scan_chunks(u_XTd, q_XTd, s_Xdd, parameters, **options)
+            y_HNd = torch.bmm(nq_XTd.view(heads, -1, width), parameters.m_mem.mT.to(products))
+            y_BTHd = y_HNd.view(heads, batch, -1, width).permute(1, 2, 0, 3)
         else:
-            nq_XTd, boundary_Xdd = scan_chunks(u_XTd, q_XTd, s_Xdd, parameters, **options)
-        nq_HNd = nq_XTd[:, num_open:].reshape(heads, batch * length, width)
-        y_BHTd = torch.bmm(nq_HNd, parameters.m_mem.mT.to(nq_HNd.dtype)).view(heads, batch, length, width).transpose(0, 1)
+            y_BTHd, boundary_Xdd = scan_chunks(u_BHTd, q_BHTd, s_Xdd, parameters, **options)
     matrix = boundary_Xdd.unflatten(0, (heads, batch)).transpose(0, 1)
     first_open = u_BHTd.shape[2] - u_BHTd.shape[2] % chunk_size
-    return y_BHTd, MemoryState(matrix, u_BHTd[:, :, first_open:])
+    return y_BTHd[:, num_open:].transpose(1, 2), MemoryState(matrix, u_BHTd[:, :, first_open:])
 
 
 def scan_chunks(
-    u_XTd: Tensor,
-    q_XTd: Tensor,
+    u_BHTd: Tensor,
+    q_BHTd: Tensor,
     s_Xdd: Tensor,
     parameters: MemoryParameters,
     *,
@@ -124,16 +130,24 @@ def scan_chunks(
     read: str,
     inner_lr: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return N q of every token, [X, T, d], and the state after the last whole chunk, [X, d, d]; the queries have length 1."""
+    """Return what the main memory answers, [B, T, H, d], and the state after the last whole chunk, [X, d, d]; the queries have length 1."""
     weights_HdP, bias_H12 = _stack(parameters)
-    reads, boundary_Xdd = [], s_Xdd
-    for u_XCd, q_XCd in zip(u_XTd.split(chunk_size, dim=1), q_XTd.split(chunk_size, dim=1), strict=True):
-        k_XCd, v_XCd, eta_XC1, log_alpha_XC1 = _project(u_XCd, s_Xdd, weights_HdP, bias_H12, inner_lr, retain)
-        nq_XCd, s_Xdd = _chunk(q_XCd, k_XCd, v_XCd, eta_XC1, log_alpha_XC1, s_Xdd, objective=objective, retain=retain, read=read)
-        reads.append(nq_XCd)
-        if u_XCd.shape[1] == chunk_size:
+    settings = Settings(objective, retain, read, inner_lr)
+    batch, heads, length, width = u_BHTd.shape
+    num_open = length % chunk_size
+    at_a_time = max(1, SCAN_VALUES // (batch * heads * chunk_size * width)) * chunk_size
+    sizes = [min(at_a_time, length - num_open - start) for start in range(0, length - num_open, at_a_time)]
+    sizes += [num_open] if num_open > 0 else []
+    answers, boundary_Xdd = [], s_Xdd
+    for pieces_BHSd in zip(u_BHTd.split(sizes, dim=2), q_BHTd.split(sizes, dim=2), strict=True):
+        size = min(chunk_size, pieces_BHSd[0].shape[2])
+        u_NXCd, q_NXCd = (x.unflatten(2, (-1, size)).permute(2, 1, 0, 3, 4).reshape(-1, heads * batch, size, width) for x in pieces_BHSd)
+        nq_NXCd, s_Xdd = scan(u_NXCd, q_NXCd, s_Xdd, weights_HdP, bias_H12, settings)
+        y_NHMd = torch.matmul(nq_NXCd.view(-1, heads, batch * size, width), parameters.m_mem.mT)
+        answers.append(y_NHMd.unflatten(2, (batch, size)).permute(2, 0, 3, 1, 4).flatten(1, 2))
+        if size == chunk_size:
             boundary_Xdd = s_Xdd
-    return torch.cat(reads, dim=1), boundary_Xdd
+    return (torch.cat(answers, dim=1) if len(answers) > 1 else answers[0]), boundary_Xdd
 
 
 def _stack(parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
@@ -141,66 +155,6 @@ def _stack(parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
     gates_Hd2 = torch.stack([parameters.m_eta, parameters.m_alpha], dim=-1)
     weights_HdP = torch.cat([parameters.m_k.mT, parameters.m_v.mT, gates_Hd2], dim=-1)
     return weights_HdP, torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None]
-
-
-def _project(
-    u_XCd: Tensor, s_Xdd: Tensor, weights_HdP: Tensor, bias_H12: Tensor, inner_lr: float, retain: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return k, v, eta and log alpha of a chunk from the memories at its start (Eq. 83, 87)."""
-    heads, width, _ = weights_HdP.shape
-    chunk = u_XCd.shape[1]
-    nu_XCd = torch.baddbmm(u_XCd, u_XCd, s_Xdd.mT) if retain == "init" else torch.bmm(u_XCd, s_Xdd.mT)
-    out_HNP = torch.bmm(nu_XCd.view(heads, -1, width), weights_HdP)
-    kv_XC2d = unit(out_HNP[..., : 2 * width].unflatten(-1, (2, width))).view(-1, chunk, 2, width)
-    gates_XC2 = (out_HNP[..., 2 * width :] + bias_H12).view(-1, chunk, 2)
-    # Departs from Eq. 83: v has length 1 as k has; otherwise v grows with the memory that makes it.
-    k_XCd, v_XCd = kv_XC2d.unbind(2)
-    # Departs from Eq. 83: the gates have biases and eta a bound; eta must start small, alpha near 1.
-    eta_XC1, log_alpha_XC1 = gates_XC2.split(1, dim=-1)
-    return k_XCd, v_XCd, inner_lr * torch.sigmoid(eta_XC1), F.logsigmoid(log_alpha_XC1)
-
-
-def _chunk(
-    q_XCd: Tensor,
-    k_XCd: Tensor,
-    v_XCd: Tensor,
-    eta_XC1: Tensor,
-    log_alpha_XC1: Tensor,
-    s_Xdd: Tensor,
-    *,
-    objective: str,
-    retain: str,
-    read: str,
-) -> tuple[Tensor, Tensor]:
-    """Return N q of a chunk's tokens and the state at its end (README, 'A chunk with matrix products')."""
-    chunk = k_XCd.shape[1]
-    g_XC1 = log_alpha_XC1.cumsum(1)
-    gp_XC1 = g_XC1 - log_alpha_XC1
-    # Rows of the keys, then rows of the queries: one Gram product and one exp for both.
-    gram_XEC = torch.bmm(torch.cat([eta_XC1 * k_XCd, q_XCd], dim=1), k_XCd.mT)
-    a_XCC, reads_XCC = (gram_XEC * decays(torch.cat([gp_XC1, g_XC1], dim=1), g_XC1)).split(chunk, dim=1)
-
-    targets_XCd = v_XCd if objective == "dot" else v_XCd - k_XCd
-    outgoing_XCd = targets_XCd - gp_XC1.exp() * k_XCd
-    # Departs from Eq. 88 with retain "init": alpha acts on the change since the initial memory, not on the whole memory.
-    if retain == "init":
-        r_XCd = torch.baddbmm(targets_XCd - k_XCd, outgoing_XCd, s_Xdd.mT)
-    else:
-        r_XCd = torch.bmm(outgoing_XCd, s_Xdd.mT)
-    # The solve takes what is below the diagonal of A and no more.
-    w_XCd = torch.linalg.solve_triangular(a_XCC, eta_XC1 * r_XCd, upper=False, unitriangular=True)
-
-    # Departs from Eq. 90 with read "token": Eq. 90 reads at the chunk's start, so that a token never sees its own chunk.
-    if read == "token":
-        past_CC = torch.ones(chunk, chunk, dtype=k_XCd.dtype, device=k_XCd.device).tril()
-        nq_XCd = torch.baddbmm(torch.bmm(g_XC1.exp() * q_XCd, s_Xdd.mT), reads_XCC * past_CC, w_XCd)
-    else:
-        nq_XCd = torch.bmm(q_XCd, s_Xdd.mT)
-    if retain == "init":
-        nq_XCd = nq_XCd + q_XCd
-    last_X11 = g_XC1[:, -1:]
-    end_Xdd = torch.baddbmm(last_X11.exp() * s_Xdd, ((last_X11 - g_XC1).exp() * w_XCd).mT, k_XCd)
-    return nq_XCd, end_Xdd
 
 
 def _check(u_BHTd: Tensor, q_BHTd: Tensor, parameters: MemoryParameters, chunk_size: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nlray.config import ModelConfig
-from nlray.memories.scan import GATE_BOXES, MemoryWeights, unit
+from nlray.memories.scan import GATE_BOXES, MemoryWeights
+from nlray.models.norms import unit
 
 Weights = tuple[Tensor, ...]
 """The layers of one box, each [B, H, V, K]."""
