@@ -131,7 +131,7 @@ def scan_chunks(
     inner_lr: float,
 ) -> tuple[Tensor, Tensor]:
     """Return what the main memory answers, [B, T, H, d], and the state after the last whole chunk, [X, d, d]; the queries have length 1."""
-    weights_HdP, bias_H12 = _stack(parameters)
+    weights_HdP, bias_H112 = _stack(parameters)
     settings = Settings(objective, retain, read, inner_lr)
     batch, heads, length, width = u_BHTd.shape
     num_open = length % chunk_size
@@ -142,7 +142,7 @@ def scan_chunks(
     for pieces_BHSd in zip(u_BHTd.split(sizes, dim=2), q_BHTd.split(sizes, dim=2), strict=True):
         size = min(chunk_size, pieces_BHSd[0].shape[2])
         u_NXCd, q_NXCd = (x.unflatten(2, (-1, size)).permute(2, 1, 0, 3, 4).reshape(-1, heads * batch, size, width) for x in pieces_BHSd)
-        nq_NXCd, s_Xdd = scan(u_NXCd, q_NXCd, s_Xdd, weights_HdP, bias_H12, settings)
+        nq_NXCd, s_Xdd = scan(u_NXCd, q_NXCd, s_Xdd, weights_HdP, bias_H112, settings)
         y_NHMd = torch.matmul(nq_NXCd.view(-1, heads, batch * size, width), parameters.m_mem.mT)
         answers.append(y_NHMd.unflatten(2, (batch, size)).permute(2, 0, 3, 1, 4).flatten(1, 2))
         if size == chunk_size:
@@ -154,7 +154,7 @@ def _stack(parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
     """Return the memories that a chunk's start is read with as columns k, v, eta, alpha of one weight, [H, d, 2 d + 2], and the biases."""
     gates_Hd2 = torch.stack([parameters.m_eta, parameters.m_alpha], dim=-1)
     weights_HdP = torch.cat([parameters.m_k.mT, parameters.m_v.mT, gates_Hd2], dim=-1)
-    return weights_HdP, torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None]
+    return weights_HdP, torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None, None]
 
 
 def _check(u_BHTd: Tensor, q_BHTd: Tensor, parameters: MemoryParameters, chunk_size: int) -> None:
