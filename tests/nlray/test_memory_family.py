@@ -386,13 +386,15 @@ def compare_pieces_with_the_whole(model: ModelConfig, pieces: list[int]) -> None
     weights = make_weights(model, generator)
     inputs, q = make_inputs(model, generator, 2, sum(pieces))
     memory, _ = memory_and_reference(model)
+    # Plain gradient descent with momentum diverges within 45 tokens at the rate of the other tests.
+    inner_lr = INNER_LR / 50 if model.rule == "gd" else INNER_LR
     with torch.no_grad():
         state = start_of(memory, 2, weights)
-        whole, last = memory(inputs, q, weights, state, inner_lr=INNER_LR)
+        whole, last = memory(inputs, q, weights, state, inner_lr=inner_lr)
         outputs, start = [], 0
         for length in pieces:
             piece = slice(start, start + length)
-            y, state = memory(inputs[:, :, piece], None if q is None else q[:, :, piece], weights, state, inner_lr=INNER_LR)
+            y, state = memory(inputs[:, :, piece], None if q is None else q[:, :, piece], weights, state, inner_lr=inner_lr)
             outputs.append(y)
             start += length
             assert state.open_inputs.shape[2] < model.chunk_period
