@@ -43,6 +43,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "memory.mlp_bias": config.memory.mlp_bias,
         "memory.mlp_options": config.memory.mlp_options,
         "sequence.global_batch": config.sequence.global_batch,
+        "sequence.compile": config.sequence.compile,
         "sequence.optimizer.name": config.sequence.optimizer.name,
         "sequence.optimizer.options": config.sequence.optimizer.options,
         "data.tokenizer": config.data.tokenizer,

@@ -6,6 +6,7 @@ other workers, hand the CMS gradients to the exchange, step the sequence optimiz
 """
 
 import math
+import os
 import threading
 import time
 import traceback
@@ -28,6 +29,7 @@ from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, Us
 from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.malloc import keep_freed_memory
+from nlray.models.compiling import compile_mlps
 from nlray.models.lanes import Lanes
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.models.state import State
@@ -69,8 +71,12 @@ class SequenceWorker:
         self.label = f"sequence worker {worker}"
         sequence, model = config.sequence, config.model
         torch.set_num_threads(sequence.resources.num_threads)
+        # Of a Hugging Face tokenizer in this process; before its first use.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(sequence.resources.num_threads))
         keep_freed_memory()
         self.model = build_model(config, model.vocab_size, device=self.device, seed=None if is_restored else config.run.seed)
+        if sequence.compile:
+            compile_mlps(self.model)
         self.step_tokens = sequence.global_batch * model.seq_len
         self.model.set_loss_tokens(self.step_tokens)
         self.parameters = sequence_parameters(self.model)

@@ -12,6 +12,7 @@ from nlray.config import Config
 from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
 from nlray.malloc import keep_freed_memory
+from nlray.models.compiling import compile_mlps
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream, heldout_blocks
@@ -31,6 +32,8 @@ class BareLoop:
         torch.set_num_threads(config.sequence.resources.num_threads)
         keep_freed_memory()
         self.model = build_model(config, config.model.vocab_size, seed=config.run.seed)
+        if config.sequence.compile:
+            compile_mlps(self.model)
         self.model.set_loss_tokens(config.sequence.global_batch * config.model.seq_len)
         groups = [(1, 1, sequence_parameters(self.model), config.sequence.optimizer)]
         levels = [(config.levels[name], parameters) for name, parameters in level_parameters(self.model).items()]

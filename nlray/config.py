@@ -117,6 +117,9 @@ class StreamConfig:
         _require(self.prefetch >= 0, f"data.stream.prefetch is {self.prefetch}; allowed: 0 or more")
 
 
+MAX_TOKENIZER_PROCESSES = 256
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The stream of token blocks."""
@@ -125,12 +128,17 @@ class DataConfig:
     """Sources, mixed by weight; on the command line a path alone is a source too: `data.sources=[a.parquet,b/]`."""
     tokenizer: str = "bytes"
     """`bytes`, or a Hugging Face tokenizers JSON file."""
+    tokenizer_processes: int = 0
+    """Processes that each worker starts for a Hugging Face tokenizer; 0: none, it tokenizes in its own, beside the steps."""
     eval_fraction: float = 0.05
     """Share of the records held out for evaluation, picked by a hash of their text; 0: none."""
     stream: StreamConfig = field(default_factory=StreamConfig)
 
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty; allowed: one source or more")
+        most = f"0 with data.tokenizer=bytes, else {MAX_TOKENIZER_PROCESSES} at most"
+        is_possible = 0 <= self.tokenizer_processes <= (0 if self.tokenizer == "bytes" else MAX_TOKENIZER_PROCESSES)
+        _require(is_possible, f"data.tokenizer_processes is {self.tokenizer_processes}; allowed: {most}")
         _require(0 <= self.eval_fraction < 1, f"data.eval_fraction is {self.eval_fraction}; allowed: 0 or more, less than 1")
 
 
@@ -623,6 +631,8 @@ class SequenceConfig:
     recompute_blocks: bool = False
     """Whether the backward pass computes each block anew in place of keeping what it computed: the memory of one block's activations in
     place of all blocks', for the time of a second forward pass; the same bits."""
+    compile: bool = False
+    """Whether torch.compile makes one program of each block's MLPs, at the first step. Not with levels in context."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Of each worker."""
 
@@ -724,6 +734,11 @@ class Config:
                 f"model.layers is {self.model.layers}; allowed for memory.layout=by_layer: at least the {len(self.memory.levels)} levels",
             )
         for name, level in self.levels.items():
+            is_in_context = level.in_context is not None
+            _require(
+                not (self.sequence.compile and is_in_context),
+                f"sequence.compile is true; allowed with memory.levels.{name}.in_context: false",
+            )
             size = None if level.in_context is None else level.in_context.chunk_size
             _require(
                 size is None or size < self.model.seq_len,

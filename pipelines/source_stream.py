@@ -135,10 +135,10 @@ class SourceStream:
         return self._segment_tags[main_records(self._starts - self._skip, len(self._blocks), self._seq_len)].tolist()
 
     def _encode_slice(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens, lengths [records] and tags [records] of the next records of the unit, about SLICE_BYTES of text."""
+        """Return tokens, lengths [records] and tags [records] of the next records of the unit, SLICE_BYTES or a few times as much text."""
         unit, start = self._unit, self._record
         ends = offsets(unit.text)
-        stop = max(int(np.searchsorted(ends, ends[start] + SLICE_BYTES, side="right")) - 1, start + 1)
+        stop = max(int(np.searchsorted(ends, ends[start] + SLICE_BYTES * self._tokenizer.slices, side="right")) - 1, start + 1)
         self._record = stop
         tokens, lengths = self._tokenizer.encode_records(unit.text.slice(start, stop - start))
         return *append_ends(tokens, lengths, unit.is_end[start:stop], self._tokenizer.end_of_document), unit.tags[start:stop]

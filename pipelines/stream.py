@@ -26,7 +26,8 @@ from nlray.pipelines.order import draw_sources
 from nlray.pipelines.shuffle import ShuffledBlocks
 from nlray.pipelines.source_stream import SourceStream
 from nlray.pipelines.sources import open_source
-from nlray.pipelines.tokenizers import Tokenizer, load_tokenizer
+from nlray.pipelines.tokenizer_processes import open_tokenizer
+from nlray.pipelines.tokenizers import Tokenizer
 
 _DRAW_AHEAD = 1 << 16
 CANCELLED_WAIT_S = 1.0  # for a read that is under way when nobody wants it any more
@@ -70,7 +71,7 @@ class BlockStream:
         Raises:
             DataError: a source or the tokenizer cannot be opened.
         """
-        self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        self.tokenizer = tokenizer or open_tokenizer(config)
         self.seq_len, self._seed, self._is_endless, self._in_order = seq_len, seed, split == "train", in_order
         weights = np.array([source.weight for source in config.sources], np.float64)
         self._cumulative_weights = np.cumsum(weights / weights.sum())
@@ -137,7 +138,8 @@ class BlockStream:
         self._is_live[:] = True
 
     def close(self) -> None:
-        """Close the files that are open; the stream can still be used."""
+        """Close the files that are open and end the tokenizer's processes; the stream can still be used."""
+        self.tokenizer.close()
         for stream in self._streams:
             stream.close()
 

@@ -27,6 +27,8 @@ class Tokenizer(Protocol):
     """The id that ends each document in the stream; never produced from text."""
     dtype: np.dtype
     """Of the tokens: uint16 where the vocabulary fits, else int32."""
+    slices: int
+    """How many MiB of records `encode_records` is best asked for at a time."""
 
     def encode_records(self, text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """Encode records without end-of-document tokens.
@@ -43,6 +45,10 @@ class Tokenizer(Protocol):
         """Return the tokens of one text, without an end-of-document token."""
         ...
 
+    def close(self) -> None:
+        """End what the tokenizer has started."""
+        ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of tokens; end-of-document tokens give nothing, broken UTF-8 gives U+FFFD."""
         ...
@@ -54,6 +60,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
     dtype = np.dtype(np.uint16)
+    slices = 1
 
     def encode_records(self, text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         text = text.cast(pa.large_binary())
@@ -64,6 +71,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
 
+    def close(self) -> None:
+        pass
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         values = np.asarray(ids, np.int64)
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
@@ -71,6 +81,8 @@ class ByteTokenizer:
 
 class HFTokenizer:
     """A tokenizer of the `tokenizers` library. Names of special tokens inside the text are text, not special tokens."""
+
+    slices = 1
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, name: str) -> None:
         """Raise DataError where the vocabulary has no end-of-document token; `name` is for that message."""
@@ -81,10 +93,15 @@ class HFTokenizer:
         end = next((token for token in END_TOKENS if token in vocabulary), None)
         if end is None:
             raise DataError(f"data.tokenizer: {name}: has no end-of-document token; one of these is needed: {' '.join(END_TOKENS)}")
-        self._tokenizer = tokenizer
+        self._tokenizer, self.name = tokenizer, name
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[end]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+
+    @property
+    def json(self) -> str:
+        """The tokenizer's file."""
+        return self._tokenizer.to_str()
 
     def encode_records(self, text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         records = [record.decode("utf-8", "replace") for record in text.cast(pa.large_binary()).to_pylist()]
@@ -94,6 +111,9 @@ class HFTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def close(self) -> None:
+        pass
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         values = np.asarray(ids, np.int64)

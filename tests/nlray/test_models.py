@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nlray.config_loading import load_config
+from nlray.errors import UserError
 from nlray.models.layers import initialize_, parameter_inits
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 
@@ -211,3 +212,24 @@ def test_blocks_computed_anew_in_the_backward_change_no_bit_and_keep_less(kind, 
         found.append({"loss": loss, **{name: p.grad for name, p in model.named_parameters()}})
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
     assert kept[1] < 0.6 * kept[0]
+
+
+def test_compiled_mlps_compute_the_same(small_config, random_blocks, vocab_size):
+    from nlray.models.compiling import compile_mlps
+
+    found = []
+    for is_compiled in (False, True):
+        model = build_model(small_config("hope"), vocab_size, seed=0)
+        if is_compiled:
+            compile_mlps(model)
+        loss = model.token_losses(random_blocks(2, 5))[0].mean()
+        loss.backward()
+        found.append({"loss": loss, **{name: p.grad for name, p in model.named_parameters()}})
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_levels_in_context_are_not_compiled(small_config):
+    with pytest.raises(UserError, match=r"sequence.compile is true; allowed with memory.levels.*in_context: false"):
+        small_config("hope", "sequence.compile=true", "memory.levels.fast.in_context={chunk_size: 4}")

@@ -1,5 +1,8 @@
 """Tokenizers give back the text, never make an end of document out of text, and tell bad files."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlray.errors import DataError
+from nlray.config import DataConfig
+from nlray.errors import DataError, NlrayError, UserError
+from nlray.pipelines.tokenizer_processes import open_tokenizer
 from nlray.pipelines.tokenizers import ByteTokenizer, HFTokenizer, load_tokenizer
 
 
@@ -96,3 +101,57 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, texts: list[str]) -> None
         with pytest.raises(DataError, match=rf"^data.tokenizer: .*{name}.*{told}") as caught:
             load_tokenizer(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+
+
+def test_processes_give_the_same_tokens_and_end_when_closed(hf_file: Path, texts: list[str]) -> None:
+    hf = load_tokenizer(str(hf_file))
+    processes = open_tokenizer(DataConfig(tokenizer=str(hf_file), tokenizer_processes=2))
+    try:
+        # Also fewer records than processes, a slice, nothing, and a record larger than a pipe holds.
+        for records in (texts, texts[:1], texts[2:5], [], ["", "x" * 200_000, ""]):
+            text = pa.array(["before", *records], pa.large_string()).slice(1)
+            for found, expected in zip(processes.encode_records(text), hf.encode_records(text), strict=True):
+                assert found.dtype == expected.dtype and np.array_equal(found, expected)
+        assert processes.decode(processes.encode(texts[0])) == texts[0]
+        started = list(processes._processes)
+    finally:
+        processes.close()
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_a_process_that_has_ended_is_an_error_and_a_closed_one_starts_anew(hf_file: Path) -> None:
+    processes = open_tokenizer(DataConfig(tokenizer=str(hf_file), tokenizer_processes=1))
+    text = pa.array(["a", "b"])
+    expected = processes.encode_records(text)
+    processes._processes[0].kill()
+    processes._processes[0].wait()
+    with pytest.raises(NlrayError, match=r"tokenizer process has ended: exit statuses \[-9\]"):
+        processes.encode_records(text)
+    processes.close()
+    assert np.array_equal(processes.encode_records(text)[0], expected[0])
+    processes.close()
+
+
+def test_processes_end_with_their_worker(hf_file: Path) -> None:
+    program = (
+        "import sys, pyarrow as pa\n"
+        "from nlray.config import DataConfig\n"
+        "from nlray.pipelines.tokenizer_processes import open_tokenizer\n"
+        "tokenizer = open_tokenizer(DataConfig(tokenizer=sys.argv[1], tokenizer_processes=1))\n"
+        "tokenizer.encode_records(pa.array(['a']))\n"
+        "print(tokenizer._processes[0].pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", program, str(hf_file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with worker:
+        pid = int(worker.stdout.readline())
+        worker.kill()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the tokenizer's process goes on without its worker"
+        time.sleep(0.05)
+
+
+def test_bytes_have_no_processes() -> None:
+    with pytest.raises(UserError, match=r"data.tokenizer_processes is 2; allowed: 0 with data.tokenizer=bytes"):
+        DataConfig(tokenizer_processes=2)
