@@ -54,7 +54,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "data.sources": [asdict(source) for source in config.data.sources],
         "memory.levels": list(config.levels),
     }
-    keys |= {f"model.{key}": value for key, value in asdict(config.model).items() if key != "kernels"}
+    keys |= {f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("kernels", "recompute_chunks")}
     for name, level in config.levels.items():
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay

@@ -8,6 +8,7 @@ per-token reference.
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -63,10 +64,11 @@ def run(args: argparse.Namespace, report: Report) -> None:
 def measure(model: ModelConfig, peak: float, args: argparse.Namespace, report: Report) -> list[dict[str, Cell]]:
     """Return the rows of one form of memory: ours, and its peers where they are asked for."""
     tokens = args.batch * model.seq_len
-    work = layer_work(model, args.batch)
-    flops = count_flops(work)
+    works: dict[str, Callable] = {"nlray": layer_work(model, args.batch)}
+    if model.memory == "mlp":
+        works["nlray, recompute_chunks=false"] = layer_work(replace(model, recompute_chunks=False), args.batch)
+    flops = {name: count_flops(work) for name, work in works.items()}
     with ExitStack() as stack:
-        works: dict[str, Callable] = {"nlray": work}
         # The gradients of its default are all taken at the weights of the sequence's start; renewed: at those of the chunk's, as ours.
         for name, renew in ((f"{PEER}", 0), (f"{PEER}, renewed", model.chunk_size)) if args.peers else ():
             options = {"dim": model.dim, "heads": model.heads, "chunk_size": model.chunk_size, "depth": DEPTHS[model.memory]}
@@ -88,10 +90,10 @@ def measure(model: ModelConfig, peak: float, args: argparse.Namespace, report: R
     for name, took in seconds.items():
         row: dict[str, Cell] = {"memory": model.memory, "chunk": model.chunk_size, "layer": name, "ms": took.scaled(1e3)}
         row["tokens/s"] = took.rate(tokens)
-        if name == "nlray":
-            rate = took.rate(flops / 1e9)
-            row |= {"GFLOP": flops / 1e9, "GFLOP/s": rate, "% of peak": rate.scaled(1e11 / peak)}
-        else:
+        if name in flops:
+            rate = took.rate(flops[name] / 1e9)
+            row |= {"GFLOP": flops[name] / 1e9, "GFLOP/s": rate, "% of peak": rate.scaled(1e11 / peak)}
+        if name != "nlray":
             row["times nlray's"] = took.over(seconds["nlray"])
         rows.append(row)
     return rows

@@ -117,7 +117,9 @@ def anchored(layer: Layer, z_HGBCK: Tensor) -> Tensor | float:
 
 def answer_at_start(layer: Layer, z_HGBCK: Tensor) -> Tensor:
     """Return what the layer answers to z at the chunk's start, [H, G, B, C, V]."""
-    return anchored(layer, z_HGBCK) + z_HGBCK @ layer.change_HGBVK.mT
+    # One product with the sum: the sum is the smaller work.
+    weight_HGBVK = layer.change_HGBVK if layer.anchor_HGVK is None else layer.anchor_HGVK[:, :, None] + layer.change_HGBVK
+    return z_HGBCK @ weight_HGBVK.mT
 
 
 def write(layer: Layer, z_HGBCK: Tensor, target_HGBCV: Tensor, coefficients: Coefficients, *, forgets: bool) -> Tensor:

@@ -103,10 +103,12 @@ class ChunkedMemory(ABC):
     """
 
     recomputes = False
-    """Whether the backward computes each chunk anew in place of keeping its intermediate results."""
+    """Whether the backward computes each chunk anew in place of keeping its intermediate results, where model.recompute_chunks is null."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = model
+        if model.recompute_chunks is not None:
+            self.recomputes = model.recompute_chunks
         sizes = sorted(set(model.chunk_sizes.values()))
         if len(sizes) > 1 and type(self)._renewed is ChunkedMemory._renewed:
             raise ValueError(f"model.memory_chunks gives chunks of {', '.join(map(str, sizes))} tokens; allowed without _renewed: one size")

@@ -505,3 +505,27 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
     }[wrong]
     with pytest.raises(ValueError, match="expected"):
         memory(*broken, state, inner_lr=INNER_LR)
+
+
+@pytest.mark.parametrize("member", [{"memory": "mlp", "memory_hidden": 3}, {"rule": "gd", "objective": "l2"}], ids=name_of)
+def test_chunks_computed_anew_change_no_bit_and_keep_less(member):
+    found, kept = [], []
+    for recompute_chunks in (False, True):
+        model = model_of(member, recompute_chunks=recompute_chunks)
+        generator = torch.Generator().manual_seed(0)
+        weights = make_weights(model, generator)
+        inputs, q = make_inputs(model, generator, 2, 13)
+        inputs = inputs.requires_grad_()
+        memory, _ = memory_and_reference(model)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y, _ = memory(inputs, q, weights, start_of(memory, 2, weights), inner_lr=0.01)
+        found.append([y, torch.autograd.grad(y.square().sum(), inputs)[0]])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]
