@@ -18,7 +18,7 @@ from nlray.memories.delta.paths import Path, uses_triton
 from nlray.memories.scan import MemoryState
 from nlray.models.norms import unit
 
-SCAN_VALUES = 1 << 20
+SCAN_VALUES = 1 << 18
 """Values of a scan's inputs: longer sequences are several scans, so that intermediate results do not grow with them."""
 
 
