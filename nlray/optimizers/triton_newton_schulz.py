@@ -18,10 +18,9 @@ from nlray.optimizers.base import TINY
 from nlray.optimizers.newton_schulz import COEFFICIENTS
 from nlray.optimizers.triton_steps import scaled, square_sums
 
-BLOCKS = {"BM": 128, "BN": 256, "BK": 64}
-"""Rows, columns and depth of a program's tile: as large as fits, since the tiles are read from the L2 cache again and again."""
-
-LAUNCH = {"num_warps": 8, "num_stages": 3}
+BLOCK_COLUMNS = {8: 128, 9: 256, 10: 256}
+"""Columns of a program's tile by the first digit of the GPU's compute capability, beside 128 rows and a depth of 64: as many as leave no
+registers to spill, since every tile is read from the L2 cache by a row of programs."""
 
 PRODUCTS = torch.bfloat16
 """Of the operands; sums are float32."""
@@ -92,6 +91,11 @@ def _product_kernel(
     tl.store(out + item * R * K + at, products.to(out.dtype.element_ty), mask=ok)
 
 
+def launch_options(capability: int) -> dict[str, int]:
+    """Return the tile of all programs and their warps, by the first digit of the GPU's compute capability."""
+    return {"BM": 128, "BN": BLOCK_COLUMNS[capability], "BK": 64, "num_warps": 8, "num_stages": 3}
+
+
 def newton_schulz_batched(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     """Return `newton_schulz` of every matrix: equal shapes together, in the order given.
 
@@ -119,17 +123,18 @@ def _newton_schulz(matrices: list[Tensor], steps: int) -> Tensor:
     is_tall = rows > cols
     r, k = min(rows, cols), max(rows, cols)
     a, b, c = COEFFICIENTS
+    # In the interpreter any will do.
+    options = launch_options(torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9)
     o, next_o = (torch.empty(count, rows, cols, dtype=PRODUCTS, device=device) for _ in range(2))
     gram, polynomial = (torch.empty(count, r, r, dtype=PRODUCTS, device=device) for _ in range(2))
     result = torch.empty(count, rows, cols, dtype=torch.float32, device=device)
     scaled(matrices, list(o), square_sums(matrices).sqrt().clamp_min(TINY).reciprocal())
-    tiles, square = triton.cdiv(r, BLOCKS["BM"]), triton.cdiv(r, BLOCKS["BN"])
+    tiles, square, wide = triton.cdiv(r, options["BM"]), triton.cdiv(r, options["BN"]), triton.cdiv(k, options["BN"])
     for step in range(steps):
         grid = (tiles, square, count)
-        _symmetric_kernel[grid](o, gram, r, k, 1.0, 0.0, IS_TALL=is_tall, IS_POLYNOMIAL=False, **BLOCKS, **LAUNCH)
-        _symmetric_kernel[grid](gram, polynomial, r, r, c, b, IS_TALL=False, IS_POLYNOMIAL=True, **BLOCKS, **LAUNCH)
+        _symmetric_kernel[grid](o, gram, r, k, 1.0, 0.0, IS_TALL=is_tall, IS_POLYNOMIAL=False, **options)
+        _symmetric_kernel[grid](gram, polynomial, r, r, c, b, IS_TALL=False, IS_POLYNOMIAL=True, **options)
         out = result if step == steps - 1 else next_o
-        grid = (tiles, triton.cdiv(k, BLOCKS["BN"]), count)
-        _product_kernel[grid](polynomial, o, out, r, k, a, IS_TALL=is_tall, **BLOCKS, **LAUNCH)
+        _product_kernel[(tiles, wide, count)](polynomial, o, out, r, k, a, IS_TALL=is_tall, **options)
         o, next_o = next_o, o
     return result

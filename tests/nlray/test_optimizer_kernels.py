@@ -1,11 +1,17 @@
-"""The Triton kernels of the optimizers: in the interpreter against direct formulas in float64.
+"""The Triton kernels of the optimizers: in the interpreter against direct formulas in float64, and compiled without a GPU.
 
 The interpreter multiplies numpy arrays, so no rounding of a GPU is tested, and bf16 only with its product mended (conftest.py).
 """
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from benchmarks.compiling import SHARED_LIMIT_BYTES
 from nlray import kernels
 from nlray.config import OptimizerConfig, ScheduleConfig
 from nlray.errors import UserError
@@ -25,7 +31,7 @@ def small_blocks(monkeypatch, interpreted):
     from nlray.optimizers import triton_newton_schulz, triton_steps
 
     monkeypatch.setattr(triton_steps, "BLOCK", 16)
-    monkeypatch.setattr(triton_newton_schulz, "BLOCKS", {"BM": 16, "BN": 32, "BK": 16})
+    monkeypatch.setattr(triton_newton_schulz, "launch_options", lambda capability: {"BM": 16, "BN": 32, "BK": 16})
     monkeypatch.setattr(triton_newton_schulz, "PRODUCTS", torch.float32)
 
 
@@ -55,11 +61,11 @@ class MuonFormula:
 
     def step(self, p: torch.Tensor, g: torch.Tensor, decay: float) -> torch.Tensor:
         self.m = 0.8 * self.m + 0.2 * g
-        return p - LR * decay * p - LR * 0.2 * max(p.shape) ** 0.5 * newton_schulz(0.8 * self.m + 0.2 * g, 2)
+        return p - LR * decay * p - LR * 0.2 * max(p.shape) ** 0.5 * newton_schulz(0.8 * self.m + 0.2 * g, 1)
 
 
 class M3Formula:
-    """Algorithm 1 with decayed averages and the slow momenta of every second and third step."""
+    """Algorithm 1 with decayed averages and the slow momenta of every second and of every step."""
 
     def __init__(self) -> None:
         self.m, self.v, self.t, self.sums, self.slow, self.kept = 0.0, 0.0, 0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
@@ -67,19 +73,19 @@ class M3Formula:
     def step(self, p: torch.Tensor, g: torch.Tensor, decay: float) -> torch.Tensor:
         self.t += 1
         self.m, self.v = 0.8 * self.m + 0.2 * g, 0.7 * self.v + 0.3 * g * g
-        u = -(newton_schulz(self.m, 2) + 0.5 * self.kept[0] + 0.25 * self.kept[1]) / (self.v + 1e-4).sqrt()
-        for k, every in enumerate((2, 3)):
+        u = -(newton_schulz(self.m, 1) + 0.5 * self.kept[0] + 0.25 * self.kept[1]) / (self.v + 1e-4).sqrt()
+        for k, every in enumerate((2, 1)):
             self.sums[k] = self.sums[k] + g
             if self.t % every == 0:
                 self.slow[k] = 0.6 * self.slow[k] + 0.4 * self.sums[k]
-                self.kept[k], self.sums[k] = newton_schulz(self.slow[k], 2), 0.0
+                self.kept[k], self.sums[k] = newton_schulz(self.slow[k], 1), 0.0
         return p + LR * (0.2 * u / u.square().mean().sqrt() - decay * p)
 
 
-M3_OPTIONS = {"beta1": 0.8, "beta2": 0.7, "beta3": 0.6, "alpha": [0.5, 0.25], "slow_every": [2, 3], "eps": 1e-4, "newton_schulz_steps": 2}
+M3_OPTIONS = {"beta1": 0.8, "beta2": 0.7, "beta3": 0.6, "alpha": [0.5, 0.25], "slow_every": [2, 1], "eps": 1e-4, "newton_schulz_steps": 1}
 CASES = {
     "adamw": (AdamWFormula, {}),
-    "muon": (MuonFormula, {"momentum": 0.8, "options": {"ns_steps": 2}}),
+    "muon": (MuonFormula, {"momentum": 0.8, "options": {"ns_steps": 1}}),
     "m3": (M3Formula, {"options": M3_OPTIONS}),
 }
 
@@ -96,7 +102,7 @@ def test_steps_follow_the_formulas_and_go_on_from_the_state_that_torch_left(name
     parameters = random_tensors(0)
     expected = {n: p.double() for n, p in parameters.items()}
     # torch's Muon has bfloat16 throughout, so there the kernels make every step.
-    paths = ("triton", "torch", "triton", "triton") if name != "muon" else ("triton",) * 3
+    paths = ("triton", "torch", "triton") if name != "muon" else ("triton", "triton")
     state = {}
     for step, path in enumerate(paths, start=1):
         gradients = random_tensors(step)
@@ -147,12 +153,12 @@ def test_a_tensor_gets_the_same_bits_whichever_others_are_there():
     assert all(torch.equal(together[n], alone[n]) for n in ("w_tall", "norm", "w_tall_too"))
 
 
-@pytest.mark.parametrize("shapes", [[(1, 1), (1, 9)], [(40, 37), (40, 37)], [(33, 70), (70, 33)]])
+@pytest.mark.parametrize("shapes", [[(1, 1), (1, 9)], [(20, 17)] * 3, [(35, 41), (41, 35)]])
 def test_newton_schulz_of_odd_sizes_and_several_tiles_equals_the_reference(shapes, monkeypatch):
     from nlray.optimizers import triton_newton_schulz
 
     # As many at a time as come up to so many values.
-    monkeypatch.setattr(triton_newton_schulz, "MAX_VALUES", 3000)
+    monkeypatch.setattr(triton_newton_schulz, "MAX_VALUES", 700)
     generator = torch.Generator().manual_seed(1)
     matrices = [torch.randn(shape, generator=generator) for shape in shapes]
     for matrix, found in zip(matrices, triton_newton_schulz.newton_schulz_batched(matrices, 3), strict=True):
@@ -193,3 +199,17 @@ def test_auto_takes_torch_where_the_kernels_cannot_run_and_triton_insists(monkey
         optimizer.step()
     with pytest.raises(UserError, match=r"kernels is triton; allowed for torch.optim:SGD, which has none: auto, torch|gradient_memories"):
         OuterOptimizer({"w_a": weight}, OptimizerConfig(name="torch.optim:SGD", kernels="triton"), horizon=1)
+
+
+def test_compiled_kernels_fit_the_gpus_without_spills():
+    """Those that need the most registers; `python -m benchmarks.optimizer_kernels --compile 80,90,100` compiles all."""
+    names = ("adamw", "m3_update", "polynomial")
+    capabilities = ",".join(map(str, SHARED_LIMIT_BYTES))
+    command = [sys.executable, "-m", "benchmarks.optimizer_kernels", "--compile", capabilities, "--kernels", ",".join(names)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    lines = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert len(reports) == len(names) * len(SHARED_LIMIT_BYTES)
+    for report in reports:
+        assert report["spilled_bytes"] == 0 and report["shared_bytes"] <= SHARED_LIMIT_BYTES[report["capability"]], report

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.compiling import SHARED_LIMIT_BYTES
 from nlray import kernels
 from nlray.config import ModelConfig
 from nlray.errors import UserError
@@ -167,8 +168,8 @@ def test_a_memory_without_kernels_refuses_to_insist_on_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "shared_limit"), [(80, 163), (90, 227), (100, 227)])
-def test_compiled_kernels_fit_a_gpu_without_spills(capability, shared_limit):
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+def test_compiled_kernels_fit_a_gpu_without_spills(capability):
     """At the largest head width that is taken there; the default objective."""
     width = paths.LARGEST_WIDTH[capability // 10]
     command = [sys.executable, "-m", "benchmarks.kernels", "--compile", str(capability), "--width", str(width)]
@@ -177,4 +178,4 @@ def test_compiled_kernels_fit_a_gpu_without_spills(capability, shared_limit):
     reports = [json.loads(line) for line in lines]
     assert len(reports) == 4
     for report in reports:
-        assert report["spilled_bytes"] == 0 and report["shared_bytes"] <= shared_limit * 1024, report
+        assert report["spilled_bytes"] == 0 and report["shared_bytes"] <= SHARED_LIMIT_BYTES[capability], report
