@@ -112,7 +112,9 @@ def newton_schulz_batched(matrices: Sequence[Tensor], steps: int = 5) -> list[Te
         indices, at_once = list(alike), max(1, MAX_VALUES // (rows * cols))
         for start in range(0, len(indices), at_once):
             some = indices[start : start + at_once]
-            for index, output in zip(some, _newton_schulz([matrices[i] for i in some], steps), strict=True):
+            with torch.cuda.device_of(matrices[0]):
+                found = _newton_schulz([matrices[i] for i in some], steps)
+            for index, output in zip(some, found, strict=True):
                 outputs[index] = output
     return outputs
 

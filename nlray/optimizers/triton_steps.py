@@ -172,7 +172,8 @@ class _Launch:
 
     def __call__(self, kernel: triton.JITFunction, *arguments: Tensor | float, **constants: object) -> None:
         if len(self.tensor_of):
-            kernel[(len(self.tensor_of),)](self.table, self.tensor_of, *arguments, **constants, **self.options, num_warps=4)
+            with torch.cuda.device_of(self.table):
+                kernel[(len(self.tensor_of),)](self.table, self.tensor_of, *arguments, **constants, **self.options, num_warps=4)
 
 
 @functools.lru_cache(maxsize=64)
@@ -236,5 +237,6 @@ def square_sums(tensors: Sequence[Tensor]) -> Tensor:
     sums = torch.empty(len(launch.tensor_of), device=tensors[0].device)
     totals = torch.empty(len(tensors), device=tensors[0].device)
     launch(_squares_kernel, sums)
-    _total_kernel[(len(tensors),)](launch.table, sums, totals, COLUMNS=1, BLOCK=BLOCK)
+    with torch.cuda.device_of(sums):
+        _total_kernel[(len(tensors),)](launch.table, sums, totals, COLUMNS=1, BLOCK=BLOCK)
     return totals
