@@ -116,9 +116,14 @@ def check_fit(plans: Sequence[ActorPlan], nodes: Sequence[dict[str, Any]]) -> No
 
 
 def check_kernels(config: Config, plans: Sequence[ActorPlan]) -> None:
-    """Raise UserError where the configuration insists on Triton and a sequence worker has no GPU."""
-    if config.model.kernels == "triton" and any(plan.gpus == 0 for plan in plans if plan.group == SEQUENCE):
-        raise UserError("model.kernels is triton and a sequence worker has no GPU (sequence.resources.gpus); allowed then: auto, torch")
+    """Raise UserError where the configuration insists on Triton and an actor that would run its kernels has no GPU."""
+    insisting = {SEQUENCE: {"model": config.model.kernels, "sequence.optimizer": config.sequence.optimizer.kernels}}
+    insisting |= {name: {f"memory.levels.{name}.optimizer": level.optimizer.kernels} for name, level in config.levels.items()}
+    for plan in plans:
+        for key, kernels in insisting.get(plan.group, {}).items():
+            if kernels == "triton" and plan.gpus == 0:
+                who = "a sequence worker" if plan.group == SEQUENCE else f"a rank of level {plan.group}"
+                raise UserError(f"{key}.kernels is triton and {who} has no GPU ({plan.key}.gpus); allowed then: auto, torch")
 
 
 def resolve_threads(config: Config) -> Config:

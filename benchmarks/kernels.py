@@ -8,12 +8,10 @@ Nothing here is a measurement of time.
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.compiling import compiled
 from nlray.config_loading import load_config
 
 BYTES_PER_S, FLOP_PER_S, NUM_SMS = 3.35e12, 989e12, 132
@@ -75,44 +73,11 @@ def variants(chunk: int, width: int, objective: str) -> Iterator[tuple[str, Any,
     yield "scan, backward", kernels._scan_backward_kernel, scan, options
 
 
-def compiled(capability: int, *, chunk: int, width: int, objective: str) -> Iterator[dict[str, Any]]:
-    """Compile each kernel for bf16 inputs and a GPU of this compute capability; yield what it needs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def argument_types(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
+    """Return the types of a kernel's arguments, with bf16 inputs."""
     floats = {"m_eta", "m_alpha", "b_eta", "b_alpha", "s_first", "s_end", "numbers", "ds_end", "ds_first"}
-    for name, kernel, constants, options in variants(chunk, width, objective):
-        signature, attributes = {}, {}
-        for i, argument in enumerate(kernel.arg_names):
-            if argument in constants:
-                signature[argument] = "constexpr"
-            elif argument == "inner_lr":
-                signature[argument] = "fp32"
-            else:
-                is_size = argument in ("T", "B", "num_chunks")
-                signature[argument] = "i32" if is_size else "*fp32" if argument in floats else "*bf16"
-                if not is_size or argument == "T":
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attributes)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        registers, spilled = register_use(binary.asm["ptx"], capability)
-        yield {"kernel": name, "registers": registers, "spilled_bytes": spilled, "shared_bytes": binary.metadata.shared}
-
-
-def register_use(ptx: str, capability: int) -> tuple[int, int]:
-    """Return the registers of a thread and the bytes that it spills, as Triton's own assembler says."""
-    from triton import knobs
-
-    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        gpu = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [tool.path, "-v", f"--gpu-name={gpu}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
-    return int(re.search(r"Used (\d+) registers", report)[1]), sum(spilled)
+    others = {"T": "i32:16", "B": "i32", "num_chunks": "i32", "inner_lr": "fp32"}
+    return {a: others.get(a, "*fp32" if a in floats else "*bf16") for a in kernel.arg_names if a not in constants}
 
 
 def main() -> None:
@@ -126,8 +91,8 @@ def main() -> None:
     if arguments.compile is None:
         lines = table(tuple(arguments.presets.split(",")))
     else:
-        sizes = {"chunk": arguments.chunk, "width": arguments.width, "objective": arguments.objective}
-        lines = map(json.dumps, compiled(arguments.compile, **sizes))
+        found = variants(arguments.chunk, arguments.width, arguments.objective)
+        lines = (json.dumps(compiled(n, k, c, argument_types(k, c), o, arguments.compile)) for n, k, c, o in found)
     for line in lines:
         print(line, flush=True)
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlray.kernels import Path
+from nlray.optimizers.paths import uses_triton
+
 TINY = 1e-30
 """Smallest norm that a tensor is divided by, so that a zero gradient stays zero."""
 
@@ -39,6 +42,9 @@ class GradientOptimizer(torch.optim.Optimizer):
     Departs from Eq. 33, 46, 49-52: the learning rate multiplies what the memory answers, not what is written into it. With a
     constant rate and a linear memory the two are the same; with a schedule, or a bounded output, only this one has a step size.
     """
+
+    kernels: Path = "auto"
+    """What computes the step: `nlray/optimizers/paths.py`."""
 
     def __init__(
         self,
@@ -99,15 +105,10 @@ class GradientOptimizer(torch.optim.Optimizer):
                 continue
             gradients = [p.grad.to(_state_dtype(p)) for p in parameters]
             updates = self._updates(gradients, [self.state[p] for p in parameters], group)
-            if group["update_rms"] is not None:
-                for update in updates:
-                    update.mul_(group["update_rms"] / root_mean_square(update))
-            if group["weight_decay"] > 0:
-                # Into the update and not onto the weight: a bfloat16 weight would round a factor so near 1 away.
-                torch._foreach_add_(
-                    updates, [p.to(u.dtype) for p, u in zip(parameters, updates, strict=True)], alpha=-group["weight_decay"]
-                )
-            torch._foreach_add_(parameters, updates, alpha=group["lr"])
+            if uses_triton(self.kernels, parameters):
+                _apply_fused_(parameters, [u.float().contiguous() for u in updates], group)
+            else:
+                _apply_(parameters, updates, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,6 +120,28 @@ class GradientOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 device = parameter.device if value.ndim else "cpu"
                 self.state[parameter][key] = value.detach().clone().to(device)
+
+
+def _apply_(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
+    """Add the updates to the parameters, in place; the updates are overwritten."""
+    if group["update_rms"] is not None:
+        for update in updates:
+            update.mul_(group["update_rms"] / root_mean_square(update))
+    if group["weight_decay"] > 0:
+        # Into the update and not onto the weight: a bfloat16 weight would round a factor so near 1 away.
+        torch._foreach_add_(updates, [p.to(u.dtype) for p, u in zip(parameters, updates, strict=True)], alpha=-group["weight_decay"])
+    torch._foreach_add_(parameters, updates, alpha=group["lr"])
+
+
+def _apply_fused_(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
+    """Do as `_apply_` with kernels: one more pass over the updates if their size is set, and one over both."""
+    from nlray.optimizers import triton_steps
+
+    scales = torch.ones(len(updates), device=updates[0].device)
+    if group["update_rms"] is not None:
+        sizes = torch.tensor([max(1, u.numel()) for u in updates], device=scales.device)
+        scales = group["update_rms"] / (triton_steps.square_sums(updates) / sizes).sqrt().clamp_min(TINY)
+    triton_steps.apply_(parameters, updates, scales, lr=group["lr"], decay=group["weight_decay"])
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlray.kernels import Path
 from nlray.optimizers.base import GradientMemory, GradientOptimizer, memory, require, require_share, total_size
-from nlray.optimizers.newton_schulz import newton_schulz
+from nlray.optimizers.newton_schulz import newton_schulz_each
+from nlray.optimizers.paths import uses_triton
 
 
 class M3(GradientOptimizer):
@@ -115,34 +117,54 @@ class M3(GradientOptimizer):
         return [fast, second, *slow]
 
     def _updates(self, gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> list[Tensor]:
-        steps, is_average = group["newton_schulz_steps"], group["averages"]
+        if uses_triton(self.kernels, gradients):
+            return self._fused_updates(gradients, states, group)
+        is_average = group["averages"]
         fast = memory(states, "fast_momentum", gradients)
         squares = memory(states, "second_moment", gradients)
         _accumulate(fast, gradients, group["beta1"], is_average=is_average)
         _accumulate(squares, list(torch._foreach_mul(gradients, gradients)), group["beta2"], is_average=is_average)
-        directions = [newton_schulz(m, steps) for m in fast]
+        directions = newton_schulz_each(fast, group["newton_schulz_steps"], path="torch")
         for index, (_, _, alpha) in enumerate(_time_scales(group)):
             torch._foreach_add_(directions, memory(states, f"slow_output_{index}", gradients), alpha=alpha)
         roots = torch._foreach_add(squares, group["eps"])
         torch._foreach_sqrt_(roots)
         torch._foreach_div_(directions, roots)
         torch._foreach_neg_(directions)
-        self._update_slow(gradients, states, group)
+        for index in range(len(_time_scales(group))):
+            torch._foreach_add_(memory(states, f"slow_sum_{index}", gradients), gradients)
+        self._close_slow(gradients, states, group, path="torch")
         return directions
 
-    def _update_slow(self, gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
-        """Add the gradients to the sums under way; close those whose time has come."""
+    def _fused_updates(self, gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> list[Tensor]:
+        """Do as `_updates` with kernels: one pass before Newton-Schulz, and one after it."""
+        from nlray.optimizers import triton_steps
+
+        indices = range(len(_time_scales(group)))
+        fast, squares = (memory(states, key, gradients) for key in ("fast_momentum", "second_moment"))
+        outputs, sums = ([memory(states, f"slow_{key}_{index}", gradients) for index in indices] for key in ("output", "sum"))
+        shares = [(beta, 1 - beta) if group["averages"] else (1.0, beta) for beta in (group["beta1"], group["beta2"])]
+        triton_steps.m3_momenta_(gradients, fast, squares, sums, fast_shares=shares[0], square_shares=shares[1])
+        directions = newton_schulz_each(fast, group["newton_schulz_steps"], path=self.kernels)
+        alphas = [alpha for _, _, alpha in _time_scales(group)]
+        triton_steps.m3_updates_(directions, squares, outputs, alphas=alphas, eps=group["eps"])
+        self._close_slow(gradients, states, group, path=self.kernels)
+        return directions
+
+    def _close_slow(self, gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], *, path: Path) -> None:
+        """Take the sums under way into the slow momenta whose time has come, and read these anew."""
         for state in states:
             state["step"] = state["step"] + 1 if "step" in state else torch.ones(())
         for index, (every, beta3, _) in enumerate(_time_scales(group)):
-            sums = memory(states, f"slow_sum_{index}", gradients)
-            slow = memory(states, f"slow_momentum_{index}", gradients)
-            torch._foreach_add_(sums, gradients)
-            for state, total, momentum in zip(states, sums, slow, strict=True):
-                if int(state["step"]) % every == 0:
-                    _accumulate([momentum], [total], beta3, is_average=group["averages"])
-                    state[f"slow_output_{index}"].copy_(newton_schulz(momentum, group["newton_schulz_steps"]))
-                    total.zero_()
+            memory(states, f"slow_momentum_{index}", gradients)
+            due = [state for state in states if int(state["step"]) % every == 0]
+            sums, slow = ([state[f"slow_{key}_{index}"] for state in due] for key in ("sum", "momentum"))
+            if not due:
+                continue
+            _accumulate(slow, sums, beta3, is_average=group["averages"])
+            for state, output in zip(due, newton_schulz_each(slow, group["newton_schulz_steps"], path=path), strict=True):
+                state[f"slow_output_{index}"].copy_(output)
+            torch._foreach_zero_(sums)
 
 
 def _accumulate(memories: list[Tensor], values: list[Tensor], beta: float, *, is_average: bool) -> None:

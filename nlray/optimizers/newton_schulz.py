@@ -1,9 +1,13 @@
 """The Newton-Schulz iteration (Eq. 42-44): the nearest semi-orthogonal matrix, up to a spread of the singular values."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nlray.kernels import Path
 from nlray.optimizers.base import TINY
+from nlray.optimizers.paths import uses_triton
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of Muon's iteration: steep at 0, so that small singular values come up within few steps."""
@@ -28,3 +32,12 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
         gram = o @ o.t()
         o = torch.addmm(o, torch.addmm(gram, gram, gram, beta=b, alpha=c), o, beta=a)
     return o.t() if is_tall else o
+
+
+def newton_schulz_each(matrices: Sequence[Tensor], steps: int = 5, *, path: Path = "auto") -> list[Tensor]:
+    """Return `newton_schulz` of each matrix; with Triton's kernels (`uses_triton`) those of one shape together, with bfloat16 operands."""
+    if uses_triton(path, matrices):
+        from nlray.optimizers.triton_newton_schulz import newton_schulz_batched
+
+        return newton_schulz_batched(matrices, steps)
+    return [newton_schulz(matrix, steps) for matrix in matrices]

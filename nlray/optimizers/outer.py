@@ -34,7 +34,10 @@ class OuterOptimizer:
             {"params": [self.parameters[n] for n in share.names if not has_decay(n)], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
-        return share.optimizer(groups, lr=config.lr, weight_decay=config.weight_decay, **share.options)
+        optimizer = share.optimizer(groups, lr=config.lr, weight_decay=config.weight_decay, **share.options)
+        if hasattr(optimizer, "kernels"):
+            optimizer.kernels = config.kernels
+        return optimizer
 
     def step(self, step: int) -> float:
         """Update the parameters in place from their `.grad`, at the learning rate of `step`; return that rate."""

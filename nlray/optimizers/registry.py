@@ -57,6 +57,8 @@ def deal(config: OptimizerConfig, names: Sequence[str]) -> tuple[Share, ...]:
         UserError: the class cannot be used, or does not know an option.
     """
     optimizer = optimizer_class(config.name)
+    if config.kernels == "triton" and not hasattr(optimizer, "kernels"):
+        raise UserError(f"kernels is triton; allowed for {config.name}, which has none: auto, torch")
     options = _options(config, optimizer)
     only_matrices = getattr(optimizer, "takes_only_matrices", lambda options: False)(options)
     taken = tuple(n for n in names if is_matrix(n) or not only_matrices)

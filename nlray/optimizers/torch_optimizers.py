@@ -1,15 +1,48 @@
-"""torch's AdamW and Muon, which also list their memories of gradients."""
+"""torch's AdamW and Muon, which also list their memories of gradients; on GPUs with the kernels' steps, over the same state."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nlray.optimizers.base import GradientMemory, total_size
+from nlray.kernels import Path
+from nlray.optimizers.base import GradientMemory, memory, total_size
+from nlray.optimizers.newton_schulz import newton_schulz_each
+from nlray.optimizers.paths import uses_triton
+
+_Closure = Callable[[], Tensor] | None
 
 
-class AdamW(torch.optim.AdamW):
+class _KernelSteps:
+    """What AdamW and Muon do alike: a step by kernels where these can run, else torch's."""
+
+    kernels: Path = "auto"
+    """What computes the step: `nlray/optimizers/paths.py`."""
+
+    @torch.no_grad()
+    def step(self, closure: _Closure = None) -> Tensor | None:
+        """Update every parameter that has a `.grad`, in place; return what `closure` returns."""
+        if not uses_triton(self.kernels, [p for group in self.param_groups for p in group["params"]]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step_fused(parameters, [p.grad.contiguous() for p in parameters], [self.state[p] for p in parameters], group)
+        return loss
+
+    def _step_fused(
+        self, parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> None:
+        raise NotImplementedError
+
+
+class AdamW(_KernelSteps, torch.optim.AdamW):
     """torch's fused AdamW: the element-wise memory of Eq. 101-105, with bias correction, epsilon and decoupled decay."""
 
     def __init__(
@@ -39,8 +72,22 @@ class AdamW(torch.optim.AdamW):
             GradientMemory(name="second_moment", value="g^2", objective="|v - g^2|^2", rule=f"decayed sum, beta {beta2:g}", size=size),
         ]
 
+    def _step_fused(
+        self, parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> None:
+        from nlray.optimizers import triton_steps
 
-class Muon(torch.optim.Muon):
+        for parameter, state in zip(parameters, states, strict=True):
+            if "step" not in state:
+                state["step"] = torch.zeros((), device=parameter.device)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        moments = [memory(states, key, parameters) for key in ("exp_avg", "exp_avg_sq")]
+        numbers = {"lr": group["lr"], "decay": group["weight_decay"], "betas": group["betas"], "eps": group["eps"]}
+        triton_steps.adamw_(parameters, gradients, *moments, steps, **numbers)
+
+
+class Muon(_KernelSteps, torch.optim.Muon):
     """torch's Muon at AdamW's update size: a linear memory read through Newton-Schulz (Eq. 52), with Nesterov; matrices only."""
 
     def __init__(
@@ -74,3 +121,15 @@ class Muon(torch.optim.Muon):
         """Return the momentum; see `GradientOptimizer.gradient_memories`."""
         rule = f"decayed sum, beta {options['momentum']:g}; read through Newton-Schulz (Eq. 52)"
         return [GradientMemory(name="momentum", value="none", objective="-<m, g> (Eq. 10-13)", rule=rule, size=total_size(shapes))]
+
+    def _step_fused(
+        self, parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
+    ) -> None:
+        from nlray.optimizers import triton_steps
+
+        momenta, read = memory(states, "momentum_buffer", gradients), [torch.empty_like(g) for g in gradients]
+        triton_steps.muon_momentum_(gradients, momenta, read, beta=group["momentum"], is_nesterov=group["nesterov"])
+        updates = newton_schulz_each(read, group["ns_steps"], path=self.kernels)
+        # As torch does for "match_rms_adamw".
+        scales = torch.tensor([-0.2 * math.sqrt(max(p.shape)) for p in parameters], device=parameters[0].device)
+        triton_steps.apply_(parameters, updates, scales, lr=group["lr"], decay=group["weight_decay"])

@@ -159,6 +159,13 @@ def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(sma
         check_kernels(config, plan_actors(config, 0)[0])
     check_kernels(small(), plan_actors(small(), 0)[0])
     assert fixed_on_resume(config) == fixed_on_resume(small())
+    config = small("memory.levels.fast.optimizer.kernels=triton")
+    check_kernels(config, plan_actors(config, 8)[0])
+    with pytest.raises(
+        UserError, match=r"memory.levels.fast.optimizer.kernels is triton and a rank of level fast has no GPU .*auto, torch"
+    ):
+        check_kernels(config, plan_actors(config, 1)[0])
+    assert fixed_on_resume(config) == fixed_on_resume(small())
 
 
 def test_the_fit_is_checked_per_node_and_per_label(small):

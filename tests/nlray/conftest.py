@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,3 +56,26 @@ MEMORIES = {
 def memory(request) -> tuple[str, ...]:
     """Every memory in context, as overrides of the configuration."""
     return MEMORIES[request.param]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton kernels are interpreted, and whatever is left uninitialised is NaN."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: empty_like(tensor, **options).fill_(float("nan")))
+
+
+@pytest.fixture
+def bf16_products(monkeypatch):
+    """The interpreter multiplies bf16 as a GPU does; it holds them as bits, and would multiply these as whole numbers."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def values(handle: TensorHandle) -> np.ndarray:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32) if handle.data.dtype == np.uint16 else handle.data
+
+    def create_dot(self, a, b, d, *precision):
+        return TensorHandle(np.matmul(values(a), values(b), dtype=np.float32) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
+from benchmarks.compiling import SHARED_LIMIT_BYTES
+from nlray import kernels
 from nlray.config import ModelConfig
 from nlray.errors import UserError
 from nlray.memories.delta import chunk, paths
@@ -21,20 +22,12 @@ from nlray.memories.delta.reference import memory_reference
 from nlray.memories.scan import MemoryWeights
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 TOLERANCE = 2e-5  # float32 against float64, relative to the largest value of the tensor
 VARIANTS = list(itertools.product(("dot", "l2"), ("init", "zero"), ("token", "chunk_start")))
 OPTIONS = {"chunk_size": 20, "objective": "l2", "retain": "init", "read": "token", "inner_lr": 0.7}
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Kernels are interpreted, and whatever is left uninitialised is NaN."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: empty_like(tensor, **options).fill_(float("nan")))
 
 
 def make(batch: int, heads: int, length: int, width: int, *, seed: int = 0) -> tuple[list[torch.Tensor], MemoryParameters]:
@@ -130,17 +123,8 @@ def test_repeated_keys_and_strong_decay_stay_accurate():
     assert_close(outcome("triton", torch.float32, tensors, parameters, **OPTIONS), expected)
 
 
-def test_bf16_queries_give_products_in_bf16_and_a_state_in_float32(monkeypatch):
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def values(handle: TensorHandle) -> np.ndarray:
-        # The interpreter holds bf16 as bits, and would multiply these as whole numbers.
-        return (handle.data.astype(np.uint32) << 16).view(np.float32) if handle.data.dtype == np.uint16 else handle.data
-
-    def create_dot(self, a, b, d, *precision):
-        return TensorHandle(np.matmul(values(a), values(b), dtype=np.float32) + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+@pytest.mark.usefixtures("bf16_products")
+def test_bf16_queries_give_products_in_bf16_and_a_state_in_float32():
     (u, q), parameters = make(1, 1, 23, 16)
     single = MemoryParameters(*(p.float() for p in parameters))
     y, state = titans_memory(u.float(), q.bfloat16(), single, path="triton", **OPTIONS)
@@ -153,14 +137,14 @@ def test_auto_takes_torch_where_the_kernels_cannot_run_and_says_why_once(monkeyp
     (u, q), parameters = make(1, 1, 3, 5)
     assert torch.equal(titans_memory(u, q, parameters, **OPTIONS)[0], titans_memory(u, q, parameters, path="torch", **OPTIONS)[0])
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    paths._log_once.cache_clear()
-    with caplog.at_level("INFO", logger=paths.__name__):
+    kernels.log_once.cache_clear()
+    with caplog.at_level("INFO", logger=kernels.__name__):
         for _ in range(2):
             assert not paths.uses_triton("auto", torch.device("cpu"), torch.float32, 5)
-    assert [r.message for r in caplog.records] == ["memory in context: torch products: the memory is on the CPU and the kernels need a GPU"]
+    assert [r.message for r in caplog.records] == ["memory in context: torch: the memory is on the CPU and the kernels need a GPU"]
     with pytest.raises(UserError, match=r"model.kernels is triton, but the memory is on the CPU .* allowed here: auto, torch"):
         titans_memory(u, q, parameters, path="triton", **OPTIONS)
-    monkeypatch.setattr(paths, "_is_installed", lambda: False)
+    monkeypatch.setattr(kernels, "is_installed", lambda: False)
     assert paths.why_not(torch.device("cuda"), torch.bfloat16, 64) == "Triton is not installed"
 
 
@@ -184,8 +168,8 @@ def test_a_memory_without_kernels_refuses_to_insist_on_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "shared_limit"), [(80, 163), (90, 227), (100, 227)])
-def test_compiled_kernels_fit_a_gpu_without_spills(capability, shared_limit):
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+def test_compiled_kernels_fit_a_gpu_without_spills(capability):
     """At the largest head width that is taken there; the default objective."""
     width = paths.LARGEST_WIDTH[capability // 10]
     command = [sys.executable, "-m", "benchmarks.kernels", "--compile", str(capability), "--width", str(width)]
@@ -194,4 +178,4 @@ def test_compiled_kernels_fit_a_gpu_without_spills(capability, shared_limit):
     reports = [json.loads(line) for line in lines]
     assert len(reports) == 4
     for report in reports:
-        assert report["spilled_bytes"] == 0 and report["shared_bytes"] <= shared_limit * 1024, report
+        assert report["spilled_bytes"] == 0 and report["shared_bytes"] <= SHARED_LIMIT_BYTES[capability], report
