@@ -35,6 +35,11 @@ def _solve(matrix: Any, right: Any, *, upper: bool, left: bool = True, unitriang
     return triangular_solve_flops(matrix, right, left=left)
 
 
+def added_products_flops(matrix: Sequence[int], left: Sequence[int], right: Sequence[int], *rest: Any, **options: Any) -> int:
+    """Return the operations of baddbmm_, left [B, n, k] and right [B, k, m]; torch knows baddbmm only."""
+    return 2 * prod(left) * right[-1]
+
+
 def _attention(query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, *rest: Any, **options: Any) -> int:
     return attention_flops(query, key, value, is_causal=is_causal)
 
@@ -54,6 +59,7 @@ def _convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any, out_shape:
 _aten = torch.ops.aten
 FORMULAS = {
     _aten.linalg_solve_triangular: _solve,
+    _aten.baddbmm_: added_products_flops,
     _aten.convolution_backward: _convolution_backward,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -144,7 +144,8 @@ def models(args: argparse.Namespace, shapes: list[Shape], report: Report) -> Non
             rows.append(row | {"hope / transformer, tokens/s": seconds["transformer"].over(took) if name == "hope" else None})
     report.note(
         f"matrix-product peak {peak / 1e9:.0f} GFLOP/s; steps of one plain loop, dim {args.dim}, {args.layers} layers, 4 heads, "
-        f"vocabulary {VOCAB_SIZE}, float32, {args.threads} thread(s); {args.repeats} turns of {STEPS_A_TURN} steps (beyond 512 tokens: {STEPS_A_TURN // 2})"
+        f"vocabulary {VOCAB_SIZE}, float32, {args.threads} thread(s); {args.repeats} turns of {STEPS_A_TURN} steps (beyond 512 tokens: "
+        f"{STEPS_A_TURN // 2})"
     )
     report.table("models", rows)
 
