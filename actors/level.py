@@ -58,7 +58,9 @@ class LevelRank:
         self._store = store
         self.device = device = device_for(gpus)
         torch.set_num_threads(self.level.resources.num_threads)
-        self.parameters = {s.name: torch.empty(s.shape, dtype=torch.float32, device=device) for s in self.layout.specs}
+        # Views of one buffer, so that a version is published with one copy.
+        self._flat = self.layout.new_buffer(device)
+        self.parameters = {s.name: view for s, view in zip(self.layout.specs, self.layout.views(self._flat), strict=True)}
         if not is_restored:
             inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
             fill_parameters_(self.parameters, inits, config, config.run.seed)
@@ -122,6 +124,11 @@ class LevelRank:
                 raise NlrayError(f"{self.label}: a second contribution of worker {contribution.worker} to version {contribution.version}")
             workers[contribution.worker] = contribution
             self._changed.notify_all()
+
+    def exchange(self, contribution: Contribution) -> Version:
+        """Take a worker's contribution to a version and return that version when it is made: one call there and back."""
+        self.push(contribution)
+        return self.pull(contribution.version)
 
     def pull(self, version: int) -> Version:
         """Wait for a version and return it; the newest two are kept."""
@@ -228,12 +235,12 @@ class LevelRank:
         version, num_steps = contributions[0].version, contributions[0].num_steps
         is_skipped, norm = num_steps == 0, math.nan
         if not is_skipped:
-            self._gradient.copy_(self._sums(contributions[0]))
+            total = self._sums(contributions[0])
             for contribution in contributions[1:]:
-                self._gradient.add_(self._sums(contribution))
+                total = torch.add(total, self._sums(contribution), out=self._gradient)
             # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
             # changes how often a level learns and not how far it goes at a time.
-            self._gradient.div_(num_steps)
+            torch.div(total, num_steps, out=self._gradient)
             norm = self._level_norm(version)
             is_skipped = not math.isfinite(norm)
         if not is_skipped:
@@ -260,10 +267,7 @@ class LevelRank:
         return total_norm([norms[s.name] for s in self.plan.tensors])
 
     def _publish(self, version: int, norm: float, *, is_skipped: bool) -> None:
-        flat = self.layout.new_buffer()
-        for parameter, view in zip(self.parameters.values(), self.layout.views(flat), strict=True):
-            view.copy_(parameter)
-        published = Version(version, self._store.put(flat.numpy()), norm, is_skipped)
+        published = Version(version, self._store.put(self._flat.cpu().numpy()), norm, is_skipped)
         with self._changed:
             self._published[version] = published
             self._published = {v: p for v, p in self._published.items() if v >= version - 1}

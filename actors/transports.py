@@ -51,16 +51,16 @@ class RankClient:
         self.timeout_s = timeout_s
 
     def push(self, contribution: Contribution) -> Any:
-        """Send a contribution; its buffer may be reused on return. The result is a receipt for `pull`."""
-        return self._call("push", contribution)
+        """Send a contribution; its buffer may be reused on return. `receive` takes the result, for the version it goes into."""
+        return self._call("exchange", contribution)
 
-    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
-        """Wait for a version and return it with its flat parameters, on this node.
+    def ask(self, version: int) -> Any:
+        """Ask for a version without a contribution; `receive` takes the result."""
+        return self._call("pull", version)
 
-        The request leaves at once; `receipt` is that of the push it answers, whose error is raised here (None: there was none).
-        """
-        refs = [self._call("pull", version), *([] if receipt is None else [receipt])]
-        published, *_ = wait_for(refs, f"version {version} of {self.label}", self.timeout_s)
+    def receive(self, asked: Any, version: int) -> tuple[Version, np.ndarray]:
+        """Wait for the version that `push` or `ask` asked for and return it with its flat parameters, on this node."""
+        published = wait_for(asked, f"version {version} of {self.label}", self.timeout_s)
         return published, self.store.get(published.data)
 
     def hold_snapshot(self, step: int, generation: int) -> None:

@@ -32,7 +32,9 @@ class DirectLink:
         copy = contribution.buffer.copy()
         self.rank.push(Contribution(contribution.version, contribution.worker, contribution.num_steps, copy))
 
-    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
+    def ask(self, version: int) -> None: ...
+
+    def receive(self, asked: None, version: int) -> tuple[Version, np.ndarray]:
         published = self.rank.pull(version)
         return published, self.store.get(published.data)
 
