@@ -9,6 +9,7 @@ import math
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -37,7 +38,7 @@ class LevelRank:
         config: the run's configuration, with `model.vocab_size` set.
         plan: the level.
         rank: which of `plan.shards` this rank owns.
-        store: where versions are published.
+        store: where versions are published, and contributions lie.
         vault: where the pieces of recovery points are held.
         gpus: GPUs that Ray gave this actor; above 0 the tensors live on one.
         is_restored: the initial parameters are not needed, `restore` or `load` comes next.
@@ -117,6 +118,7 @@ class LevelRank:
 
     def push(self, contribution: Contribution) -> None:
         """Take a worker's contribution to a version; the last one starts the update."""
+        contribution = replace(contribution, buffer=self._store.get(contribution.buffer))
         with self._changed:
             self._raise_error()
             workers = self._contributions.setdefault(contribution.version, {})

@@ -1,29 +1,39 @@
-"""How contributions and versions travel between sequence workers and level ranks: one contract, the object store first.
+"""How contributions and versions travel between sequence workers and level ranks: one contract, two stores.
 
-A transport moves numpy arrays, never tensors: a torch.Tensor through Ray's object store takes eight times as long as the
-numpy view of its memory.
+A store moves numpy arrays, never tensors: a torch.Tensor through Ray's object store takes eight times as long as the
+numpy view of its memory. `exchange.transport` names it: Ray's object store, or one-sided reads (`nlray.actors.one_sided`).
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from nlray.actors.one_sided import NixlStore
 from nlray.actors.types import Contribution, PieceCopy, Version
 from nlray.errors import NlrayError, RemoteTimeoutError
 
 
 class Store(Protocol):
-    """Where a level rank publishes a version once for all workers."""
+    """Where a process lays arrays that others read: a rank its versions, once for all workers; a worker its contributions.
+
+    What is in it does not change: neither what was put, whatever becomes of the array that it was put from, nor what was got.
+    """
 
     def put(self, array: np.ndarray) -> Any:
-        """Keep a copy of `array` and return what `get` takes; the copy lives as long as the returned value."""
+        """Keep a copy of `array`, [size], and return what `get` takes in any process; it lives as long as the value returned here."""
 
     def get(self, data: Any) -> np.ndarray:
-        """Return the array, read-only, without a copy where it is on this node."""
+        """Return the array, [size], read-only.
+
+        Raises:
+            NlrayError: the process that kept it is gone.
+            RemoteTimeoutError: a limit was reached.
+        """
 
 
 class ObjectStore:
@@ -40,6 +50,9 @@ class ObjectStore:
         return wait_for(data[0], "a published version in the object store", self.timeout_s)
 
 
+STORES: dict[str, type[Store]] = {"object_store": ObjectStore, "nixl": NixlStore}
+
+
 class RankClient:
     """A level rank as a sequence worker sees it, over Ray. generation: of the rank that is meant, wherever it is by now."""
 
@@ -52,15 +65,18 @@ class RankClient:
 
     def push(self, contribution: Contribution) -> Any:
         """Send a contribution; its buffer may be reused on return. `receive` takes the result, for the version it goes into."""
-        return self._call("exchange", contribution)
+        data = self.store.put(contribution.buffer)
+        return self._call("exchange", replace(contribution, buffer=data)), data
 
     def ask(self, version: int) -> Any:
         """Ask for a version without a contribution; `receive` takes the result."""
-        return self._call("pull", version)
+        return self._call("pull", version), None
 
     def receive(self, asked: Any, version: int) -> tuple[Version, np.ndarray]:
         """Wait for the version that `push` or `ask` asked for and return it with its flat parameters, on this node."""
-        published = wait_for(asked, f"version {version} of {self.label}", self.timeout_s)
+        # What was sent is kept until the rank has answered: by then it has read it.
+        ref, _ = asked
+        published = wait_for(ref, f"version {version} of {self.label}", self.timeout_s)
         return published, self.store.get(published.data)
 
     def hold_snapshot(self, step: int, generation: int) -> None:
@@ -106,6 +122,8 @@ def wait_for(ref: Any, what: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         # The remote traceback is in the cause; what went wrong is its message.
         raise (error.cause if isinstance(error.cause, NlrayError) else error) from error
+    except ObjectLostError as error:
+        raise NlrayError(f"who kept it died (seen while waiting for {what})") from error
     except RayActorError as error:
         raise NlrayError(f"{describe_death(error)} (seen while waiting for {what})") from error
 

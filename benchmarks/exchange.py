@@ -25,7 +25,7 @@ from nlray.actors.launch import resolve
 from nlray.actors.level import LevelRank
 from nlray.actors.members import SEAT_THREADS
 from nlray.actors.seat import Behaviours, Seat
-from nlray.actors.transports import ObjectStore, RankClient, wait_for
+from nlray.actors.transports import STORES, RankClient, wait_for
 from nlray.actors.types import Assignment, Role
 from nlray.config import Config
 from nlray.config_loading import load_config
@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megabytes", type=positive, default=100, help="size of the level (default: %(default)s)")
     parser.add_argument("--repeats", type=positive, default=15, help="rounds (default: %(default)s)")
     parser.add_argument("--periods", default="1,8,64,512", help="update periods of the levels of equal size (default: %(default)s)")
+    parser.add_argument("--transport", choices=STORES, default="object_store", help="(default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw", help="of the level (default: %(default)s)")
 
 
@@ -75,20 +76,30 @@ def run(args: argparse.Namespace, report: Report) -> None:
     # The actor's process may not find this module.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with tempfile.TemporaryDirectory() as folder:
-        config = configure(folder, args.megabytes, args.optimizer, args.threads)
+        config = configure(folder, args.megabytes, args.optimizer, args.threads, transport=args.transport)
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             level = Level(config)
             round_trips(level, args.repeats, report)
-            traffic(level, periods, folder, report)
+            traffic(level, periods, folder, args.transport, report)
         finally:
             ray.shutdown()
 
 
-def configure(folder: str, megabytes: float, optimizer: str, threads: int, *, hidden: int | None = None, period: int = 1) -> Config:
+def configure(
+    folder: str,
+    megabytes: float,
+    optimizer: str,
+    threads: int,
+    *,
+    transport: str = "object_store",
+    hidden: int | None = None,
+    period: int = 1,
+) -> Config:
     """Return the preset tiny with one level of so many MB, or of another hidden width."""
     hidden = hidden or max(1, round(megabytes * 1e6 / 4 / LAYERS / (2 * DIM)))
     own = [f"model={{dim: {DIM}, layers: {LAYERS}, heads: 4, vocab_size: 257}}", f"memory.hidden={hidden}", f"run.dir={folder}/run"]
+    own += [f"exchange.transport={transport}"]
     own += [f"memory.levels.{name}=null" for name in ("medium", "slow", "slowest")]
     own += [f"memory.levels.{LEVEL}={{update_period: {period}, delay: 0, resources: {{threads: {threads}}}}}"]
     return resolve(load_config("tiny", [*own, f"memory.defaults.optimizer.name={optimizer}"], default_name="exchange"))
@@ -111,8 +122,10 @@ class Level:
         self._ask(self.seat.become.remote(Assignment(Role(plan.name, 0), self._generation, config, (plan,))))
         self.call("start")
         parameters = {spec.name: torch.empty(spec.shape) for spec in plan.tensors}
-        link = RankClient(self.seat, self._generation, f"level {plan.name} rank 0", ObjectStore(config.run.timeout_s), config.run.timeout_s)
-        channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=config.run.timeout_s)
+        timeout_s = config.run.timeout_s
+        store = STORES[config.exchange.transport](timeout_s)
+        link = RankClient(self.seat, self._generation, f"level {plan.name} rank 0", store, timeout_s)
+        channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=timeout_s)
         channel.start(0, 0)
         try:
             yield channel, parameters
@@ -165,6 +178,7 @@ def round_trips(level: Level, repeats: int, report: Report) -> None:
         rows.append(row | {"times a copy": None if took is copy else took.over(copy)})
     of_rank = level.config.levels[LEVEL]
     report.note(
+        f"{level.config.exchange.transport}; "
         f"{size / 1e6:.1f} MB of float32, {of_rank.optimizer.name}, the rank with {of_rank.resources.num_threads} thread(s), one node; "
         f"{repeats} rounds; GB/s: the level's bytes over the part's time, of a round in both directions. "
         "push: until the rank has the contribution; update: its mean, norm, clipping and optimizer; "
@@ -173,11 +187,11 @@ def round_trips(level: Level, repeats: int, report: Report) -> None:
     report.table("round trip of a level", rows)
 
 
-def traffic(level: Level, periods: list[int], folder: str, report: Report) -> None:
+def traffic(level: Level, periods: list[int], folder: str, transport: str, report: Report) -> None:
     """Count the bytes per step of levels of equal size with other periods."""
     steps, counted = max(periods), {}
     for period in dict.fromkeys([1, *periods]):
-        config = configure(folder, 0, "gradient_descent", 1, hidden=TRAFFIC_HIDDEN, period=period)
+        config = configure(folder, 0, "gradient_descent", 1, transport=transport, hidden=TRAFFIC_HIDDEN, period=period)
         with level.channel(config) as (channel, parameters):
             gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
             for step in range(1, steps + 1):
