@@ -92,7 +92,7 @@ class Agent:
         b, what = self.bindings, f"{data.nbytes} bytes in the memory of process {data.agent.partition('-')[0]}"
         request = None
         try:
-            if data.metadata not in self._known:
+            if data.agent != self.name and data.metadata not in self._known:
                 self._agent.loadRemoteMD(data.metadata)
                 self._known.add(data.metadata)
             here, there = (b.nixlXferDList(b.DRAM_SEG, [(address, data.nbytes, 0)]) for address in (into.address, data.address))
