@@ -177,6 +177,11 @@ class LevelChannel:
         """Whether `settle` would return at once."""
         return self._holding is None or self._holding.done()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the ranks have taken all that was sent to them and asked of them: nothing here is read any more."""
+        return self.is_settled and all(future.done() for future in self._arriving.values())
+
     def accumulators(self) -> dict[str, Tensor]:
         """Return copies of the open period's sums by parameter name; none if there is nothing in them yet."""
         if self._num_steps == 0 and self._codec is None:

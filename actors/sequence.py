@@ -389,7 +389,7 @@ class SequenceWorker:
         data position.
         """
         started, stalled_before = time.perf_counter(), self._stall_s()
-        for channel in [c for c in self._retired if c.is_settled]:
+        for channel in [c for c in self._retired if c.is_over]:
             channel.settle()
             channel.close()
             self._retired.remove(channel)
