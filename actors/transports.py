@@ -77,7 +77,12 @@ class RankClient:
         # What was sent is kept until the rank has answered: by then it has read it.
         ref, _ = asked
         published = wait_for(ref, f"version {version} of {self.label}", self.timeout_s)
-        return published, self.store.get(published.data)
+        try:
+            return published, self.store.get(published.data)
+        except NlrayError:
+            # A store may notice a death before Ray does. The rank's answer, or Ray's, says what the matter is.
+            wait_for(self._call("device_type"), f"a sign of life of {self.label}", self.timeout_s)
+            raise
 
     def hold_snapshot(self, step: int, generation: int) -> None:
         """Have the rank put its piece of the recovery point after `step` into its vault; return when it has."""
