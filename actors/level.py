@@ -118,7 +118,7 @@ class LevelRank:
 
     def push(self, contribution: Contribution) -> None:
         """Take a worker's contribution to a version; the last one starts the update."""
-        contribution = replace(contribution, buffer=self._store.get(contribution.buffer))
+        contribution = replace(contribution, buffer=self._store.accept(contribution.buffer))
         with self._changed:
             self._raise_error()
             workers = self._contributions.setdefault(contribution.version, {})

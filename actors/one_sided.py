@@ -134,6 +134,8 @@ class Slot:
 
     def __init__(self, agent: Agent, nbytes: int) -> None:
         self.memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # The kernel copies between processes page by page.
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
         region = agent.register(self.address, max(1, nbytes))
         self.metadata = agent.metadata(region)
@@ -181,6 +183,9 @@ class NixlStore:
         weakref.finalize(array, self._give_back, data.nbytes, slot).atexit = False
         array.flags.writeable = False
         return array
+
+    # One reader or many: it is the same.
+    send, accept = put, get
 
     def _slot(self, nbytes: int) -> Slot:
         try:

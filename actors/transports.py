@@ -19,9 +19,9 @@ from nlray.errors import NlrayError, RemoteTimeoutError
 
 
 class Store(Protocol):
-    """Where a process lays arrays that others read: a rank its versions, once for all workers; a worker its contributions.
+    """Where a process lays arrays that others read: a rank its versions, once for all workers; a worker its contributions, for one rank.
 
-    What is in it does not change: neither what was put, whatever becomes of the array that it was put from, nor what was got.
+    What is in it does not change: neither what was put or sent, whatever becomes of the array that it was made from, nor what was got.
     """
 
     def put(self, array: np.ndarray) -> Any:
@@ -34,6 +34,12 @@ class Store(Protocol):
             NlrayError: the process that kept it is gone.
             RemoteTimeoutError: a limit was reached.
         """
+
+    def send(self, array: np.ndarray) -> Any:
+        """Return what one call to another process is to carry, for `accept` there; `array` may change when the call has left."""
+
+    def accept(self, data: Any) -> np.ndarray:
+        """Return the array that was sent, as `get` does."""
 
 
 class ObjectStore:
@@ -48,6 +54,13 @@ class ObjectStore:
 
     def get(self, data: Any) -> np.ndarray:
         return wait_for(data[0], "a published version in the object store", self.timeout_s)
+
+    def send(self, array: np.ndarray) -> np.ndarray:
+        # An argument of a call is put into the store by Ray, and a small one travels within the call: faster than a reference to it.
+        return array
+
+    def accept(self, data: np.ndarray) -> np.ndarray:
+        return data
 
 
 STORES: dict[str, type[Store]] = {"object_store": ObjectStore, "nixl": NixlStore}
@@ -65,7 +78,7 @@ class RankClient:
 
     def push(self, contribution: Contribution) -> Any:
         """Send a contribution; its buffer may be reused on return. `receive` takes the result, for the version it goes into."""
-        data = self.store.put(contribution.buffer)
+        data = self.store.send(contribution.buffer)
         return self._call("exchange", replace(contribution, buffer=data)), data
 
     def ask(self, version: int) -> Any:

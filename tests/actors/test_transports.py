@@ -42,6 +42,9 @@ class Peer:
     def read(self, data):
         return self.store.get(data).tobytes()
 
+    def accept(self, data):
+        return self.store.accept(data).tobytes()
+
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
 def transport(request, cluster):
@@ -81,6 +84,11 @@ def test_what_is_kept_changes_neither_with_its_source_nor_with_what_is_put_later
     expected, data = mine.tobytes(), store.put(mine)
     mine[:] = 7.0
     assert ray.get(peer.read.remote(data)) == expected
+    again = noise(50_000)
+    sent = store.send(again)
+    call = peer.accept.remote(sent)
+    again[:] = 7.0
+    assert ray.get(call) == expected
     kept = ray.get(peer.put.remote("kept", noise(50_000, 1)))
     for seed in (2, 3, 4):
         ray.get(peer.put.remote("passing", noise(50_000, seed)))
