@@ -237,28 +237,37 @@ class LevelRank:
         version, num_steps = contributions[0].version, contributions[0].num_steps
         is_skipped, norm = num_steps == 0, math.nan
         if not is_skipped:
-            total = self._sums(contributions[0])
-            for contribution in contributions[1:]:
-                total = torch.add(total, self._sums(contribution), out=self._gradient)
-            # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
-            # changes how often a level learns and not how far it goes at a time.
-            torch.div(total, num_steps, out=self._gradient)
-            norm = self._level_norm(version)
+            mean = self._mean(contributions)
+            norm = self._level_norm(version, self.layout.views(mean))
             is_skipped = not math.isfinite(norm)
         if not is_skipped:
             factor = clip_factor(norm, self.level.optimizer.clip)
             if factor < 1.0:
-                self._gradient.mul_(factor)
+                torch.mul(mean, factor, out=self._gradient)
+            elif mean is not self._gradient:
+                self._gradient.copy_(mean)
         self.learner.update(version, version * self.plan.update_period, is_skipped=is_skipped)
         self._publish(version, norm, is_skipped=is_skipped)
+
+    def _mean(self, contributions: Sequence[Contribution]) -> torch.Tensor:
+        """Return the sum over the workers, in their order, divided by the number of steps, in as few passes over memory as that takes.
+
+        It lies in the gradient, or, of one worker's one step, where it came: there it is only to be read.
+        """
+        mean, num_steps = self._sums(contributions[0]), contributions[0].num_steps
+        for contribution in contributions[1:]:
+            mean = torch.add(mean, self._sums(contribution), out=self._gradient)
+        # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
+        # changes how often a level learns and not how far it goes at a time.
+        return mean if num_steps == 1 else torch.div(mean, num_steps, out=self._gradient)
 
     def _sums(self, contribution: Contribution) -> torch.Tensor:
         received = as_tensor(contribution.buffer).to(self.device)
         return received if self._codec is None else self._codec.decode(received, self.layout.size)
 
-    def _level_norm(self, version: int) -> float:
-        """Return the gradient's norm over the group, summed in tensor order."""
-        own = tensor_norms([p.grad for p in self.parameters.values()]).tolist() if self.parameters else []
+    def _level_norm(self, version: int, mean: Sequence[torch.Tensor]) -> float:
+        """Return the norm of the mean over the group, summed in tensor order; `mean`: that of each tensor of this rank."""
+        own = tensor_norms(mean).tolist() if mean else []
         norms = dict(zip(self.parameters, own, strict=True))
         if self.plan.ranks > 1:
             self._send_norms(version, norms)
