@@ -8,7 +8,7 @@ is measured.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from queue import Empty, SimpleQueue
@@ -31,7 +31,9 @@ class RankLink(Protocol):
 
     def push(self, contribution: Contribution) -> Any: ...
 
-    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]: ...
+    def ask(self, version: int) -> Any: ...
+
+    def receive(self, asked: Any, version: int) -> tuple[Version, np.ndarray]: ...
 
     def hold_snapshot(self, step: int, generation: int) -> None: ...
 
@@ -90,8 +92,7 @@ class LevelChannel:
         is_news: the run had not come to use `visible` yet; else it is read again, and not counted again.
         """
         counters = self.bytes_pulled, self.skipped_updates, self.stall_s
-        for version in range(visible, newest + 1):
-            self._arriving[version] = self._receiver.submit(self._receive, version, None)
+        self._ask(range(visible, newest + 1))
         self._take(visible)
         if not is_news:
             self.bytes_pulled, self.skipped_updates, self.stall_s = counters
@@ -99,8 +100,7 @@ class LevelChannel:
     def take_over(self, before: "LevelChannel", step: int) -> None:
         """Go on where `before`, a channel to other ranks of the same level, is after `step`; nothing waits for the new ranks."""
         self.visible, self.grad_norm, self.round_trip_s = before.visible, before.grad_norm, before.round_trip_s
-        for version in range(self.visible + 1, newest_version(step, self.plan.update_period) + 1):
-            self._arriving[version] = self._receiver.submit(self._receive, version, None)
+        self._ask(range(self.visible + 1, newest_version(step, self.plan.update_period) + 1))
         self.load_accumulators(before.accumulators(), before.num_open_steps)
         self.resume_counters(before.bytes_pushed, before.bytes_pulled, before.stall_s, before.skipped_updates)
 
@@ -177,6 +177,11 @@ class LevelChannel:
         """Whether `settle` would return at once."""
         return self._holding is None or self._holding.done()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the ranks have taken all that was sent to them and asked of them: nothing here is read any more."""
+        return self.is_settled and all(future.done() for future in self._arriving.values())
+
     def accumulators(self) -> dict[str, Tensor]:
         """Return copies of the open period's sums by parameter name; none if there is nothing in them yet."""
         if self._num_steps == 0 and self._codec is None:
@@ -201,6 +206,12 @@ class LevelChannel:
         for pool in (self._sender, self._receiver):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _ask(self, versions: Iterable[int]) -> None:
+        """Ask for versions that were pushed to before this channel was there."""
+        for version in versions:
+            asked = self._sender.submit(lambda version=version: [rank.ask(version) for rank in self.ranks])
+            self._arriving[version] = self._receiver.submit(self._receive, version, asked)
+
     # The background threads.
 
     def _send(self, version: int, buffers: list[Tensor], num_steps: int) -> list[Any]:
@@ -213,9 +224,9 @@ class LevelChannel:
             if self._codec is None:
                 self._free.put(buffers)
 
-    def _receive(self, version: int, sent: Future | None) -> tuple[float, list[tuple[Version, np.ndarray]]]:
-        receipts = [None] * len(self.ranks) if sent is None else sent.result(self.timeout_s)
-        received = [rank.pull(version, receipt) for rank, receipt in zip(self.ranks, receipts, strict=True)]
+    def _receive(self, version: int, sent: Future) -> tuple[float, list[tuple[Version, np.ndarray]]]:
+        # All ranks have been asked by now, so the waits for them overlap.
+        received = [rank.receive(asked, version) for rank, asked in zip(self.ranks, sent.result(self.timeout_s), strict=True)]
         return time.perf_counter(), received
 
     # The training thread's side.

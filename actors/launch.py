@@ -15,6 +15,7 @@ from nlray.actors.conductor import Conductor, namespace_of
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.nodes import HEAD_RESOURCE
+from nlray.actors.one_sided import check_installed
 from nlray.actors.placement import check_fit, check_kernels, cpus_needed, plan_actors, resolve_threads
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
@@ -102,6 +103,8 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
     config = resolve(config)
     plans = level_plans(config, config.model.vocab_size)
     check_ranks(config, plans)
+    if config.exchange.transport == "nixl":
+        check_installed()
     notes: list[str] = []
     checkpoint = None
     if resume:

@@ -9,6 +9,7 @@ import math
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -38,7 +39,7 @@ class LevelRank:
         config: the run's configuration, with `model.vocab_size` set.
         plan: the level.
         rank: which of `plan.shards` this rank owns.
-        store: where versions are published.
+        store: where versions are published, and contributions lie.
         vault: where the pieces of recovery points are held.
         gpus: GPUs that Ray gave this actor; above 0 the tensors live on one.
         is_restored: the initial parameters are not needed, `restore` or `load` comes next.
@@ -60,7 +61,9 @@ class LevelRank:
         self.device = device = device_for(gpus)
         torch.set_num_threads(self.level.resources.num_threads)
         keep_freed_memory()
-        self.parameters = {s.name: torch.empty(s.shape, dtype=torch.float32, device=device) for s in self.layout.specs}
+        # Views of one buffer, so that a version is published with one copy.
+        self._flat = self.layout.new_buffer(device)
+        self.parameters = {s.name: view for s, view in zip(self.layout.specs, self.layout.views(self._flat), strict=True)}
         if not is_restored:
             inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
             fill_parameters_(self.parameters, inits, config, config.run.seed)
@@ -117,6 +120,7 @@ class LevelRank:
 
     def push(self, contribution: Contribution) -> None:
         """Take a worker's contribution to a version; the last one starts the update."""
+        contribution = replace(contribution, buffer=self._store.accept(contribution.buffer))
         with self._changed:
             self._raise_error()
             workers = self._contributions.setdefault(contribution.version, {})
@@ -124,6 +128,11 @@ class LevelRank:
                 raise NlrayError(f"{self.label}: a second contribution of worker {contribution.worker} to version {contribution.version}")
             workers[contribution.worker] = contribution
             self._changed.notify_all()
+
+    def exchange(self, contribution: Contribution) -> Version:
+        """Take a worker's contribution to a version and return that version when it is made: one call there and back."""
+        self.push(contribution)
+        return self.pull(contribution.version)
 
     def pull(self, version: int) -> Version:
         """Wait for a version and return it; the newest two are kept."""
@@ -230,28 +239,37 @@ class LevelRank:
         version, num_steps = contributions[0].version, contributions[0].num_steps
         is_skipped, norm = num_steps == 0, math.nan
         if not is_skipped:
-            self._gradient.copy_(self._sums(contributions[0]))
-            for contribution in contributions[1:]:
-                self._gradient.add_(self._sums(contribution))
-            # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
-            # changes how often a level learns and not how far it goes at a time.
-            self._gradient.div_(num_steps)
-            norm = self._level_norm(version)
+            mean = self._mean(contributions)
+            norm = self._level_norm(version, self.layout.views(mean))
             is_skipped = not math.isfinite(norm)
         if not is_skipped:
             factor = clip_factor(norm, self.level.optimizer.clip)
             if factor < 1.0:
-                self._gradient.mul_(factor)
+                torch.mul(mean, factor, out=self._gradient)
+            elif mean is not self._gradient:
+                self._gradient.copy_(mean)
         self.learner.update(version, version * self.plan.update_period, is_skipped=is_skipped)
         self._publish(version, norm, is_skipped=is_skipped)
+
+    def _mean(self, contributions: Sequence[Contribution]) -> torch.Tensor:
+        """Return the sum over the workers, in their order, divided by the number of steps, in as few passes over memory as that takes.
+
+        It lies in the gradient, or, of one worker's one step, where it came: there it is only to be read.
+        """
+        mean, num_steps = self._sums(contributions[0]), contributions[0].num_steps
+        for contribution in contributions[1:]:
+            mean = torch.add(mean, self._sums(contribution), out=self._gradient)
+        # Departs from Eq. 71: the mean over the period, not the sum, and one learning rate for it; a period's length then
+        # changes how often a level learns and not how far it goes at a time.
+        return mean if num_steps == 1 else torch.div(mean, num_steps, out=self._gradient)
 
     def _sums(self, contribution: Contribution) -> torch.Tensor:
         received = as_tensor(contribution.buffer).to(self.device)
         return received if self._codec is None else self._codec.decode(received, self.layout.size)
 
-    def _level_norm(self, version: int) -> float:
-        """Return the gradient's norm over the group, summed in tensor order."""
-        own = tensor_norms([p.grad for p in self.parameters.values()]).tolist() if self.parameters else []
+    def _level_norm(self, version: int, mean: Sequence[torch.Tensor]) -> float:
+        """Return the norm of the mean over the group, summed in tensor order; `mean`: that of each tensor of this rank."""
+        own = tensor_norms(mean).tolist() if mean else []
         norms = dict(zip(self.parameters, own, strict=True))
         if self.plan.ranks > 1:
             self._send_norms(version, norms)
@@ -262,10 +280,7 @@ class LevelRank:
         return total_norm([norms[s.name] for s in self.plan.tensors])
 
     def _publish(self, version: int, norm: float, *, is_skipped: bool) -> None:
-        flat = self.layout.new_buffer()
-        for parameter, view in zip(self.parameters.values(), self.layout.views(flat), strict=True):
-            view.copy_(parameter)
-        published = Version(version, self._store.put(flat.numpy()), norm, is_skipped)
+        published = Version(version, self._store.put(self._flat.cpu().numpy()), norm, is_skipped)
         with self._changed:
             self._published[version] = published
             self._published = {v: p for v, p in self._published.items() if v >= version - 1}

@@ -17,7 +17,7 @@ from nlray.actors.placement import KEEPER, STANDBY, ActorPlan, plan_keeper, plan
 from nlray.actors.points import Point, deal_keepers, needs_shared_copy, sources_of, whole_points
 from nlray.actors.recovery import Vault
 from nlray.actors.rescale import resized, sizes_of
-from nlray.actors.transports import ObjectStore, PeerNorms, RankClient, SeatKeeper
+from nlray.actors.transports import STORES, PeerNorms, RankClient, SeatKeeper
 from nlray.actors.types import SEQUENCE, Assignment, Command, Role, Source
 from nlray.config import Config
 from nlray.errors import NlrayError
@@ -264,8 +264,9 @@ class Lineup:
 
     def links(self, plan: LevelPlan, ranks: Sequence[Member], generation: int) -> list[RankClient]:
         """Return what a worker pushes to and pulls from."""
+        store = STORES[self.config.exchange.transport]
         return [
-            RankClient(m.handle, generation, f"level {plan.name} rank {i}", ObjectStore(self.timeout_s), self.timeout_s)
+            RankClient(m.handle, generation, f"level {plan.name} rank {i}", store(self.timeout_s), self.timeout_s)
             for i, m in enumerate(ranks)
         ]
 

@@ -22,7 +22,7 @@ from nlray.actors.level import LevelRank
 from nlray.actors.processes import end_with_raylet, signal_actor
 from nlray.actors.recovery import Keeper, Snapshot, Vault, VaultHolder
 from nlray.actors.sequence import SequenceWorker
-from nlray.actors.transports import ObjectStore, wait_for
+from nlray.actors.transports import STORES, wait_for
 from nlray.actors.types import SEQUENCE, Assignment, PieceCopy, Role, SeatReport, Source
 from nlray.errors import HaltedError, RemoteTimeoutError
 
@@ -163,7 +163,7 @@ class Seat(VaultHolder):
                 is_restored=is_restored,
             )
         plan = next(plan for plan in plans if plan.name == role.group)
-        store = ObjectStore(self.timeout_s)
+        store = STORES[config.exchange.transport](self.timeout_s)
         return self.behaviours.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus, is_restored=is_restored)
 
     def _gather(self, sources: Sequence[Source], role: SequenceWorker | LevelRank) -> Snapshot:

@@ -29,6 +29,7 @@ from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, Us
 from nlray.evals.heldout import block_losses
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.malloc import keep_freed_memory
+from nlray.models.cms import ContinuumMemory
 from nlray.models.compiling import compile_mlps
 from nlray.models.lanes import Lanes
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
@@ -82,6 +83,10 @@ class SequenceWorker:
         self.parameters = sequence_parameters(self.model)
         self.level_parameters = level_parameters(self.model)
         self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
+        self._not_taken: dict[str, LevelChannel] = {}
+        for module in self.model.modules():
+            if isinstance(module, ContinuumMemory):
+                module.register_forward_pre_hook(self._before_levels)
         self.group = WorkerGroup(worker, sequence.workers, self.device)
         self.channels: list[LevelChannel] = []
         first = worker * sequence.worker_batch
@@ -392,15 +397,12 @@ class SequenceWorker:
         data position.
         """
         started, stalled_before = time.perf_counter(), self._stall_s()
-        for channel in [c for c in self._retired if c.is_settled]:
+        for channel in [c for c in self._retired if c.is_over]:
             channel.settle()
             channel.close()
             self._retired.remove(channel)
+        self._not_taken = {channel.plan.name: channel for channel in self.channels}
         for channel in self.channels:
-            skipped_before = channel.skipped_updates
-            channel.take_up(step)
-            if channel.skipped_updates > skipped_before:
-                self._add_event(f"step {step}: update {channel.visible} of level {channel.plan.name} was skipped: no finite gradient")
             takes_gradient = channel.plan.takes_gradient(step)
             for parameter in self.level_parameters[channel.plan.name].values():
                 parameter.requires_grad_(takes_gradient)
@@ -427,6 +429,20 @@ class SequenceWorker:
             self._count_skipped(step)
         seconds, stall_s = time.perf_counter() - started, self._stall_s() - stalled_before
         return agreement, self._row(step, agreement, seconds, stall_s, learning_rate)
+
+    def _before_levels(self, memory: ContinuumMemory, args: tuple) -> None:
+        """Take up the versions that are due in the levels of one block, before the first use of a level in a step.
+
+        What lies before that block, up to the batch, is computed while a version is on its way.
+        """
+        for name, _ in memory.named_children():
+            channel = self._not_taken.pop(name, None)
+            if channel is None:
+                continue
+            step, skipped_before = self.step + 1, channel.skipped_updates
+            channel.take_up(step)
+            if channel.skipped_updates > skipped_before:
+                self._add_event(f"step {step}: update {channel.visible} of level {name} was skipped: no finite gradient")
 
     def _forward_backward(self, blocks: Tensor) -> tuple[Tensor, list[State]]:
         """Leave this worker's share of the gradient of the global mean loss in `.grad`; return its share of the loss, and the states

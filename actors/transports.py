@@ -1,29 +1,45 @@
-"""How contributions and versions travel between sequence workers and level ranks: one contract, the object store first.
+"""How contributions and versions travel between sequence workers and level ranks: one contract, two stores.
 
-A transport moves numpy arrays, never tensors: a torch.Tensor through Ray's object store takes eight times as long as the
-numpy view of its memory.
+A store moves numpy arrays, never tensors: a torch.Tensor through Ray's object store takes eight times as long as the
+numpy view of its memory. `exchange.transport` names it: Ray's object store, or one-sided reads (`nlray.actors.one_sided`).
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from nlray.actors.one_sided import NixlStore
 from nlray.actors.types import Contribution, PieceCopy, Version
 from nlray.errors import NlrayError, RemoteTimeoutError
 
 
 class Store(Protocol):
-    """Where a level rank publishes a version once for all workers."""
+    """Where a process lays arrays that others read: a rank its versions, once for all workers; a worker its contributions, for one rank.
+
+    What is in it does not change: neither what was put or sent, whatever becomes of the array that it was made from, nor what was got.
+    """
 
     def put(self, array: np.ndarray) -> Any:
-        """Keep a copy of `array` and return what `get` takes; the copy lives as long as the returned value."""
+        """Keep a copy of `array`, [size], and return what `get` takes in any process; it lives as long as the value returned here."""
 
     def get(self, data: Any) -> np.ndarray:
-        """Return the array, read-only, without a copy where it is on this node."""
+        """Return the array, [size], read-only.
+
+        Raises:
+            NlrayError: the process that kept it is gone.
+            RemoteTimeoutError: a limit was reached.
+        """
+
+    def send(self, array: np.ndarray) -> Any:
+        """Return what one call to another process is to carry, for `accept` there; `array` may change when the call has left."""
+
+    def accept(self, data: Any) -> np.ndarray:
+        """Return the array that was sent, as `get` does."""
 
 
 class ObjectStore:
@@ -39,6 +55,16 @@ class ObjectStore:
     def get(self, data: Any) -> np.ndarray:
         return wait_for(data[0], "a published version in the object store", self.timeout_s)
 
+    def send(self, array: np.ndarray) -> np.ndarray:
+        # An argument of a call is put into the store by Ray, and a small one travels within the call: faster than a reference to it.
+        return array
+
+    def accept(self, data: np.ndarray) -> np.ndarray:
+        return data
+
+
+STORES: dict[str, type[Store]] = {"object_store": ObjectStore, "nixl": NixlStore}
+
 
 class RankClient:
     """A level rank as a sequence worker sees it, over Ray. generation: of the rank that is meant, wherever it is by now."""
@@ -51,17 +77,25 @@ class RankClient:
         self.timeout_s = timeout_s
 
     def push(self, contribution: Contribution) -> Any:
-        """Send a contribution; its buffer may be reused on return. The result is a receipt for `pull`."""
-        return self._call("push", contribution)
+        """Send a contribution; its buffer may be reused on return. `receive` takes the result, for the version it goes into."""
+        data = self.store.send(contribution.buffer)
+        return self._call("exchange", replace(contribution, buffer=data)), data
 
-    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
-        """Wait for a version and return it with its flat parameters, on this node.
+    def ask(self, version: int) -> Any:
+        """Ask for a version without a contribution; `receive` takes the result."""
+        return self._call("pull", version), None
 
-        The request leaves at once; `receipt` is that of the push it answers, whose error is raised here (None: there was none).
-        """
-        refs = [self._call("pull", version), *([] if receipt is None else [receipt])]
-        published, *_ = wait_for(refs, f"version {version} of {self.label}", self.timeout_s)
-        return published, self.store.get(published.data)
+    def receive(self, asked: Any, version: int) -> tuple[Version, np.ndarray]:
+        """Wait for the version that `push` or `ask` asked for and return it with its flat parameters, on this node."""
+        # What was sent is kept until the rank has answered: by then it has read it.
+        ref, _ = asked
+        published = wait_for(ref, f"version {version} of {self.label}", self.timeout_s)
+        try:
+            return published, self.store.get(published.data)
+        except NlrayError:
+            # A store may notice a death before Ray does. The rank's answer, or Ray's, says what the matter is.
+            wait_for(self._call("device_type"), f"a sign of life of {self.label}", self.timeout_s)
+            raise
 
     def hold_snapshot(self, step: int, generation: int) -> None:
         """Have the rank put its piece of the recovery point after `step` into its vault; return when it has."""
@@ -106,6 +140,8 @@ def wait_for(ref: Any, what: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         # The remote traceback is in the cause; what went wrong is its message.
         raise (error.cause if isinstance(error.cause, NlrayError) else error) from error
+    except ObjectLostError as error:
+        raise NlrayError(f"who kept it died (seen while waiting for {what})") from error
     except RayActorError as error:
         raise NlrayError(f"{describe_death(error)} (seen while waiting for {what})") from error
 

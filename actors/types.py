@@ -49,15 +49,15 @@ class Role:
 class Contribution:
     """A worker's gradients of one period for one level rank. Producer: exchange; consumer: level rank.
 
-    buffer: [layout.size] float32, the sum over the period's good steps of the gradient of the global mean loss that falls
-    to this worker, or its code where `exchange.compression` says so (`nlray.compression`). num_steps: good steps in it (the same in
-    every worker); 0: all were skipped.
+    buffer: [layout.size] float32, the sum over the period's good steps of the gradient of the global mean loss that falls to this
+    worker, or its code where `exchange.compression` says so (`nlray.compression`); on the way what the store returned for it.
+    num_steps: good steps in it (the same in every worker); 0: all were skipped.
     """
 
     version: int
     worker: int
     num_steps: int
-    buffer: np.ndarray
+    buffer: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """A level's way to its rank and back: `python -m benchmarks exchange`.
 
-One level rank in a seat under Ray, one channel in this process: the product's own exchange (actors/exchange.py, actors/level.py). First
-what is pulled is compared with what the rank holds. Then rounds of push, update, publish and pull of a level of `--megabytes`, each
-part by the clock that both processes share, beside a copy in memory of as many bytes in the same turns. Last the bytes per step of
-levels of equal size with the periods asked for, as the channel counts them, against updating all of them in every step.
+A level rank in a seat under Ray for each transport, its channel in this process: the product's own exchange (actors/exchange.py,
+actors/level.py). First what is pulled is compared with what the rank holds. Then rounds of push, update, publish and pull of a level of
+`--megabytes`, each part by the clock that both processes share, and a copy in memory of as many bytes in the same turns. Last the bytes
+per step of levels of equal size with the periods asked for, as the channel counts them, against updating all of them in every step.
 """
 
 import argparse
@@ -13,19 +13,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import ray
 import torch
 
 from benchmarks.measure import Cell, Report, Spread, alternate, memory_copy
-from benchmarks.options import positive, whole_numbers
+from benchmarks.options import choices, positive, whole_numbers
 from nlray.actors.exchange import LevelChannel
 from nlray.actors.launch import resolve
 from nlray.actors.level import LevelRank
 from nlray.actors.members import SEAT_THREADS
+from nlray.actors.one_sided import check_installed
 from nlray.actors.seat import Behaviours, Seat
-from nlray.actors.transports import ObjectStore, RankClient, wait_for
+from nlray.actors.transports import STORES, RankClient, wait_for
 from nlray.actors.types import Assignment, Role
 from nlray.config import Config
 from nlray.config_loading import load_config
@@ -44,9 +45,10 @@ class TimedRank(LevelRank):
 
     marks: tuple[float, ...] = ()
 
-    def push(self, contribution):
+    def _next_period(self):
+        contributions = super()._next_period()
         self.marks = (time.monotonic(),)
-        super().push(contribution)
+        return contributions
 
     def _publish(self, version, norm, *, is_skipped):
         made = time.monotonic()
@@ -66,29 +68,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megabytes", type=positive, default=100, help="size of the level (default: %(default)s)")
     parser.add_argument("--repeats", type=positive, default=15, help="rounds (default: %(default)s)")
     parser.add_argument("--periods", default="1,8,64,512", help="update periods of the levels of equal size (default: %(default)s)")
+    parser.add_argument("--transports", default="object_store", help=f"of {', '.join(STORES)}, with commas (default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw", help="of the level (default: %(default)s)")
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
-    periods = whole_numbers("--periods", args.periods)
+    periods, transports = whole_numbers("--periods", args.periods), choices("--transports", args.transports, STORES)
+    if "nixl" in transports:
+        check_installed()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The actor's process may not find this module.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with tempfile.TemporaryDirectory() as folder:
-        config = configure(folder, args.megabytes, args.optimizer, args.threads)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        configs = {t: configure(folder, args.megabytes, args.optimizer, args.threads, transport=t) for t in transports}
+        ray.init(address="local", num_cpus=len(transports), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            level = Level(config)
-            round_trips(level, args.repeats, report)
-            traffic(level, periods, folder, report)
+            levels = {transport: Level(config) for transport, config in configs.items()}
+            round_trips(levels, args.repeats, report)
+            traffic(levels[transports[0]], periods, folder, transports[0], report)
         finally:
             ray.shutdown()
 
 
-def configure(folder: str, megabytes: float, optimizer: str, threads: int, *, hidden: int | None = None, period: int = 1) -> Config:
+def configure(
+    folder: str,
+    megabytes: float,
+    optimizer: str,
+    threads: int,
+    *,
+    transport: str = "object_store",
+    hidden: int | None = None,
+    period: int = 1,
+) -> Config:
     """Return the preset tiny with one level of so many MB, or of another hidden width."""
     hidden = hidden or max(1, round(megabytes * 1e6 / 4 / LAYERS / (2 * DIM)))
     own = [f"model={{dim: {DIM}, layers: {LAYERS}, heads: 4, vocab_size: 257}}", f"memory.hidden={hidden}", f"run.dir={folder}/run"]
+    own += [f"exchange.transport={transport}"]
     own += [f"memory.levels.{name}=null" for name in ("medium", "slow", "slowest")]
     own += [f"memory.levels.{LEVEL}={{update_period: {period}, delay: 0, resources: {{threads: {threads}}}}}"]
     return resolve(load_config("tiny", [*own, f"memory.defaults.optimizer.name={optimizer}"], default_name="exchange"))
@@ -111,8 +126,10 @@ class Level:
         self._ask(self.seat.become.remote(Assignment(Role(plan.name, 0), self._generation, config, (plan,))))
         self.call("start")
         parameters = {spec.name: torch.empty(spec.shape) for spec in plan.tensors}
-        link = RankClient(self.seat, self._generation, f"level {plan.name} rank 0", ObjectStore(config.run.timeout_s), config.run.timeout_s)
-        channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=config.run.timeout_s)
+        timeout_s = config.run.timeout_s
+        store = STORES[config.exchange.transport](timeout_s)
+        link = RankClient(self.seat, self._generation, f"level {plan.name} rank 0", store, timeout_s)
+        channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=timeout_s)
         channel.start(0, 0)
         try:
             yield channel, parameters
@@ -126,58 +143,71 @@ class Level:
         return wait_for(ref, "the level rank", self.config.run.timeout_s)
 
 
-def round_trips(level: Level, repeats: int, report: Report) -> None:
-    """Measure rounds of one level."""
-    with level.channel(level.config) as (channel, parameters):
-        gradients = {name: torch.full_like(p, 1e-3) for name, p in parameters.items()}
-        first = {name: p.clone() for name, p in parameters.items()}
-        step, parts = 0, {part: [] for part in ("accumulate", *PARTS)}
+class Rounds:
+    """Rounds of a level over one transport: push, update, publish, pull."""
 
-        def one_round() -> float:
-            nonlocal step
-            step += 1
-            began = time.monotonic()
-            channel.accumulate(gradients)
-            left = time.monotonic()
-            channel.end_step(step)
-            channel.take_up(step + 1)
-            there = time.monotonic()
-            came, made, published = level.call("get_marks")
-            for part, seconds in zip(parts, (left - began, came - left, made - came, published - made, there - published), strict=True):
-                parts[part].append(seconds)
-            return there - began
+    def __init__(self, level: Level, channel: LevelChannel, parameters: dict[str, torch.Tensor]) -> None:
+        self.level, self.channel, self.parameters = level, channel, parameters
+        self.gradients = {name: torch.full_like(p, 1e-3) for name, p in parameters.items()}
+        self.step, self.parts = 0, {part: [] for part in ("accumulate", *PARTS)}
 
-        one_round()
-        applied = level.call("values")
-        is_right = all(torch.equal(p, torch.tensor(applied[name])) and not torch.equal(p, first[name]) for name, p in parameters.items())
-        report.check(is_right, "after a round the values pulled are those that the rank has applied, bit for bit, and new ones")
-        size = channel.layouts[0].size_bytes
-        report.check(channel.bytes_pushed == channel.bytes_pulled == size, f"a round moves {size / 1e6:.1f} MB each way")
-        del applied, first
-        seconds = alternate({"round": one_round, "copy": memory_copy(size)}, repeats=repeats, warm_up=2)
+    def __call__(self) -> float:
+        self.step += 1
+        began = time.monotonic()
+        self.channel.accumulate(self.gradients)
+        left = time.monotonic()
+        self.channel.end_step(self.step)
+        self.channel.take_up(self.step + 1)
+        there = time.monotonic()
+        came, made, published = self.level.call("get_marks")
+        times = (left - began, came - left, made - came, published - made, there - published)
+        for part, seconds in zip(self.parts, times, strict=True):
+            self.parts[part].append(seconds)
+        return there - began
 
-    of_parts = {part: Spread(values[-repeats:]) for part, values in parts.items()}
+    def check(self, transport: str, report: Report) -> int:
+        """Do one round and check what it moved; return the level's bytes."""
+        first = {name: p.clone() for name, p in self.parameters.items()}
+        self()
+        applied = self.level.call("values")
+        is_right = all(torch.equal(p, torch.tensor(applied[n])) and not torch.equal(p, first[n]) for n, p in self.parameters.items())
+        report.check(
+            is_right, f"{transport}: after a round the values pulled are those that the rank has applied, bit for bit, and new ones"
+        )
+        size = self.channel.layouts[0].size_bytes
+        report.check(self.channel.bytes_pushed == self.channel.bytes_pulled == size, f"{transport}: {size / 1e6:.1f} MB each way")
+        return size
+
+
+def round_trips(levels: dict[str, Level], repeats: int, report: Report) -> None:
+    """Measure rounds of one level over each transport, in turns."""
+    with ExitStack() as open_channels:
+        rounds = {t: Rounds(level, *open_channels.enter_context(level.channel(level.config))) for t, level in levels.items()}
+        size = max(one.check(transport, report) for transport, one in rounds.items())
+        seconds = alternate({**rounds, "copy": memory_copy(size)}, repeats=repeats, warm_up=2)
     copy = seconds["copy"]
-    rows: list[dict[str, Cell]] = []
-    for name, took in [*of_parts.items(), ("all of a round", seconds["round"]), ("copy in memory", copy)]:
-        passes = 2 if name == "all of a round" else 1
-        row: dict[str, Cell] = {"part": name, "ms": took.scaled(1e3), "GB/s": took.rate(passes * size / 1e9)}
-        rows.append(row | {"times a copy": None if took is copy else took.over(copy)})
-    of_rank = level.config.levels[LEVEL]
+    of_rank = next(iter(levels.values())).config.levels[LEVEL]
     report.note(
         f"{size / 1e6:.1f} MB of float32, {of_rank.optimizer.name}, the rank with {of_rank.resources.num_threads} thread(s), one node; "
         f"{repeats} rounds; GB/s: the level's bytes over the part's time, of a round in both directions. "
         "push: until the rank has the contribution; update: its mean, norm, clipping and optimizer; "
-        "publish: the flat copy and the object store; pull: until it is in the worker's parameters"
+        "publish: the copy into the store; pull: until it is in the worker's parameters"
     )
-    report.table("round trip of a level", rows)
+    for transport, one in rounds.items():
+        parts = {part: Spread(values[-repeats:]) for part, values in one.parts.items()}
+        rows: list[dict[str, Cell]] = []
+        for name, took in [*parts.items(), ("all of a round", seconds[transport]), ("copy in memory", copy)]:
+            passes = 2 if name == "all of a round" else 1
+            row: dict[str, Cell] = {"part": name, "ms": took.scaled(1e3), "GB/s": took.rate(passes * size / 1e9)}
+            rows.append(row | {"times a copy": None if took is copy else took.over(copy)})
+        report.table(f"round trip of a level, {transport}", rows)
 
 
-def traffic(level: Level, periods: list[int], folder: str, report: Report) -> None:
+def traffic(level: Level, periods: list[int], folder: str, transport: str, report: Report) -> None:
     """Count the bytes per step of levels of equal size with other periods."""
     steps, counted = max(periods), {}
     for period in dict.fromkeys([1, *periods]):
-        config = configure(folder, 0, "gradient_descent", 1, hidden=TRAFFIC_HIDDEN, period=period)
+        config = configure(folder, 0, "gradient_descent", 1, transport=transport, hidden=TRAFFIC_HIDDEN, period=period)
         with level.channel(config) as (channel, parameters):
             gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
             for step in range(1, steps + 1):

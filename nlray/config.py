@@ -675,8 +675,9 @@ class ExchangeConfig:
     compression: Literal["none", "bf16", "int8"] = "none"
     """What contributions travel as: float32, or a half or a quarter of the bytes; what rounding leaves goes into the worker's next
     contribution to the level."""
-    transport: Literal["object_store"] = "object_store"
-    """How contributions and versions travel: Ray's object store."""
+    transport: Literal["object_store", "nixl"] = "object_store"
+    """How contributions and versions travel: through Ray's object store, or read by NIXL out of the memory of the process that has them
+    (one-sided: shared memory, RDMA or TCP; `pip install 'nlray[nixl]'`, on Linux). The result is the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

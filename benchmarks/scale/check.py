@@ -111,15 +111,19 @@ def timing(folder: Path) -> Behaviours:
 
         def push(self, contribution: Any) -> Any:
             began = time.time()
-            receipt = self.link.push(contribution)
+            asked = self.link.push(contribution)
             if contribution.worker == 0:
                 write("push", self.owner, self.level, contribution.version, began)
-            return receipt
+            return True, asked
 
-        def pull(self, version: int, receipt: Any) -> Any:
+        def ask(self, version: int) -> Any:
+            return False, self.link.ask(version)
+
+        def receive(self, asked: Any, version: int) -> Any:
+            is_pushed, asked = asked
             began = time.time()
-            answer = self.link.pull(version, receipt)
-            if receipt is not None:
+            answer = self.link.receive(asked, version)
+            if is_pushed:
                 write("pull", self.owner, self.level, version, began)
             return answer
 

@@ -1,5 +1,6 @@
 """The product's sequence worker and level ranks in one process, with links that call them directly: no Ray, real threads."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from nlray.actors.level import LevelRank
 from nlray.actors.recovery import Vault
 from nlray.actors.sequence import SequenceWorker
 from nlray.actors.storage import whole_state
+from nlray.actors.transports import Store
 from nlray.actors.types import Contribution, PieceKey, Version
 from nlray.checkpoint import write_manifest
 from nlray.config import Config
@@ -22,17 +24,21 @@ class DirectStore:
     def get(self, data: Any) -> np.ndarray:
         return data
 
+    send, accept = put, get
+
 
 class DirectLink:
-    def __init__(self, rank: LevelRank, store: DirectStore) -> None:
+    def __init__(self, rank: LevelRank, store: Store) -> None:
         self.rank, self.store = rank, store
 
-    def push(self, contribution: Contribution) -> None:
-        # The object store copies too: the sender reuses its buffer.
-        copy = contribution.buffer.copy()
-        self.rank.push(Contribution(contribution.version, contribution.worker, contribution.num_steps, copy))
+    def push(self, contribution: Contribution) -> Any:
+        data = self.store.send(contribution.buffer)
+        self.rank.push(replace(contribution, buffer=data))
+        return data
 
-    def pull(self, version: int, receipt: Any | None) -> tuple[Version, np.ndarray]:
+    def ask(self, version: int) -> None: ...
+
+    def receive(self, asked: Any, version: int) -> tuple[Version, np.ndarray]:
         published = self.rank.pull(version)
         return published, self.store.get(published.data)
 
@@ -43,8 +49,8 @@ class DirectLink:
 class InProcessRun:
     """One worker and all level ranks of a configuration."""
 
-    def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank) -> None:
-        store = DirectStore()
+    def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank, store: Store | None = None) -> None:
+        store = store or DirectStore()
         plans = level_plans(config, config.model.vocab_size)
         self.vaults: list[Vault] = []
         self.ranks = {p.name: [rank_class(config, p, i, store=store, vault=self.vault()) for i in range(p.ranks)] for p in plans}

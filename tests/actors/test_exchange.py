@@ -75,6 +75,23 @@ def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(
         rank.halt()
 
 
+@pytest.mark.parametrize(("layout", "before"), [("chain", [1, 1, 1]), ("by_layer", [1, 2, 3])])
+def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_without_its_level(small, layout, before):
+    run = InProcessRun(small("run.steps=3", "model.layers=3", f"memory.layout={layout}", "sequence.micro_batch=2", "eval.sequences=0"))
+    seen = []
+    for block in run.worker.model.blocks:
+        block.mixer.register_forward_hook(lambda *_: seen.append("mixer"))
+    for channel in run.worker.channels:
+        honest = channel.take_up
+        channel.take_up = lambda step, name=channel.plan.name, honest=honest: (seen.append(f"{name} {step}"), honest(step))
+    run.train()
+    a_step = len(seen) // 3
+    for step in (1, 2, 3):
+        of_step = seen[(step - 1) * a_step : step * a_step]
+        assert [of_step[: of_step.index(f"{name} {step}")].count("mixer") for name in ("fast", "medium", "slow")] == before
+        assert of_step.count("mixer") == a_step - 3 == 6
+
+
 def test_a_wait_that_reaches_its_limit_says_for_what(small):
     channel, ranks, _ = open_channel(small("run.timeout_s=0.2"), "fast")
     with pytest.raises(RemoteTimeoutError, match=r"level fast rank 0: waited 0.2 s for version 5 \(run.timeout_s\)"):
