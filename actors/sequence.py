@@ -457,6 +457,9 @@ class SequenceWorker:
         after each micro-batch.
         """
         self.model.zero_grad(set_to_none=True)
+        for channel in self.channels:
+            if channel.plan.takes_gradient(self.step + 1):
+                channel.begin_step()
         total, states, size = torch.zeros((), device=self.device), [], self.config.sequence.micro_batch_size
         micro_batches = blocks.split(size)
         for index, micro_batch in enumerate(micro_batches):

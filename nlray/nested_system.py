@@ -380,20 +380,21 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
 
 
 def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
-    """A worker holds the model, with sequence.shard=full of the sequence parameters its share, the gradients, and two accumulators per
-    level; a rank its shard.
+    """A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
+    its gradients are too (with compression, and while a period takes longer than a step to send, beside them); a rank its shard.
     """
     level_size = sum(plan.num_parameters for plan in levels)
     held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
     if config.sequence.is_sharded:
         held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
+    is_compressed = config.exchange.compression != "none"
     worker = ActorCost(
         name="sequence",
         count=config.sequence.workers,
         parameters=_VALUE_BYTES * (level_size + _size(held)),
-        gradients=_VALUE_BYTES * (level_size + _size(held)),
+        gradients=_VALUE_BYTES * ((level_size if is_compressed else 0) + _size(held)),
         optimizer=_optimizer_bytes(config.sequence.optimizer, held),
-        buffers=_VALUE_BYTES * (2 * level_size + passing),
+        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + passing),
     )
     ranks = []
     for plan in levels:
