@@ -109,6 +109,23 @@ class WorkerGroup:
             self._group.allreduce([message]).wait()
         return message.tolist()
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over the workers, in place."""
+        self._group.allreduce([tensor]).wait()
+        return tensor
+
+    def broadcast(self, tensor: Tensor, owner: int) -> dist.Work:
+        """Begin to copy one worker's tensor into everyone's."""
+        options = dist.BroadcastOptions()
+        options.rootRank = owner
+        return self._group.broadcast([tensor], options)
+
+    def reduce(self, tensor: Tensor, owner: int) -> dist.Work:
+        """Begin to add a tensor up over the workers, in the owner's; the others' is worth nothing afterwards."""
+        options = dist.ReduceOptions()
+        options.rootRank = owner
+        return self._group.reduce([tensor], options)
+
     def _on_gradient(self, bucket: "Bucket", index: int, parameter: nn.Parameter) -> None:
         if self._is_armed:
             bucket.add(index, parameter.grad)

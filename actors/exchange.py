@@ -1,9 +1,9 @@
 """The exchange, as a sequence worker sees it: gradients of a period out, versions in, both beside the steps.
 
-One `LevelChannel` a level. Gradients are added to one of two buffers; at a period's end that buffer is sent by a background
-thread while the other one takes over. (With compression the code is sent, and the buffer goes on with what is left.) Another thread
-waits for the version the period makes. The training thread meets neither, except where a version is due and has not come: that wait
-is measured.
+One `LevelChannel` a level. Gradients are added to one of two buffers; at a period's end that buffer is sent by a background thread
+while the other one takes over, and later is where backward puts a step's gradients. (With compression there is one buffer, the code is
+sent, and the buffer goes on with what is left.) Another thread waits for the version the period makes. The training thread meets
+neither, except where a version is due and has not come: that wait is measured.
 """
 
 import math
@@ -72,6 +72,8 @@ class LevelChannel:
         if self._codec is None:
             self._free.put([layout.new_buffer(device) for layout in self.layouts])
         self._open_views = self._views(self._open)
+        self._spare: list[Tensor] | None = None
+        self._is_added = False
         self._num_steps = 0
         self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"push-{plan.name}")
         self._receiver = ThreadPoolExecutor(1, thread_name_prefix=f"pull-{plan.name}")
@@ -121,17 +123,42 @@ class LevelChannel:
         if newest > self.visible:
             self._take(newest)
 
+    def begin_step(self) -> None:
+        """Lay ready where backward adds the step's gradients up, as the parameters' `.grad`, so that they need no memory of their own.
+
+        In the open buffer while nothing is in it. Later in the other one, for a step that is left out must leave the sums as they were. If
+        that one is still being sent, or with compression, which has but one, autograd makes a tensor for each gradient.
+        """
+        if self._codec is not None:
+            return
+        if self._num_steps > 0:
+            try:
+                self._spare = self._free.get_nowait()
+            except Empty:
+                return
+        self._is_added = self._spare is None
+        buffers = self._open if self._spare is None else self._spare
+        for buffer in buffers:
+            buffer.zero_()
+        for parameter, view in zip(self._parameters, self._views(buffers), strict=True):
+            parameter.grad = view
+
     def accumulate(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add a step's gradients, by parameter name, to the open period."""
+        """Add a step's gradients, by parameter name, to the open period, if they are not in it yet."""
         ordered = [gradients[name] for name in self._names]
         if self._num_steps == 0 and self._codec is None:
-            torch._foreach_copy_(self._open_views, ordered)
+            if not self._is_added:
+                torch._foreach_copy_(self._open_views, ordered)
         else:
             torch._foreach_add_(self._open_views, ordered)
         self._num_steps += 1
 
     def end_step(self, step: int) -> None:
         """Send the open period if `step` closes it."""
+        self._is_added = False
+        if self._spare is not None:
+            self._free.put(self._spare)
+            self._spare = None
         if not closes_period(step, self.plan.update_period):
             return
         version, num_steps = open_version(step, self.plan.update_period), self._num_steps

@@ -21,18 +21,21 @@ from torch import Tensor
 from nlray.actors.collective import Agreement, WorkerGroup
 from nlray.actors.exchange import LevelChannel, RankLink
 from nlray.actors.recovery import Snapshot, Vault, to_host
+from nlray.actors.sharding import ShardedParameters
 from nlray.actors.types import SEQUENCE, Command, PieceKey, Role, RoleError, WorkerReport
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.device import device_for
 from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, UserError
 from nlray.evals.heldout import block_losses
+from nlray.initial import fill_parameters_
 from nlray.levels import LevelPlan, newest_version, visible_version
 from nlray.malloc import keep_freed_memory
 from nlray.models.cms import ContinuumMemory
 from nlray.models.compiling import compile_mlps
 from nlray.models.lanes import Lanes
-from nlray.models.lm import build_model, level_parameters, sequence_parameters
+from nlray.models.layers import parameter_inits
+from nlray.models.lm import LanguageModel, build_model, level_parameters, place_parameters, sequence_parameters
 from nlray.models.state import State
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.lanes import open_stream
@@ -75,19 +78,19 @@ class SequenceWorker:
         # Of a Hugging Face tokenizer in this process; before its first use.
         os.environ.setdefault("RAYON_NUM_THREADS", str(sequence.resources.num_threads))
         keep_freed_memory()
-        self.model = build_model(config, model.vocab_size, device=self.device, seed=None if is_restored else config.run.seed)
+        self.group = WorkerGroup(worker, sequence.workers, self.device)
+        self.model, self.shards = self._build_model(is_restored=is_restored)
         if sequence.compile:
             compile_mlps(self.model)
         self.step_tokens = sequence.global_batch * model.seq_len
         self.model.set_loss_tokens(self.step_tokens)
-        self.parameters = sequence_parameters(self.model)
+        self.parameters = sequence_parameters(self.model) if self.shards is None else self.shards.owned
         self.level_parameters = level_parameters(self.model)
         self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
         self._not_taken: dict[str, LevelChannel] = {}
         for module in self.model.modules():
             if isinstance(module, ContinuumMemory):
                 module.register_forward_pre_hook(self._before_levels)
-        self.group = WorkerGroup(worker, sequence.workers, self.device)
         self.channels: list[LevelChannel] = []
         first = worker * sequence.worker_batch
         self.lanes = Lanes()
@@ -120,6 +123,19 @@ class SequenceWorker:
         self._switched: dict[int, int] = {}
         self._retired: list[LevelChannel] = []
         self._step_s = math.nan
+
+    def _build_model(self, *, is_restored: bool) -> tuple[LanguageModel, ShardedParameters | None]:
+        config, vocab_size = self.config, self.config.model.vocab_size
+        if not config.sequence.is_sharded:
+            return build_model(config, vocab_size, device=self.device, seed=None if is_restored else config.run.seed), None
+        model = build_model(config, vocab_size, device="meta", seed=None)
+        shards = ShardedParameters(model, self.group, self.device)
+        levels = {name: p for of_level in level_parameters(model).values() for name, p in of_level.items()}
+        place_parameters(model, {name: torch.empty_like(p, device=self.device) for name, p in levels.items()})
+        if not is_restored:
+            # The levels' come with their first version.
+            fill_parameters_(shards.owned, parameter_inits(model), config, config.run.seed)
+        return model, shards
 
     # What the conductor calls.
 
@@ -209,15 +225,20 @@ class SequenceWorker:
         self.stream.close()
         for channel in [*self.channels, *self._retired]:
             channel.close()
+        self._leave_group()
+
+    def _leave_group(self) -> None:
+        if self.shards is not None:
+            self.shards.forget()
         self.group.leave()
 
     # Snapshots.
 
     def snapshot(self, step: int) -> Snapshot:
-        """Return a copy of the state after `step`. The parameters and their optimizer are alike in all workers."""
+        """Return a copy of the state after `step`. The parameters and their optimizer are alike in all workers, or this one's share."""
         tensors: dict[str, Tensor] = {f"param/{n}": to_host(p) for n, p in self.parameters.items()}
         tensors |= {f"optimizer/{k}": to_host(v) for k, v in self.optimizer.state_tensors().items()}
-        shared = frozenset(tensors)
+        shared = frozenset(tensors if self.shards is None else ())
         for channel in self.channels:
             tensors |= {f"accumulator/{self.worker}/{n}": t.cpu() for n, t in channel.accumulators().items()}
         # The tensors themselves: a step puts others in their place.
@@ -256,7 +277,9 @@ class SequenceWorker:
         for plan in self.plans:
             sums = self._accumulators_of(plan, tensors, state["workers"])
             self._open[plan.name] = (sums, state["open_steps"][plan.name])
-        self.lanes.load(self._lanes_of(tensors, state["workers"]), self.model)
+        # On the meta device: with shards the parameters that a state may start from are not here.
+        like = build_model(self.config, self.config.model.vocab_size, device="meta", seed=None).init_state(0)
+        self.lanes.load(self._lanes_of(tensors, state["workers"]), like=like, device=self.device)
 
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
@@ -304,7 +327,7 @@ class SequenceWorker:
                 self._error = RoleError(message, traceback.format_exc(), self.step + 1, exit_code, is_final)
             self._state = "failed"
             # The other workers may wait for this one's gradients.
-            self.group.leave()
+            self._leave_group()
 
     def train(self) -> Literal["ended", "paused"]:
         """Run the steps from where the state is to `run.steps` or `run.stop_after`, or to a command to stop or to pause.
@@ -314,7 +337,8 @@ class SequenceWorker:
         """
         run = self.config.run
         last = min(run.steps, run.stop_after or run.steps)
-        self.group.watch(self.parameters)
+        if self.shards is None:
+            self.group.watch(self.parameters)
         self._start_channels()
         self._state = "running"
         self._vault.put(self._take_point(self.step))
@@ -410,8 +434,8 @@ class SequenceWorker:
         if batch.is_start:
             self.lanes.clear()
         loss_share, states = self._forward_backward(torch.from_numpy(batch.blocks).to(self.device))
-        self.group.finish_gradients()
-        norm = clip_gradients_([p.grad for p in self.parameters.values()], self.config.sequence.optimizer.clip)
+        norms = self._finish_gradients()
+        norm = clip_gradients_([p.grad for p in self.parameters.values()], self.config.sequence.optimizer.clip, norms)
         agreement = self.group.agree(loss_share, norm, self._take_command())
         learning_rate = 0.0
         if agreement.is_finite:
@@ -444,11 +468,22 @@ class SequenceWorker:
             if channel.skipped_updates > skipped_before:
                 self._add_event(f"step {step}: update {channel.visible} of level {name} was skipped: no finite gradient")
 
+    def _finish_gradients(self) -> Tensor | None:
+        """Wait for the sums of the gradients over the workers; where each worker has but a share of them return the norms of all."""
+        if self.shards is None:
+            self.group.finish_gradients()
+            return None
+        self.shards.finish_gradients()
+        return self.shards.all_norms()
+
     def _forward_backward(self, blocks: Tensor) -> tuple[Tensor, list[State]]:
         """Leave this worker's share of the gradient of the global mean loss in `.grad`; return its share of the loss, and the states
         after each micro-batch.
         """
         self.model.zero_grad(set_to_none=True)
+        for channel in self.channels:
+            if channel.plan.takes_gradient(self.step + 1):
+                channel.begin_step()
         total, states, size = torch.zeros((), device=self.device), [], self.config.sequence.micro_batch_size
         micro_batches = blocks.split(size)
         for index, micro_batch in enumerate(micro_batches):
@@ -458,17 +493,23 @@ class SequenceWorker:
                 losses, state = self.model.token_losses(micro_batch, self.lanes.rows(index * size, (index + 1) * size))
             loss = losses.sum() / self.step_tokens
             loss.backward()
+            if self.shards is not None:
+                self.shards.finish_backward()
             total += loss.detach()
             if self.config.model.carry_state:
                 states.append(state)
-        for parameter in self.model.parameters():
+        levels = [p for of_level in self.level_parameters.values() for p in of_level.values()]
+        for parameter in levels if self.shards is not None else self.model.parameters():
             # A parameter that the loss does not reach, such as a memory that no token reads back within one chunk.
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         return total, states
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.sequence.precision == "bf16" else nullcontext()
+        if self.config.sequence.precision == "fp32":
+            return nullcontext()
+        # The cache would keep every block's parameters, in bf16, to the end of the forward pass.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=self.shards is None)
 
     def _take_command(self) -> Command:
         with self._lock:
@@ -493,12 +534,16 @@ class SequenceWorker:
         names = sorted({name for of_block in tags for name in of_block})
         mine = slice(self.worker, None, sequence.workers)
         blocks = torch.from_numpy(self._heldout.blocks[mine]).to(self.device)
+        if self.shards is not None:
+            # All do equally many forward passes.
+            num_missing = -(-len(tags) // sequence.workers) - len(blocks)
+            blocks = torch.cat([blocks, torch.from_numpy(self._heldout.blocks[:1]).to(self.device).expand(num_missing, -1)])
         sums = dict.fromkeys(["", *names], 0.0)
         counts = dict(sums)
         if len(blocks) > 0:
             with self._autocast():
                 losses = block_losses(self.model, blocks, batch_size=sequence.micro_batch_size).sum(1).tolist()
-            for loss, of_block in zip(losses, tags[mine], strict=True):
+            for loss, of_block in zip(losses, tags[mine], strict=self.shards is None):
                 for name in ("", *of_block):
                     sums[name] += loss
                     counts[name] += model.seq_len

@@ -36,7 +36,8 @@ def levels_data(system: NestedSystem, config: Config, *, title: str, vocab_size:
         "sequence": {
             "workers": config.sequence.workers,
             "parameters": system.sequence_size,
-            "bytes_all_reduced_per_step": system.sequence_bytes if config.sequence.workers > 1 else 0,
+            "bytes_all_reduced_per_step": system.sequence_bytes if config.sequence.workers > 1 and not config.sequence.is_sharded else 0,
+            "shard": config.sequence.shard,
         },
         "problems": [_problem_data(p) for p in system.problems],
         "levels": [
@@ -99,7 +100,11 @@ def _print_tables(system: NestedSystem, config: Config, *, title: str) -> None:
     if system.levels:
         console.print(_level_table(system))
     console.print(_actor_table(system))
-    if config.sequence.workers > 1:
+    if config.sequence.is_sharded:
+        passes = config.sequence.worker_batch // config.sequence.micro_batch_size
+        sizes = [format_bytes(n * passes * system.sequence_bytes) for n in (2, 1)]
+        console.print(f"the workers bring each other {sizes[0]} of sequence parameters and add up {sizes[1]} of gradients a step")
+    elif config.sequence.workers > 1:
         console.print(f"the workers all-reduce {format_bytes(system.sequence_bytes)} of sequence gradients a step")
     console.print("without activations; a rank's buffers are its published versions, in the object store", style="dim")
 

@@ -19,7 +19,7 @@ def describe_run(config: Config, *, resume: bool) -> str:
     """Return the lines that say what is run, known before anything slow is imported."""
     model, sequence = config.model, config.sequence
     tokens = sequence.global_batch * model.seq_len
-    workers = plural(sequence.workers, "worker")
+    workers = plural(sequence.workers, "worker") + (", sequence parameters sharded" if sequence.is_sharded else "")
     sources = ", ".join(source.path for source in config.data.sources)
     return "\n".join(
         [

@@ -635,6 +635,9 @@ class SequenceConfig:
     """Optimizer of the sequence parameters: all that is not a level's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; parameters, gates, memory states, accumulators and optimizer state stay float32."""
+    shard: Literal["none", "full"] = "none"
+    """none: every worker keeps all sequence parameters and their optimizer state. full: every worker keeps a share of whole tensors and of
+    their optimizer state, and has the rest for one block at a time; levels are not concerned. Use it with recompute_blocks."""
     recompute_blocks: bool = False
     """Whether the backward pass computes each block anew in place of keeping what it computed: the memory of one block's activations in
     place of all blocks', for the time of a second forward pass; the same bits."""
@@ -654,6 +657,11 @@ class SequenceConfig:
             self.micro_batch is None or (self.micro_batch >= 1 and self.worker_batch % self.micro_batch == 0),
             f"sequence.micro_batch is {self.micro_batch}; allowed: a divisor of global_batch / workers = {self.worker_batch}, or null",
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether there is anything to share: one worker keeps all."""
+        return self.shard == "full" and self.workers > 1
 
     @property
     def worker_batch(self) -> int:
@@ -741,6 +749,9 @@ class Config:
                 self.memory.layout == "chain" or self.model.layers >= len(self.memory.levels),
                 f"model.layers is {self.model.layers}; allowed for memory.layout=by_layer: at least the {len(self.memory.levels)} levels",
             )
+        _require(
+            not (self.sequence.compile and self.sequence.is_sharded), "sequence.compile is true; allowed with sequence.shard=full: false"
+        )
         for name, level in self.levels.items():
             is_in_context = level.in_context is not None
             _require(

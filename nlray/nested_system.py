@@ -21,13 +21,13 @@ from torch import nn
 from nlray.compression import codec_of
 from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.errors import NlrayError
-from nlray.levels import LevelPlan, TensorSpec
+from nlray.levels import LevelPlan, TensorSpec, deal_tensors
 from nlray.models.attention import Attention
 from nlray.models.cms import ContinuumMemory
 from nlray.models.hope import Titans
 from nlray.models.layers import GatedMLP, ShortConvolution
 from nlray.models.level import Level, check_levels
-from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, build_model, level_parameters, sequence_parameters
+from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, block_of, build_model, level_parameters, sequence_parameters
 from nlray.optimizers.registry import check_optimizers, gradient_memories
 
 _VALUE_BYTES = 4
@@ -380,16 +380,21 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
 
 
 def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
-    """A worker holds the whole model, its gradients and two accumulators per level; a rank its shard."""
+    """A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
+    its gradients are too (with compression, and while a period takes longer than a step to send, beside them); a rank its shard.
+    """
     level_size = sum(plan.num_parameters for plan in levels)
-    total = level_size + _size(sequence)
+    held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
+    if config.sequence.is_sharded:
+        held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
+    is_compressed = config.exchange.compression != "none"
     worker = ActorCost(
         name="sequence",
         count=config.sequence.workers,
-        parameters=_VALUE_BYTES * total,
-        gradients=_VALUE_BYTES * total,
-        optimizer=_optimizer_bytes(config.sequence.optimizer, sequence),
-        buffers=_VALUE_BYTES * (2 * level_size + (_size(sequence) if config.sequence.workers > 1 else 0)),
+        parameters=_VALUE_BYTES * (level_size + _size(held)),
+        gradients=_VALUE_BYTES * ((level_size if is_compressed else 0) + _size(held)),
+        optimizer=_optimizer_bytes(config.sequence.optimizer, held),
+        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + passing),
     )
     ranks = []
     for plan in levels:
@@ -401,6 +406,18 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
             optimizer += 2 * size + _optimizer_bytes(slower.optimizer, shard)
         ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))
     return (worker, *ranks)
+
+
+def _size_that_passes(sequence: Iterable[TensorSpec]) -> int:
+    """Return what a worker with a share holds of the others' parameters and of gradients at a time: those outside of the blocks, and two
+    blocks, the one under way and the next.
+    """
+    sizes: dict[int | None, int] = {}
+    for tensor in sequence:
+        block = block_of(tensor.name)
+        sizes[block] = sizes.get(block, 0) + tensor.numel
+    outside = sizes.pop(None)
+    return 2 * (outside + 2 * max(sizes.values()))
 
 
 def _optimizer_bytes(config: OptimizerConfig, tensors: Iterable[TensorSpec]) -> int:

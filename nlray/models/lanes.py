@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nlray.models.lm import LanguageModel
 from nlray.models.state import State, state_from_tensors, state_tensors
 
 
@@ -41,8 +40,7 @@ class Lanes:
         """Return the live tensors by name, sequences first; none where they begin anew."""
         return {} if self._state is None else state_tensors(self._state)
 
-    def load(self, tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
-        """Take over what `tensors` gave, of this model; of no tensors: the sequences begin anew."""
-        device = model.embedding.weight.device
+    def load(self, tensors: Mapping[str, Tensor], *, like: State, device: torch.device) -> None:
+        """Take over what `tensors` gave, of the model that `like` is a state of; of no tensors: the sequences begin anew."""
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._state = state_from_tensors(moved, like=model.init_state(0)) if moved else None
+        self._state = state_from_tensors(moved, like=like) if moved else None

@@ -9,6 +9,8 @@ model = build_model(config, vocab_size=256, seed=0)
 losses, state = model.token_losses(blocks)
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,6 +158,19 @@ def build_model(config: Config, vocab_size: int, *, device: str | torch.device =
     if seed is not None:
         fill_parameters_(dict(model.named_parameters()), parameter_inits(model), config, seed)
     return model
+
+
+def block_of(name: str) -> int | None:
+    """Return the block that a parameter belongs to, by its full name; None: it lies before the blocks or after them."""
+    first, *rest = name.split(".")
+    return int(rest[0]) if first == "blocks" else None
+
+
+def place_parameters(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors, by full name, in the place of parameters of the same shape, for example of a model on the meta device."""
+    for name, tensor in tensors.items():
+        prefix, _, own_name = name.rpartition(".")
+        model.get_submodule(prefix).register_parameter(own_name, nn.Parameter(tensor))
 
 
 def level_parameters(model: LanguageModel) -> dict[str, dict[str, nn.Parameter]]:

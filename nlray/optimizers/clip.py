@@ -22,13 +22,18 @@ def clip_factor(norm: float, clip: float) -> float:
     return 1.0 if clip == 0 or norm <= clip else clip / norm
 
 
-def clip_gradients_(gradients: Sequence[Tensor], clip: float) -> Tensor:
+def clip_gradients_(gradients: Sequence[Tensor], clip: float, norms: Tensor | None = None) -> Tensor:
     """Scale gradients in place to a total norm of at most `clip` (0: not at all), on their device, without a sync.
+
+    Args:
+        gradients: float32, any shapes.
+        clip: largest total norm.
+        norms: of all gradients, [number of tensors] float32, where `gradients` are only some of them; None: they are all.
 
     Returns:
         The total norm before clipping, a float32 scalar; not finite if any gradient is not.
     """
-    norm = torch.linalg.vector_norm(tensor_norms(gradients))
-    if clip > 0:
+    norm = torch.linalg.vector_norm(tensor_norms(gradients) if norms is None else norms)
+    if clip > 0 and len(gradients) > 0:
         torch._foreach_mul_(list(gradients), (clip / norm).clamp(max=1.0))
     return norm

@@ -1,5 +1,6 @@
-"""The product's sequence worker and level ranks in one process, with links that call them directly: no Ray, real threads."""
+"""The product's sequence workers and level ranks in one process, with links that call them directly: no Ray, real threads."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,7 @@ class DirectLink:
 
 
 class InProcessRun:
-    """One worker and all level ranks of a configuration."""
+    """All workers and level ranks of a configuration."""
 
     def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank, store: Store | None = None) -> None:
         store = store or DirectStore()
@@ -58,8 +59,10 @@ class InProcessRun:
             for rank in ranks:
                 others = [r for r in ranks if r is not rank]
                 rank.connect(lambda version, norms, others=others: [o.receive_norms(version, norms) for o in others] and None)
-        self.worker = SequenceWorker(config, plans, 0, vault=self.vault())
-        self.worker.connect({name: [DirectLink(r, store) for r in ranks] for name, ranks in self.ranks.items()})
+        self.workers = [SequenceWorker(config, plans, i, vault=self.vault()) for i in range(config.sequence.workers)]
+        self.worker = self.workers[0]
+        for worker in self.workers:
+            worker.connect({name: [DirectLink(r, store) for r in ranks] for name, ranks in self.ranks.items()})
 
     def vault(self) -> Vault:
         self.vaults.append(Vault("test", 10))
@@ -68,26 +71,39 @@ class InProcessRun:
     def write(self, step: int, url: str) -> None:
         """Write the recovery point of `step` as a checkpoint."""
         written = {}
-        for actor, vault in zip([*self.all_ranks, self.worker], self.vaults, strict=True):
+        for actor, vault in zip([*self.all_ranks, *self.workers], self.vaults, strict=True):
             key = PieceKey(0, step, actor.role)
-            written[str(actor.role)] = vault.write(key, url, f"{actor.role}.safetensors", with_shared=True)
+            written[str(actor.role)] = vault.write(key, url, f"{actor.role}.safetensors", with_shared=actor is self.worker)
         write_manifest(url, step, [w.part for w in written.values()], whole_state(written, list(self.ranks)))
 
     def load(self, url: str) -> None:
-        for actor in [self.worker, *self.all_ranks]:
+        for actor in [*self.workers, *self.all_ranks]:
             actor.load(url)
 
     def train(self) -> "InProcessRun":
         for rank in self.all_ranks:
             rank.start()
+        store = torch.distributed.HashStore()
         try:
-            self.worker.train()
+            with ThreadPoolExecutor(len(self.workers)) as pool:
+                list(pool.map(lambda worker: self._train(worker, store), self.workers))
         finally:
             self.close()
         return self
 
+    def _train(self, worker: SequenceWorker, store: torch.distributed.Store) -> None:
+        if len(self.workers) > 1:
+            worker.group.join(store, worker.config.run.timeout_s)
+        try:
+            worker.train()
+        except BaseException:
+            # The others wait for this one.
+            worker.group.leave()
+            raise
+
     def close(self) -> None:
-        self.worker.close()
+        for worker in self.workers:
+            worker.close()
         for rank in self.all_ranks:
             rank.halt()
         for vault in self.vaults:
@@ -100,7 +116,7 @@ class InProcessRun:
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         """Final parameters: the sequence model's and each level's newest version."""
-        found = {n: p.detach() for n, p in self.worker.parameters.items()}
+        found = {n: p.detach() for worker in self.workers for n, p in worker.parameters.items()}
         for rank in self.all_ranks:
             found |= rank.parameters
         return found

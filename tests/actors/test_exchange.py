@@ -58,6 +58,56 @@ def test_a_level_moves_its_bytes_once_a_period_in_each_direction(small):
             assert level["bytes_pulled"] == size * level["version"]
 
 
+def test_backward_adds_to_the_buffers_and_a_step_that_is_left_out_leaves_the_sums(small):
+    channel, ranks, parameters = open_channel(small(), "medium")
+    name, parameter = next(iter(parameters.items()))
+
+    def backward(value: float) -> None:
+        """Add up a step's gradients as autograd does, in two micro-batches."""
+        for p in parameters.values():
+            p.grad = None
+        channel.begin_step()
+        for p in parameters.values():
+            p.grad = torch.full_like(p, value) if p.grad is None else p.grad.add_(value)
+            p.grad.add_(value)
+
+    def keep(step: int) -> None:
+        channel.accumulate({n: p.grad for n, p in parameters.items()})
+        channel.end_step(step)
+
+    backward(math.nan)
+    channel.end_step(1)
+    assert channel.num_open_steps == 0 and channel.accumulators() == {}
+    backward(1.0)
+    first = parameter.grad.data_ptr()
+    keep(2)
+    assert channel.accumulators()[name].eq(2.0).all()
+    backward(math.nan)
+    # The other buffer: what is in the open one has to stay as it is.
+    second = parameter.grad.data_ptr()
+    channel.end_step(3)
+    assert channel.num_open_steps == 1 and channel.accumulators()[name].eq(2.0).all() and second != first
+    backward(3.0)
+    assert parameter.grad.data_ptr() == second
+    keep(4)
+    # What was sent is the sum of the good steps; the next period begins in the buffer that was not sent.
+    channel.take_up(9)
+    assert channel.visible == 1 and channel.num_open_steps == 0
+    backward(1.0)
+    assert parameter.grad.data_ptr() == second
+    keep(5)
+    # While the other one is still being sent, autograd makes a tensor of its own.
+    spare = channel._free.get_nowait()
+    backward(5.0)
+    assert parameter.grad.data_ptr() not in (first, second)
+    channel._free.put(spare)
+    keep(6)
+    assert channel.accumulators()[name].eq(12.0).all()
+    for rank in ranks:
+        rank.halt()
+    channel.close()
+
+
 def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(small):
     channel, ranks, parameters = open_channel(small("memory.levels.medium.delay=4"), "medium", LateRank)
     for step in (1, 2, 3, 4):

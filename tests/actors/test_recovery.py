@@ -80,9 +80,12 @@ def test_a_rank_killed_while_the_run_starts_is_a_recovery_that_names_it(small, c
 
 
 @pytest.mark.chaos
-def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path):
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path, shard):
     overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1", "model.carry_state=true"]
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
+    # Two workers add up to the same bits whoever owns what.
+    overrides.append(f"sequence.shard={shard}")
     strikes = [
         Strike("step", 7, ("sequence-1",)),
         Strike("publish", 16, ("sequence-0",), by="rank"),

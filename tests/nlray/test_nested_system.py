@@ -170,7 +170,7 @@ def test_bytes_of_actors_and_wire():
     _, system = build("memory.levels.slow.ranks=2", "sequence.workers=2")
     worker, *ranks = system.actors
     level_size = sum(plan.num_parameters for plan in system.levels)
-    assert worker.count == 2 and worker.parameters == worker.gradients == 4 * system.num_parameters
+    assert worker.count == 2 and worker.parameters == 4 * system.num_parameters and worker.gradients == system.sequence_bytes
     assert worker.buffers == 2 * 4 * level_size + system.sequence_bytes and worker.optimizer == 2 * system.sequence_bytes
     slow, plan = ranks[2], system.levels[2]
     assert slow.count == 2 and slow.parameters == 4 * max(sum(t.numel for t in shard) for shard in plan.shards)
