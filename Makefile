@@ -18,10 +18,11 @@ install: $(INSTALLED)  ## create .venv with pinned packages (the others do it wh
 train: $(INSTALLED)  ## train a model here; without ARGS the preset tiny, minutes on two CPU cores
 	$(VENV)/bin/nlray train $(ARGS)
 
-# Tests without Ray on every core (up to 8, each with a torch of its own), then those with Ray; status 5 is that ARGS chose none of a kind.
+# Tests without Ray on every core (up to 8, each with a torch of its own), then those with Ray, two files at a time, each with clusters of its
+# own; status 5 is that ARGS chose none of a kind.
 define run_tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "$(1) and not ray" -n auto --maxprocesses 8 $(ARGS) || [ $$? -eq 5 ]
-	$(VENV)/bin/pytest -m "$(1) and ray" $(ARGS) || [ $$? -eq 5 ]
+	$(VENV)/bin/pytest -m "$(1) and ray" -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 endef
 
 test: $(INSTALLED)  ## run every test that needs no GPU, but those of make chaos
