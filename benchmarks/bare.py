@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nlray.compression import Codec, codec_of, take_code
 from nlray.config import Config, OptimizerConfig
 from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
-from nlray.levels import newest_version, visible_version
+from nlray.flat import FlatLayout
+from nlray.levels import TensorSpec, newest_version, visible_version
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream, heldout_blocks
@@ -37,12 +39,15 @@ class Learner:
         grad_every: int = 1,
         delay: int = 0,
         predict: float = 0.0,
+        codec: Codec | None = None,
     ) -> None:
         self.shown, self.period, self.grad_every, self.delay, self._clip = dict(shown), period, grad_every, delay, config.clip
         self._newest = {name: p.detach().clone() for name, p in shown.items()} if delay > 0 else self.shown
         self._optimizer = OuterOptimizer(self._newest, config, horizon=horizon)
         self._version, self._under_way = 0, {}
         self._prediction = Prediction(list(shown.values()), predict)
+        self._codec, self._layout = codec, FlatLayout([TensorSpec(name, tuple(p.shape)) for name, p in shown.items()])
+        self._left = None if codec is None else self._layout.new_buffer()
 
     def show(self, step: int) -> None:
         """Bring the model to what `step` uses."""
@@ -68,8 +73,13 @@ class Learner:
 
     def update(self, step: int) -> None:
         """Step by the gradients that lie in the model, the sums over the period that ends with `step`."""
-        for name, parameter in self.shown.items():
-            self._newest[name].grad = parameter.grad.div_(self.period // self.grad_every)
+        gradients = [p.grad for p in self.shown.values()]
+        if self._codec is not None:
+            torch._foreach_add_(self._layout.views(self._left), gradients)
+            payload = take_code(self._codec, self._left)
+            gradients = self._layout.views(self._codec.decode(payload, self._layout.size))
+        for newest, gradient in zip(self._newest.values(), gradients, strict=True):
+            newest.grad = gradient.div_(self.period // self.grad_every)
         clip_gradients_([p.grad for p in self._newest.values()], self._clip)
         self._optimizer.step(step)
         for parameter in self.shown.values():
@@ -81,10 +91,10 @@ class Learner:
 class BareLoop:
     """A model whose levels are each updated once in their period, by the period's mean gradient.
 
-    delayed: whether a version is used after the level's delay only, by the rule of `nlray.levels`; else at once.
+    with_exchange: whether it does to a level what the exchange does in mode delayed: delay, prediction and compression; else nothing.
     """
 
-    def __init__(self, config: Config, *, delayed: bool = False) -> None:
+    def __init__(self, config: Config, *, with_exchange: bool = False) -> None:
         """Take a configuration with `model.vocab_size` set; raise UserError for one that this loop would train in another way."""
         if config.model.carry_state:
             raise UserError("model.carry_state is true; allowed for the bare loop, which begins every batch anew: false")
@@ -101,8 +111,9 @@ class BareLoop:
                     horizon=config.run.steps,
                     period=level.update_period,
                     grad_every=level.grad_every,
-                    delay=level.visible_delay if delayed else 0,
-                    predict=level.predict if delayed else 0.0,
+                    delay=level.visible_delay if with_exchange else 0,
+                    predict=level.predict if with_exchange else 0.0,
+                    codec=codec_of(config.exchange.compression) if with_exchange else None,
                 )
             )
 
@@ -143,10 +154,10 @@ class Trained:
         return {"heldout_loss": self.heldout_loss, "ms_per_step": self.ms_per_step, "train_loss": self.train_loss}
 
 
-def train(config: Config, *, delayed: bool = False) -> Trained:
-    """Train a model by the plain loop on its sources, all of `run.steps`, and evaluate it; `delayed` as in `BareLoop`."""
+def train(config: Config, *, with_exchange: bool = False) -> Trained:
+    """Train a model by the plain loop on its sources, all of `run.steps`, and evaluate it; `with_exchange` as in `BareLoop`."""
     config = with_vocab_size(config)
-    loop, length = BareLoop(config, delayed=delayed), config.model.seq_len
+    loop, length = BareLoop(config, with_exchange=with_exchange), config.model.seq_len
     stream = BlockStream(config.data, seq_len=length, seed=config.run.seed)
     seconds, losses = [], []
     for step in range(1, config.run.steps + 1):

@@ -85,15 +85,17 @@ def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(smal
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
-def test_the_loop_of_the_benchmarks_delays_and_predicts_by_the_same_rule(small):
-    config = small("memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 3, predict: 1, grad_every: 2}")
-    plain, losses = train_plainly(config, 20)
-    loop, stream = BareLoop(config, delayed=True), open_stream(config)
-    found = [loop.step(step, torch.from_numpy(stream.take(4).blocks)).item() for step in range(1, 21)]
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression):
+    levels = ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 3, predict: 1, grad_every: 2}"]
+    config = small(*levels, f"exchange.compression={compression}")
+    run = InProcessRun(config).train()
+    loop, stream = BareLoop(config, with_exchange=True), open_stream(config)
+    losses = [loop.step(step, torch.from_numpy(stream.take(4).blocks)).item() for step in range(1, 21)]
     loop.show_newest()
-    assert found == pytest.approx(losses, rel=1e-5)
+    assert losses == pytest.approx([row["loss"] for row in run.worker.report(0).rows], rel=1e-5)
     for name, parameter in loop.model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), plain[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parameter.detach(), run.parameters[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
