@@ -525,7 +525,7 @@ class LevelConfig:
             self.delay is None or 0 <= self.delay <= self.update_period,
             f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
         )
-        _require(0 <= self.predict <= 2, f"predict is {self.predict}; allowed: 0 to 2")
+        _require(0 <= self.predict <= 10, f"predict is {self.predict}; allowed: 0 to 10")
         _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
         _require(
             self.grad_every >= 1 and self.update_period % self.grad_every == 0,

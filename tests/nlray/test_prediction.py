@@ -88,7 +88,7 @@ def test_a_level_without_a_delay_predicts_nothing_and_holds_nothing_for_it():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"predict": -0.5}, r"memory\.levels\.a.*predict is -0\.5; allowed: 0 to 2"),
+        ({"predict": -0.5}, r"memory\.levels\.a.*predict is -0\.5; allowed: 0 to 10"),
         ({"predict": 1}, r"memory\.levels\.a\.predict is 1.*; allowed for variant nested: 0 but in the slowest level"),
     ],
 )
