@@ -500,7 +500,8 @@ class LevelConfig:
     """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
     predict: float = 0.0
     """With a delay, while an update is under way: the share of the level's last change that the sequence workers add to the version
-    that they have, as a guess at it; 0: none. Not of a level of variant nested that is set back."""
+    that they have; 0: none. 1 is a guess at that update; 2 looks further ahead, which took most of a delay's cost away, and 3 too far
+    (docs/lab_notes.md). Not of a level of variant nested that is set back."""
     ranks: int = 1
     """Actors that share the level's tensors."""
     grad_every: int = 1

@@ -5,7 +5,8 @@ With a delay D > 0 some steps use version v of a level though version v + 1 is m
 
     W_v + share (W_v - W_{v-1})
 
-instead of W_v. It takes no traffic and one buffer of the level's size, and is the same in every worker.
+instead of W_v. It takes no traffic and one buffer of the level's size, and is the same in every worker. A share of 1 stands for the update
+that is missing; more of it looks further ahead (docs/lab_notes.md has what came of either).
 """
 
 from collections.abc import Iterator, Sequence
