@@ -29,6 +29,7 @@ STEPS = 300
 STEPS_A_TURN = 16
 NO_DELAY = [f"memory.levels.{name}.delay=0" for name in LEVELS]
 WHOLE_PERIODS = [f"memory.levels.{name}.delay={period}" for name, period in LEVELS.items()]
+LESS_MOMENTUM = "memory.levels.fast.optimizer.betas=[0.8,0.95]"
 
 VARIANTS: dict[str, list[str]] = {
     "no delay": [],
@@ -40,6 +41,16 @@ VARIANTS: dict[str, list[str]] = {
     "all, D = C": WHOLE_PERIODS,
     **{f"fast, D = 1, predict {share}": [*WHOLE_PERIODS[:1], f"memory.levels.fast.predict={share}"] for share in ("1", "1.5", "2", "3")},
     "all, D = C, predict 2": [*WHOLE_PERIODS, "memory.defaults.predict=2"],
+    "all, D = C, fast predict 1, beta1 0.8": [*WHOLE_PERIODS, "memory.levels.fast.predict=1", LESS_MOMENTUM],
+    "no delay, fast beta1 0.8": [LESS_MOMENTUM],
+    "fast, D = 1, beta1 0.8": [*WHOLE_PERIODS[:1], LESS_MOMENTUM],
+    "fast, D = 1, beta1 0.5": [*WHOLE_PERIODS[:1], "memory.levels.fast.optimizer.betas=[0.5,0.95]"],
+    "fast, D = 1, predict 1, beta1 0.8": [*WHOLE_PERIODS[:1], "memory.levels.fast.predict=1", LESS_MOMENTUM],
+    "fast, D = 1, predict 1, beta1 0.5": [
+        *WHOLE_PERIODS[:1],
+        "memory.levels.fast.predict=1",
+        "memory.levels.fast.optimizer.betas=[0.5,0.95]",
+    ],
     "no delay, lr 2e-3": ["memory.defaults.optimizer.lr=2e-3"],
     "fast, D = 1, lr 2e-3": ["memory.defaults.optimizer.lr=2e-3", *WHOLE_PERIODS[:1]],
     "slow, a gradient in 2": ["memory.levels.slow.grad_every=2"],
@@ -69,12 +80,12 @@ def table(runs: Runs, labels: list[str], num_seeds: int, overrides: list[str]) -
     base = [run(runs, "no delay", seed, overrides) for seed in range(num_seeds)]
     means = ", ".join(f"{key} {statistics.mean(row[key] for row in base):.4f}" for key in ("heldout_loss", "train_loss"))
     print(f"torch {torch.__version__}; {STEPS} steps of tiny {' '.join(overrides)}; {num_seeds} seeds; no delay: {means}")
-    print(f"{'':<28} {'held-out loss, difference':>30} {'training loss, difference':>30} {'ms a step':>10}")
+    print(f"{'':<38} {'held-out loss, difference':>30} {'training loss, difference':>30} {'ms a step':>10}")
     for label in labels:
         rows = [run(runs, label, seed, overrides) for seed in range(num_seeds)]
         columns = [paired(rows, base, key) for key in ("heldout_loss", "train_loss")]
         milliseconds = statistics.median(row["ms_per_step"] for row in rows)
-        print(f"{label:<28} {columns[0]:>30} {columns[1]:>30} {milliseconds:10.1f}", flush=True)
+        print(f"{label:<38} {columns[0]:>30} {columns[1]:>30} {milliseconds:10.1f}", flush=True)
 
 
 def cost(turns: int, overrides: list[str]) -> None:
