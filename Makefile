@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels chaos bench bench-long bench-optimizers bench-memories bench-stacking
+.PHONY: help install train test test-fast check doctor levels chaos bench bench-long bench-optimizers bench-delays bench-memories bench-stacking
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-long: $(INSTALLED)  ## measure a trained model far beyond its training len
 
 bench-optimizers: $(INSTALLED)  ## measure a step of each optimizer; ARGS="--part table": the loss each reaches, hours, goes on where it stopped
 	$(VENV)/bin/python -m benchmarks.optimizers $(or $(ARGS),--part cost)
+
+bench-delays: $(INSTALLED)  ## train with and without delays of the levels; hours, goes on where it stopped
+	$(VENV)/bin/python -m benchmarks.delays $(ARGS)
 
 bench-memories: $(INSTALLED)  ## train every memory in context on recall and on text; hours, goes on where it stopped
 	$(VENV)/bin/python -m benchmarks.memories $(ARGS)

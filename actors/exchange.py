@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractContextManager, nullcontext
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from nlray.config import ExchangeConfig
 from nlray.errors import RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
 from nlray.levels import LevelPlan, closes_period, newest_version, open_version, visible_version
+from nlray.prediction import Prediction
 
 
 class RankLink(Protocol):
@@ -81,6 +83,7 @@ class LevelChannel:
         self._arriving: dict[int, Future[tuple[float, list[tuple[Version, np.ndarray]]]]] = {}
         self._sent_s: dict[int, float] = {}
         self.visible = -1
+        self._prediction = Prediction(self._parameters, plan.predict) if plan.predict > 0 else None
         self.grad_norm = math.nan
         self.bytes_pushed = 0
         self.bytes_pulled = 0
@@ -94,20 +97,24 @@ class LevelChannel:
         is_news: the run had not come to use `visible` yet; else it is read again, and not counted again.
         """
         counters = self.bytes_pulled, self.skipped_updates, self.stall_s
-        self._ask(range(visible, newest + 1))
-        self._take(visible)
-        if not is_news:
-            self.bytes_pulled, self.skipped_updates, self.stall_s = counters
+        # A prediction is made of the version before, too.
+        first = visible if self._prediction is None else max(0, visible - 1)
+        self._ask(range(first, newest + 1))
+        for version in range(first, visible + 1):
+            self._take(version)
+            if version < visible or not is_news:
+                self.bytes_pulled, self.skipped_updates, self.stall_s = counters
 
     def take_over(self, before: "LevelChannel", step: int) -> None:
         """Go on where `before`, a channel to other ranks of the same level, is after `step`; nothing waits for the new ranks."""
         self.visible, self.grad_norm, self.round_trip_s = before.visible, before.grad_norm, before.round_trip_s
+        self._prediction = before._prediction
         self._ask(range(self.visible + 1, newest_version(step, self.plan.update_period) + 1))
         self.load_accumulators(before.accumulators(), before.num_open_steps)
         self.resume_counters(before.bytes_pushed, before.bytes_pulled, before.stall_s, before.skipped_updates)
 
     def take_up(self, step: int) -> None:
-        """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there."""
+        """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there, or to what it predicts."""
         if self.is_settled:
             self.settle()
         due = visible_version(step, self.plan.update_period, self.plan.delay)
@@ -116,6 +123,12 @@ class LevelChannel:
             due = max([due, *there])
         if due > self.visible:
             self._take(due)
+        if self._prediction is not None and newest_version(step - 1, self.plan.update_period) > self.visible:
+            self._prediction.predict_()
+
+    def true_parameters(self) -> AbstractContextManager[None]:
+        """Have the parameters be a version for a while, where they are predicted."""
+        return nullcontext() if self._prediction is None else self._prediction.true_parameters()
 
     def take_newest(self, step: int) -> None:
         """Bring the parameters to the newest version after `step`, for the final evaluation."""
@@ -271,6 +284,8 @@ class LevelChannel:
         self._arriving = {v: future for v, future in self._arriving.items() if v > version}
         self._sent_s = {v: sent_s for v, sent_s in self._sent_s.items() if v > version}
         views = [v for layout, (_, array) in zip(self.layouts, received, strict=True) for v in layout.views(as_tensor(array))]
+        if self._prediction is not None:
+            self._prediction.keep_(is_next=self.visible >= 0 and version == self.visible + 1)
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, views)
         self.visible = version

@@ -135,7 +135,7 @@ class LevelRank:
         return self.pull(contribution.version)
 
     def pull(self, version: int) -> Version:
-        """Wait for a version and return it; the newest two are kept."""
+        """Wait for a version and return it; the newest two are kept, three where a version is predicted from the two before it."""
         with self._changed:
             self._wait(lambda: any(v >= version for v in self._published), f"version {version}")
             if version not in self._published:
@@ -160,7 +160,7 @@ class LevelRank:
         self._vault.put(self.snapshot(step, generation))
 
     def snapshot(self, step: int, generation: int) -> Snapshot:
-        """Return a copy of the state: newest parameters, optimizer, and the version before where it may still be in use.
+        """Return a copy of the state: newest parameters, optimizer, and the versions before where they may still be in use.
 
         Where no update came since the snapshot before, the tensors are that one's.
         """
@@ -169,10 +169,11 @@ class LevelRank:
             tensors = last.tensors
         else:
             tensors = {name: to_host(t) for name, t in self.learner.state_tensors().items()}
-            before = self._published.get(self.version - 1)
-            if before is not None and self._keeps_version_before:
-                flat = torch.from_numpy(self._store.get(before.data).copy())
-                tensors |= {f"visible/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
+            for kind, age in self._kept_versions.items():
+                published = self._published.get(self.version - age)
+                if published is not None:
+                    flat = torch.from_numpy(self._store.get(published.data).copy())
+                    tensors |= {f"{kind}/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
         outcomes = {str(v): (p.grad_norm if math.isfinite(p.grad_norm) else None, p.is_skipped) for v, p in self._published.items()}
         state = {"version": self.version, "outcomes": outcomes, **self.learner.state()}
         self._last_snapshot = Snapshot(PieceKey(generation, step, self.role), self.plan.ranks, tensors, state)
@@ -181,19 +182,18 @@ class LevelRank:
     def wants(self, tensor: str) -> bool:
         """Return whether a snapshot's tensor is one that this rank restores."""
         kind, _, name = tensor.partition("/")
-        return self.learner.wants(tensor) or (kind == "visible" and name in self.parameters)
+        return self.learner.wants(tensor) or (kind in self._kept_versions and name in self.parameters)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot's tensors that this rank owns, whichever ranks they came from. Call before `start`."""
         self.version, self._restored = snapshot.state["version"], snapshot.state["outcomes"]
         self.learner.load(snapshot.tensors, snapshot.state)
-        if all(f"visible/{s.name}" in snapshot.tensors for s in self.layout.specs):
-            flat = self.layout.new_buffer()
-            for spec, view in zip(self.layout.specs, self.layout.views(flat), strict=True):
-                view.copy_(snapshot.tensors[f"visible/{spec.name}"])
-            data = self._store.put(flat.numpy())
-            norm, is_skipped = self._outcome(self.version - 1)
-            self._published[self.version - 1] = Version(self.version - 1, data, norm, is_skipped)
+        for kind, age in self._kept_versions.items():
+            if all(f"{kind}/{s.name}" in snapshot.tensors for s in self.layout.specs):
+                flat, version = self.layout.new_buffer(), self.version - age
+                for spec, view in zip(self.layout.specs, self.layout.views(flat), strict=True):
+                    view.copy_(snapshot.tensors[f"{kind}/{spec.name}"])
+                self._published[version] = Version(version, self._store.put(flat.numpy()), *self._outcome(version))
 
     def _outcome(self, version: int) -> tuple[float, bool]:
         """Return the gradient's norm and whether the update was skipped, of a version from before the restore."""
@@ -207,8 +207,11 @@ class LevelRank:
         self.restore(Snapshot(key, self.plan.ranks, load_tensors(url, self.wants, manifest), state))
 
     @property
-    def _keeps_version_before(self) -> bool:
-        return self.plan.delay > 0 or self.config.exchange.mode == "eager"
+    def _kept_versions(self) -> dict[str, int]:
+        """Which versions before the newest a snapshot has, by the kind of its tensors: how many versions they are behind."""
+        if self.plan.predict > 0:
+            return {"visible": 1, "before": 2}
+        return {"visible": 1} if self.plan.delay > 0 or self.config.exchange.mode == "eager" else {}
 
     # The update thread.
 
@@ -283,7 +286,8 @@ class LevelRank:
         published = Version(version, self._store.put(self._flat.cpu().numpy()), norm, is_skipped)
         with self._changed:
             self._published[version] = published
-            self._published = {v: p for v, p in self._published.items() if v >= version - 1}
+            oldest = version - max([1, *self._kept_versions.values()])
+            self._published = {v: p for v, p in self._published.items() if v >= oldest}
             self.version = version
             self._changed.notify_all()
 

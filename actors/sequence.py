@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import ray
@@ -554,7 +554,10 @@ class SequenceWorker:
     def _evaluation(self, step: int) -> dict[str, float]:
         if not self._is_evaluating:
             return {}
-        loss, by_tag = self.evaluate()
+        with ExitStack() as stack:
+            for channel in self.channels:
+                stack.enter_context(channel.true_parameters())
+            loss, by_tag = self.evaluate()
         with self._lock:
             self._totals = {**self._totals, "eval_loss": loss, "eval_loss_by_tag": by_tag}
         details = f" ({', '.join(f'{name} {value:.4f}' for name, value in by_tag.items())})" if 1 < len(by_tag) <= 8 else ""

@@ -513,6 +513,10 @@ class LevelConfig:
     """Steps C between two updates of the level (Eq. 71)."""
     delay: int | None = None
     """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
+    predict: float = 0.0
+    """With a delay, while an update is under way: the share of the level's last change that the sequence workers add to the version
+    that they have; 0: none. 1 is a guess at that update; 2 looks further ahead, which took most of a delay's cost away, and 3 too far
+    (docs/lab_notes.md). Not of a level of variant nested that is set back."""
     ranks: int = 1
     """Actors that share the level's tensors."""
     grad_every: int = 1
@@ -537,6 +541,7 @@ class LevelConfig:
             self.delay is None or 0 <= self.delay <= self.update_period,
             f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
         )
+        _require(0 <= self.predict <= 10, f"predict is {self.predict}; allowed: 0 to 10")
         _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
         _require(
             self.grad_every >= 1 and self.update_period % self.grad_every == 0,
@@ -601,6 +606,10 @@ class MemoryConfig:
                 f"memory.levels.{name}.update_period is {level.update_period}; allowed for variant nested: a multiple, 2 or more, of the "
                 f"next faster level's {faster.update_period}",
             )
+        # A level that is set back does not move on as it moved before.
+        for name, level in levels[:-1]:
+            key = f"memory.levels.{name}.predict"
+            _require(level.predict == 0, f"{key} is {level.predict}; allowed for variant nested: 0 but in the slowest level")
 
     @property
     def ordered_levels(self) -> dict[str, LevelConfig]:

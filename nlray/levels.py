@@ -55,6 +55,8 @@ class LevelPlan:
     """Steps between two whose gradients the level takes."""
     pushed_bytes_per_value: float = 4.0
     """Less than float32's with `exchange.compression`."""
+    predict: float = 0.0
+    """Share of the last change that is added while an update is under way (`nlray.prediction`); 0 without a delay: none ever is."""
 
     @cached_property
     def shards(self) -> tuple[tuple[TensorSpec, ...], ...]:

@@ -68,8 +68,8 @@ class ActorCost:
     gradients: int
     optimizer: int
     buffers: int
-    """Of a worker: two gradient accumulators per level and, beside others, the all-reduce's buckets. Of a level rank: the two
-    newest published versions."""
+    """Of a worker: two gradient accumulators per level, a version of each that is predicted and, beside others, the all-reduce's
+    buckets. Of a level rank: the two newest published versions, three with a prediction."""
 
     @property
     def total(self) -> int:
@@ -137,7 +137,16 @@ def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
     parameters, codec = level_parameters(model), codec_of(config.exchange.compression)
     pushed = float(_VALUE_BYTES) if codec is None else codec.bytes_per_value
     return tuple(
-        LevelPlan(name, level.update_period, level.visible_delay, level.ranks, _specs(parameters[name]), level.grad_every, pushed)
+        LevelPlan(
+            name,
+            level.update_period,
+            level.visible_delay,
+            level.ranks,
+            _specs(parameters[name]),
+            level.grad_every,
+            pushed,
+            level.predict if level.visible_delay > 0 else 0.0,
+        )
         for name, level in config.levels.items()
     )
 
@@ -381,12 +390,15 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
 
 def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
     """A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
-    its gradients are too (with compression, and while a period takes longer than a step to send, beside them); a rank its shard.
+    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it predicts from; a
+    rank its shard.
     """
     level_size = sum(plan.num_parameters for plan in levels)
+    predicted_size = sum(plan.num_parameters for plan in levels if plan.predict > 0)
     held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
     if config.sequence.is_sharded:
-        held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
+        predicted_size = sum(plan.num_parameters for plan in levels if plan.predict > 0)
+    held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
     is_compressed = config.exchange.compression != "none"
     worker = ActorCost(
         name="sequence",
@@ -394,7 +406,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         parameters=_VALUE_BYTES * (level_size + _size(held)),
         gradients=_VALUE_BYTES * ((level_size if is_compressed else 0) + _size(held)),
         optimizer=_optimizer_bytes(config.sequence.optimizer, held),
-        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + passing),
+        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + predicted_size + passing),
     )
     ranks = []
     for plan in levels:
@@ -404,7 +416,8 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         slower = config.memory.slower_than(plan.name)
         if slower is not None:
             optimizer += 2 * size + _optimizer_bytes(slower.optimizer, shard)
-        ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))
+        buffers = (3 if plan.predict > 0 else 2) * size
+        ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=buffers))
     return (worker, *ranks)
 
 

@@ -40,8 +40,11 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
     for step in range(1, num_steps + 1):
         for name, level in config.levels.items():
             due = max(v for v in versions[name] if v == 0 or v * level.update_period + level.visible_delay + 1 <= step)
+            predicts = due > 0 and due < (step - 1) // level.update_period
             for n, p in in_model[name].items():
                 p.data.copy_(versions[name][due][n])
+                if predicts and level.predict > 0:
+                    p.data += level.predict * (versions[name][due][n] - versions[name][due - 1][n])
         batch = stream.take(config.sequence.global_batch)
         blocks, states = torch.from_numpy(batch.blocks), []
         if batch.is_start:

@@ -142,6 +142,25 @@ def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_withou
         assert of_step.count("mixer") == a_step - 3 == 6
 
 
+def test_evaluations_see_versions_where_the_steps_predict(small):
+    config = small("memory.levels.fast.delay=1", "memory.defaults.predict=1", "eval.every=1")
+    run = InProcessRun(config)
+    evaluate, predicted = run.worker.evaluate, dict.fromkeys(run.ranks, 0)
+
+    def check():
+        for channel in run.worker.channels:
+            version = torch.from_numpy(run.ranks[channel.plan.name][0].pull(channel.visible).data)
+            for parameter, expected in zip(channel._parameters, channel.layouts[0].views(version), strict=True):
+                assert torch.equal(parameter, expected)
+            predicted[channel.plan.name] += channel._prediction._is_predicted
+        return evaluate()
+
+    run.worker.evaluate = check
+    run.train()
+    # Delays are whole periods: every step from 2C + 1 on, where version 1 comes, but the last, after which the newest is taken.
+    assert predicted == {"fast": 17, "medium": 11, "slow": 3}
+
+
 def test_a_wait_that_reaches_its_limit_says_for_what(small):
     channel, ranks, _ = open_channel(small("run.timeout_s=0.2"), "fast")
     with pytest.raises(RemoteTimeoutError, match=r"level fast rank 0: waited 0.2 s for version 5 \(run.timeout_s\)"):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.bare import BareLoop
 from nlray.actors.launch import resume_config
 from nlray.actors.level import LevelRank
 from nlray.actors.seat import Behaviours
@@ -52,6 +53,7 @@ def test_level_ranks_change_no_bit(small, ranks):
     "overrides",
     [
         ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"],
+        ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 4, predict: 1}", "memory.levels.slow.predict=1"],
         ["memory.defaults.rule=dgd", "memory.levels.slow.delay=3"],
         ["memory.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
         ["sequence.micro_batch=2", "memory.defaults.optimizer.clip=0"],
@@ -65,6 +67,7 @@ def test_level_ranks_change_no_bit(small, ranks):
     ],
     ids=[
         "delays",
+        "predicted",
         "dgd",
         "muon",
         "micro-batches",
@@ -80,6 +83,19 @@ def test_level_ranks_change_no_bit(small, ranks):
 def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
     config = small(*overrides)
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression):
+    levels = ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 3, predict: 1, grad_every: 2}"]
+    config = small(*levels, f"exchange.compression={compression}")
+    run = InProcessRun(config).train()
+    loop, stream = BareLoop(config, with_exchange=True), open_stream(config)
+    losses = [loop.step(step, torch.from_numpy(stream.take(4).blocks)).item() for step in range(1, 21)]
+    loop.show_newest()
+    assert losses == pytest.approx([row["loss"] for row in run.worker.report(0).rows], rel=1e-5)
+    for name, parameter in loop.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), run.parameters[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -164,6 +180,7 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
     for name in ("a", "b"):
         period = data.draw(st.integers(1, 7))
         levels[name] = {"update_period": period, "delay": data.draw(st.integers(0, period)), "ranks": data.draw(st.integers(1, 2))}
+        levels[name]["predict"] = data.draw(st.sampled_from([0, 0.5]))
     levels = "{" + ", ".join(f"{n}: {{{', '.join(f'{k}: {v}' for k, v in level.items())}}}" for n, level in levels.items()) + "}"
     config = small("run.steps=15", "memory.levels={fast: null, medium: null, slow: null}", f"memory.levels={levels}")
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])

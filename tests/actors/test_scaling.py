@@ -12,9 +12,11 @@ from nlray.actors.rescale import Autoscaler, check_sizes
 from nlray.actors.seat import Behaviours
 from nlray.config import AutoscaleConfig
 from nlray.errors import UserError
+from nlray.levels import newest_version
 from nlray.nested_system import level_plans
 
 from .conftest import message_bytes, run_to_end
+from .in_process import InProcessRun
 from .plain_loop import digest_plainly, train_plainly
 
 
@@ -32,7 +34,8 @@ def scaling(plan: list[tuple[int, dict[str, int]]]):
 @pytest.mark.slow
 def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
     # As many steps as it takes: how many there are until a new process stands depends on the machine.
-    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", "memory.levels.medium.delay=3")
+    predicted = ["memory.levels.fast={delay: 1, predict: 1}", "memory.levels.medium={delay: 3, predict: 0.5}"]
+    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", *predicted)
     ask, waiting = scaling([(20, {"fast": 3}), (90, {"fast": 1, "slow": 2}), (180, {"medium": 2})])
     stopped = []
 
@@ -53,6 +56,39 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
     assert fast["bytes_pushed"] == steps * message_bytes(config, "fast")
     assert sum("its resources are given back" in event for event in events) == 2
     assert resume_config(config.run.dir, []).levels["slow"].ranks == 2
+
+
+@pytest.mark.parametrize("step", [8, 10])
+def test_a_worker_that_goes_over_to_other_ranks_predicts_on(small, step):
+    """At the end of a period of medium, and where version 2 has come and none is under way; fast always predicts."""
+    overrides = ["memory.levels.fast={delay: 1, predict: 1}", "memory.levels.medium={delay: 2, predict: 0.5}", "eval.sequences=0"]
+    config = small(*overrides)
+    first, others = InProcessRun(config), InProcessRun(small(*overrides, "memory.levels.fast.ranks=2", "memory.levels.medium.ranks=3"))
+    worker = first.worker
+    for rank in first.all_ranks:
+        rank.start()
+    worker.group.watch(worker.parameters)
+    worker._start_channels()
+    for done in range(1, step + 1):
+        worker.train_step(done)
+    for name, ranks in others.ranks.items():
+        newest = newest_version(step, ranks[0].plan.update_period)
+        first.ranks[name][0].pull(newest)
+        snapshot = first.ranks[name][0].snapshot(step, generation=1)
+        for rank in ranks:
+            rank.restore(snapshot)
+            rank.start()
+    links = {channel.plan.name: (channel.plan, channel.ranks) for channel in others.worker.channels}
+    worker.prepare_switch(links, generation=2)
+    worker._switch_channels(step)
+    for done in range(step + 1, 21):
+        worker.train_step(done)
+    for channel in worker.channels:
+        channel.take_newest(20)
+    first.close()
+    first.ranks = others.ranks
+    assert digest_plainly(first.parameters) == digest_plainly(train_plainly(config, 20)[0])
+    others.close()
 
 
 @pytest.mark.chaos

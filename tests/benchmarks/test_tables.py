@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from benchmarks import delays
 from benchmarks.bare import BareLoop
 from benchmarks.memories import CONTROLS, VARIANTS
 from benchmarks.stacking import FROZEN, LEVELS, STEPS
@@ -37,6 +38,19 @@ def test_every_memory_of_the_table_is_allowed_and_differs_from_the_default(label
     config = parse_config(label, "model: {kind: titans}", list(VARIANTS[label]))
     assert (config.model != parse_config("", "model: {kind: titans}").model) == (label != "self_modifying")
     assert set(CONTROLS) <= set(VARIANTS) and len(set(VARIANTS.values())) == len(VARIANTS)
+
+
+def test_every_delay_of_the_table_is_allowed_and_each_is_another_one():
+    configs = [load_config("tiny", [*delays.NO_DELAY, *settings]) for settings in delays.VARIANTS.values()]
+    assert all(config not in configs[:index] for index, config in enumerate(configs))
+    assert {name: level.update_period for name, level in configs[0].levels.items()} == delays.LEVELS
+    assert {level.visible_delay for level in configs[0].levels.values()} == {0}
+
+
+def test_differences_are_taken_seed_by_seed():
+    rows, base = [{"loss": 2.5}, {"loss": 1.25}], [{"loss": 2.0}, {"loss": 1.0}]
+    assert delays.paired(rows, base, "loss") == "+0.3750 (+0.2500..+0.5000)"
+    assert delays.paired([{"loss": None}, rows[1]], base, "loss").startswith("+nan")
 
 
 def test_frozen_levels_are_not_updated_within_the_run_and_keep_their_order():
