@@ -397,8 +397,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
     predicted_size = sum(plan.num_parameters for plan in levels if plan.predict > 0)
     held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
     if config.sequence.is_sharded:
-        predicted_size = sum(plan.num_parameters for plan in levels if plan.predict > 0)
-    held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
+        held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
     is_compressed = config.exchange.compression != "none"
     worker = ActorCost(
         name="sequence",
