@@ -87,6 +87,7 @@ class SequenceWorker:
         self.parameters = sequence_parameters(self.model) if self.shards is None else self.shards.owned
         self.level_parameters = level_parameters(self.model)
         self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
+        self._step_under_way = 0
         self._not_taken: dict[str, LevelChannel] = {}
         for module in self.model.modules():
             if isinstance(module, ContinuumMemory):
@@ -425,6 +426,7 @@ class SequenceWorker:
             channel.settle()
             channel.close()
             self._retired.remove(channel)
+        self._step_under_way = step
         self._not_taken = {channel.plan.name: channel for channel in self.channels}
         for channel in self.channels:
             takes_gradient = channel.plan.takes_gradient(step)
@@ -463,7 +465,7 @@ class SequenceWorker:
             channel = self._not_taken.pop(name, None)
             if channel is None:
                 continue
-            step, skipped_before = self.step + 1, channel.skipped_updates
+            step, skipped_before = self._step_under_way, channel.skipped_updates
             channel.take_up(step)
             if channel.skipped_updates > skipped_before:
                 self._add_event(f"step {step}: update {channel.visible} of level {name} was skipped: no finite gradient")
@@ -482,7 +484,7 @@ class SequenceWorker:
         """
         self.model.zero_grad(set_to_none=True)
         for channel in self.channels:
-            if channel.plan.takes_gradient(self.step + 1):
+            if channel.plan.takes_gradient(self._step_under_way):
                 channel.begin_step()
         total, states, size = torch.zeros((), device=self.device), [], self.config.sequence.micro_batch_size
         micro_batches = blocks.split(size)
