@@ -53,12 +53,14 @@ def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small,
     assert [r["loss"] for r in rows] == pytest.approx(losses[10:], rel=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["memory.variant=sequential", "memory.variant=nested", "memory.defaults.predict=1"])
+@pytest.mark.parametrize(
+    "setting", ["memory.variant=sequential", "memory.variant=nested", "memory.defaults.predict=1", "memory.defaults.local_update=true"]
+)
 @pytest.mark.parametrize("stop", [1, 4, 6, 8, 11])
 def test_resume_is_exact_wherever_the_run_stopped(small, tmp_path, stop, setting):
     """Boundaries inside and at the ends of periods and contexts, with versions under way, from parts written as a run writes them."""
     overrides = ["memory.levels.medium.delay=4", "memory.levels.slow.delay=2", "memory.levels.slow.ranks=2", "run.steps=14"]
-    overrides += [setting, *(["memory.levels.fast.delay=1"] if "predict" in setting else [])]
+    overrides += [setting, *(["memory.levels.fast.delay=1"] if "defaults" in setting else [])]
     first = InProcessRun(small(*overrides, f"run.stop_after={stop}")).train()
     url = str(tmp_path / "checkpoint")
     first.write(stop, url)
