@@ -104,7 +104,7 @@ class LocalUpdate:
         """Return the live tensors: `optimizer/NAME/KEY`; `gradient/NAME` of a period whose update is not made here yet; and `param/NAME`
         of updated parameters, if they are in use in the next step too (is_in_use).
         """
-        tensors = {f"gradient/{n}": t for n, t in self._gradient.items()}
+        tensors = {f"gradient/{n}": t for n, t in self._gradient.items()} | {f"param/{n}": t for n, t in self._restored.items()}
         learned = self._learner.state_tensors()
         return tensors | {k: t for k, t in learned.items() if not k.startswith("param/") or (self._is_updated and is_in_use)}
 

@@ -51,6 +51,32 @@ def test_an_update_is_the_optimizers_step_by_the_workers_own_mean_gradient():
         assert all(torch.allclose(parameters[name], expected[name]) for name in came)
 
 
+@pytest.mark.parametrize("is_made", [False, True])
+def test_another_goes_on_from_its_state_and_has_the_same_before_it_does(is_made):
+    """With the second update still to be made, and with it in use."""
+    one, other = some(0), some(7)
+    local, second = (LocalUpdate(parameters, config_of(), "fast") for parameters in (one, other))
+    for version in (1, 2):
+        for name, parameter in one.items():
+            parameter.copy_(some(0)[name])
+        local.begin(some(0))
+        local.keep(some(version), 1)
+        if version == 1 or is_made:
+            local.update_(version)
+    state = {name: tensor.clone() for name, tensor in local.state_tensors(is_in_use=True).items()}
+    second.load(state)
+    loaded = second.state_tensors(is_in_use=True)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    local.update_(2)
+    for name, parameter in other.items():
+        parameter.copy_(some(0)[name])
+    second.begin(some(0))
+    second.update_(2)
+    assert second.is_updated and all(torch.equal(other[name], one[name]) for name in one)
+    with second.true_parameters():
+        assert all(torch.equal(other[name], some(0)[name]) for name in other)
+
+
 @pytest.mark.parametrize("gradient", [None, float("nan"), float("inf")])
 def test_without_a_finite_gradient_there_is_no_update(gradient):
     parameters = some(0)
