@@ -87,7 +87,7 @@ class SequenceWorker:
         self.model.set_loss_tokens(self.step_tokens)
         self.parameters = sequence_parameters(self.model) if self.shards is None else self.shards.owned
         self.level_parameters = level_parameters(self.model)
-        self.local_updates = {p.name: LocalUpdate(self.level_parameters[p.name], config, p.name) for p in plans if p.local_update}
+        self.local_updates = {p.name: self._local_update(p.name) for p in plans if p.local_update}
         self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
         self._step_under_way = 0
         self._not_taken: dict[str, LevelChannel] = {}
@@ -166,6 +166,10 @@ class SequenceWorker:
         """Lay ready other ranks of some levels, those of `generation`, for the command SWITCH."""
         with self._lock:
             self._prepared, self._prepared_generation = dict(levels), generation
+
+    def _local_update(self, name: str) -> LocalUpdate:
+        is_summed = self.config.levels[name].local_update == "summed" and self.config.sequence.workers > 1
+        return LocalUpdate(self.level_parameters[name], self.config, name, add_up=self.group.sum_ if is_summed else None)
 
     def _channel(self, plan: LevelPlan, ranks: Sequence[RankLink]) -> LevelChannel:
         parameters, run = self.level_parameters[plan.name], self.config.run

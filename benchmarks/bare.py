@@ -145,8 +145,10 @@ class BareLoop:
             compile_mlps(self.model)
         self.model.set_loss_tokens(config.sequence.global_batch * config.model.seq_len)
         self._learners = [Learner(sequence_parameters(self.model), config.sequence.optimizer, horizon=config.run.steps)]
-        updated = [name for name, level in config.levels.items() if with_exchange and level.local_update and level.visible_delay > 0]
+        updated = [name for name, level in config.levels.items() if with_exchange and level.has_local_update and level.visible_delay > 0]
         self._num_workers = config.sequence.workers if updated else 1
+        if summed := [name for name in updated if config.levels[name].local_update == "summed" and self._num_workers > 1]:
+            raise UserError(f"memory.levels.{summed[0]}.local_update is summed; allowed for the bare loop with several workers: none, own")
         for name, parameters in level_parameters(self.model).items():
             level, copies = config.levels[name], []
             if name in updated:

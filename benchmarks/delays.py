@@ -30,7 +30,7 @@ STEPS = 300
 STEPS_A_TURN = 16
 NO_DELAY = [f"memory.levels.{name}.delay=0" for name in LEVELS]
 WHOLE_PERIODS = [f"memory.levels.{name}.delay={period}" for name, period in LEVELS.items()]
-LOCAL_UPDATE = "memory.levels.fast.local_update=true"
+LOCAL_UPDATE = "memory.levels.fast.local_update=own"
 LESS_MOMENTUM = "memory.levels.fast.optimizer.betas=[0.8,0.95]"
 
 VARIANTS: dict[str, list[str]] = {

@@ -2,21 +2,25 @@
 
 With a delay D > 0 some steps use version v of a level though version v + 1 is made already (never more than one, since D <= C; see
 `nlray.levels`). In those steps a worker uses, in place of W_v, what it makes of it itself, as in local SGD: the step of the level's own
-optimizer at W_v, at the learning rate and with the clipping of version v + 1, by the mean gradient of this worker's part of the batch over
-the period. The optimizer's state is this worker's too, and sees its gradients only. When version v + 1 comes it replaces the parameters.
+optimizer at W_v, at the learning rate and with the clipping of version v + 1, by the mean gradient of the period. The optimizer's state is
+this worker's too. When version v + 1 comes it replaces the parameters.
 
-With one worker that is version v + 1 itself, to the bit. With several it is each worker's estimate of it. It takes no traffic, an
-optimizer state in each worker and the time of one optimizer step a period.
+The gradient is of this worker's part of the batch (`own`): no traffic, and each worker has an estimate of version v + 1. Or of the whole
+batch (`summed`): the workers add it up among themselves at the end of the period, as data parallelism does, and have version v + 1 itself
+but for the order of the sum, while its ranks and the way there and back have the time of the delay. With one worker both are version v + 1,
+to the bit. Either takes an optimizer state in each worker and the time of one optimizer step a period.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from nlray.config import Config
+from nlray.flat import FlatLayout
+from nlray.levels import TensorSpec
 from nlray.optimizers import LevelLearner, clip_factor, tensor_norms, total_norm
 
 
@@ -32,13 +36,18 @@ class LocalUpdate:
         parameters: those that the model uses, by name, float32; their `.grad` is left alone.
         config: the run's configuration.
         name: of the level; not one that variant nested sets back.
+        add_up: adds a tensor up over the workers, in place; None: a worker updates by its own part of the batch.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: Config, name: str) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], config: Config, name: str, *, add_up: Callable[[Tensor], object] | None = None
+    ) -> None:
         level = config.levels[name]
         # Of the same memory, with gradients of their own.
         self._learner = LevelLearner({n: p.detach() for n, p in parameters.items()}, config, name, horizon=config.run.steps)
-        self._update_period, self._clip, self._num_workers = level.update_period, level.optimizer.clip, config.sequence.workers
+        self._update_period, self._clip, self._add_up = level.update_period, level.optimizer.clip, add_up
+        self._num_parts = 1 if add_up is not None else config.sequence.workers
+        """Of how many parts of the batch's mean loss a sum has one."""
         self._gradient: dict[str, Tensor] = {}
         """The mean of a period whose update is not made here yet; empty: there is none."""
         self._version: Mapping[str, Tensor] = {}
@@ -55,10 +64,17 @@ class LocalUpdate:
     def keep(self, sums: Mapping[str, Tensor], num_steps: int) -> None:
         """Keep the gradient of the period that has ended.
 
-        sums: by name, of this worker's part of the gradients of the batch's mean loss; not to change before `update_`. num_steps: >= 1.
+        sums: by name, of this worker's part of the gradients of the batch's mean loss; not to change before `update_`. num_steps: >= 1,
+        the same in every worker.
         """
-        # The loss is a mean over the whole batch, of which this worker has one part in num_workers.
-        divisor = num_steps / self._num_workers
+        if self._add_up is not None:
+            layout = FlatLayout([TensorSpec(n, tuple(s.shape)) for n, s in sums.items()])
+            flat = layout.new_buffer(next(iter(sums.values())).device)
+            views = layout.views(flat)
+            torch._foreach_copy_(views, list(sums.values()))
+            self._add_up(flat)
+            sums = dict(zip(sums, views, strict=True))
+        divisor = num_steps / self._num_parts
         self._gradient = dict(sums) if divisor == 1 else {n: s / divisor for n, s in sums.items()}
 
     def begin(self, version: Mapping[str, Tensor]) -> None:

@@ -147,7 +147,7 @@ def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
             level.grad_every,
             pushed,
             level.predict if level.visible_delay > 0 else 0.0,
-            level.local_update and level.visible_delay > 0,
+            level.has_local_update and level.visible_delay > 0,
         )
         for name, level in config.levels.items()
     )

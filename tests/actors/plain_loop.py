@@ -48,7 +48,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
                 p.data.copy_(versions[name][due][n])
                 if predicts and level.predict > 0:
                     p.data += level.predict * (versions[name][due][n] - versions[name][due - 1][n])
-            if level.local_update and level.visible_delay > 0:
+            if level.has_local_update and level.visible_delay > 0:
                 if level.update_period * due < step - 1 and (step - 1) % level.update_period == 0:
                     for n, p in local[name].items():
                         p.copy_(versions[name][due][n])

@@ -49,11 +49,23 @@ def test_the_local_update_of_a_lone_worker_is_the_update_bit_for_bit(small, over
         "memory.levels.fast.delay=1",
         "memory.levels.medium.delay=4",
         "memory.levels.slow.delay=5",
-        "memory.defaults.local_update=true",
+        "memory.defaults.local_update=own",
     ]
     at_once, late = (InProcessRun(small(*overrides, *delays, "memory.defaults.ranks=2")).train() for delays in (NO_DELAY, delayed))
     assert digest_plainly(late.parameters) == digest_plainly(at_once.parameters)
     assert [row["levels"]["fast"]["lag_steps"] for row in late.worker.report(0).rows[1:]] == [1] * 19
+
+
+def test_two_workers_that_add_their_local_updates_up_have_the_bits_of_no_delay(small):
+    """Which their own parts alone do not have; with three the order of a sum differs, and with it the last bits."""
+
+    def trained(*overrides: str) -> str:
+        return digest_plainly(InProcessRun(small("sequence.workers=2", "memory.levels.slow.ranks=2", *overrides)).train().parameters)
+
+    delays = ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"]
+    at_once = trained(*NO_DELAY)
+    assert trained(*delays, "memory.defaults.local_update=summed") == at_once
+    assert trained(*delays, "memory.defaults.local_update=own") != at_once
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -101,7 +113,7 @@ def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(smal
 @pytest.mark.parametrize(("compression", "workers"), [("none", 2), ("int8", 1)])
 def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression, workers):
     levels = ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 3, predict: 1, grad_every: 2}"]
-    levels += ["memory.levels.slow={delay: 5, local_update: true}"]
+    levels += ["memory.levels.slow={delay: 5, local_update: own}"]
     config = small(*levels, f"exchange.compression={compression}", f"sequence.workers={workers}")
     run = InProcessRun(config).train()
     loop, stream = BareLoop(config, with_exchange=True), open_stream(config)
@@ -168,7 +180,7 @@ def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_
 
 
 def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(small):
-    settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: true}"]
+    settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: own}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
     two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, vault=one.vault()) for i in range(2)]
@@ -197,7 +209,7 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
     for name in ("a", "b"):
         period = data.draw(st.integers(1, 7))
         levels[name] = {"update_period": period, "delay": data.draw(st.integers(0, period)), "ranks": data.draw(st.integers(1, 2))}
-        levels[name] |= data.draw(st.sampled_from([{}, {"predict": 0.5}, {"local_update": "true"}]))
+        levels[name] |= data.draw(st.sampled_from([{}, {"predict": 0.5}, {"local_update": "own"}]))
     levels = "{" + ", ".join(f"{n}: {{{', '.join(f'{k}: {v}' for k, v in level.items())}}}" for n, level in levels.items()) + "}"
     config = small("run.steps=15", "memory.levels={fast: null, medium: null, slow: null}", f"memory.levels={levels}")
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])

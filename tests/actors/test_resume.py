@@ -59,7 +59,7 @@ def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small,
         ["memory.variant=sequential"],
         ["memory.variant=nested"],
         ["memory.defaults.predict=1", "memory.levels.fast.delay=1"],
-        ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "sequence.workers=2"],
+        ["memory.defaults.local_update=own", "memory.levels.fast={delay: 1, local_update: summed}", "sequence.workers=2"],
     ],
     ids=["sequential", "nested", "predicted", "locally updated"],
 )

@@ -59,7 +59,7 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
 
 
 @pytest.mark.parametrize("step", [8, 10])
-@pytest.mark.parametrize("what", ["predict: 0.5", "local_update: true"])
+@pytest.mark.parametrize("what", ["predict: 0.5", "local_update: own"])
 def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_under_way(small, step, what):
     """At the end of a period of medium, and where version 2 has come and none is under way; of fast one always is."""
     overrides = [f"memory.levels.fast={{delay: 1, {what}}}", f"memory.levels.medium={{delay: 2, {what}}}", "eval.sequences=0"]
