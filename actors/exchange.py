@@ -46,7 +46,8 @@ class LevelChannel:
 
     Args:
         plan: the level.
-        parameters: the worker's copy of the level's parameters, by name in model order; written at `take_up`.
+        parameters: the worker's, by name in model order. On a CPU `take_up` makes them views of the version that came, only to be read;
+            on a GPU, or where they are predicted or locally updated, it writes into them.
         ranks: one link per level rank.
         worker: this worker's index.
         exchange: mode delayed or eager.
@@ -88,6 +89,7 @@ class LevelChannel:
         self.visible = -1
         self._prediction = Prediction(self._parameters, plan.predict) if plan.predict > 0 else None
         self._local = local
+        self._reads_in_place = device.type == "cpu" and self._prediction is None and local is None
         self.grad_norm = math.nan
         self.bytes_pushed = 0
         self.bytes_pulled = 0
@@ -309,8 +311,13 @@ class LevelChannel:
         views = [v for layout, (_, array) in zip(self.layouts, received, strict=True) for v in layout.views(as_tensor(array))]
         if self._prediction is not None:
             self._prediction.keep_(is_next=self.visible >= 0 and version == self.visible + 1)
-        with torch.no_grad():
-            torch._foreach_copy_(self._parameters, views)
+        if self._reads_in_place:
+            # A tensor keeps the array under it, and with it what a store gave: until the next version is taken.
+            for parameter, view in zip(self._parameters, views, strict=True):
+                parameter.data = view
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, views)
         if self._local is not None:
             self._local.begin(dict(zip(self._names, views, strict=True)))
         self.visible = version
