@@ -47,7 +47,7 @@ class LevelChannel:
     Args:
         plan: the level.
         parameters: the worker's, by name in model order. On a CPU `take_up` makes them views of the version that came, only to be read;
-            on a GPU, or where they are predicted, it writes into them.
+            on a GPU, or where they are predicted or locally updated, it writes into them.
         ranks: one link per level rank.
         worker: this worker's index.
         exchange: mode delayed or eager.
