@@ -28,6 +28,7 @@ from nlray.malloc import keep_freed_memory
 from nlray.models.layers import parameter_inits
 from nlray.models.lm import build_model
 from nlray.optimizers import LevelLearner, clip_factor, tensor_norms, total_norm
+from nlray.threads import compute_here_with, compute_with_one
 
 SendNorms = Callable[[int, dict[str, float]], None]
 
@@ -59,7 +60,7 @@ class LevelRank:
         self.version = 0
         self._store = store
         self.device = device = device_for(gpus)
-        torch.set_num_threads(self.level.resources.num_threads)
+        compute_with_one()
         keep_freed_memory()
         # Views of one buffer, so that a version is published with one copy.
         self._flat = self.layout.new_buffer(device)
@@ -216,7 +217,7 @@ class LevelRank:
     # The update thread.
 
     def _apply_periods(self) -> None:
-        torch.set_num_threads(self.level.resources.num_threads)
+        compute_here_with(self.level.resources.num_threads)
         try:
             while (contributions := self._next_period()) is not None:
                 self._apply(contributions)

@@ -41,6 +41,7 @@ from nlray.models.state import State
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.lanes import open_stream
 from nlray.pipelines.stream import Batch, PrefetchStream, heldout_blocks
+from nlray.threads import compute_here_with, compute_with_one
 
 MAX_SKIPPED_IN_A_ROW = 10
 HELDOUT_SEED = 0  # not run.seed: runs of different seeds are compared on the same sequences
@@ -75,7 +76,7 @@ class SequenceWorker:
         self.device = device_for(gpus)
         self.label = f"sequence worker {worker}"
         sequence, model = config.sequence, config.model
-        torch.set_num_threads(sequence.resources.num_threads)
+        compute_with_one()
         # Of a Hugging Face tokenizer in this process; before its first use.
         os.environ.setdefault("RAYON_NUM_THREADS", str(sequence.resources.num_threads))
         keep_freed_memory()
@@ -329,7 +330,7 @@ class SequenceWorker:
     # The training thread.
 
     def _supervised_train(self) -> None:
-        torch.set_num_threads(self.config.sequence.resources.num_threads)
+        compute_here_with(self.config.sequence.resources.num_threads)
         try:
             self._state = self.train()
         except Exception as error:
