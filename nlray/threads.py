@@ -1,7 +1,7 @@
 """Which thread of a process computes with how many of torch's threads: one with all that the process has, the others with one each.
 
-Every thread that ever computed with several keeps them, asleep, and OpenMP counts them. With more than there are cores it lets waiting threads
-sleep at once rather than spin for a moment, at each of the thousands of joins of a step; a step then takes a fifth longer.
+Every thread that ever computed with several keeps them, asleep, and OpenMP counts them. With more than there are cores it lets threads that
+wait sleep at once rather than spin for a moment, at each of the thousands of joins of a step; a step then takes a fifth longer.
 """
 
 import threading
