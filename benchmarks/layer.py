@@ -34,7 +34,7 @@ DEPTHS = {"matrix": 1, "mlp": 2}
 PHASES: dict[str, dict[str, dict[str, Any]]] = {
     "self_modifying": {"matrix": {"objective": "dot"}, "mlp": {"objective": "l2"}},
     # As the peer: gradients of a mean square error at the chunk's start, with momentum; what is read is the chunk's start.
-    "static": dict.fromkeys(DEPTHS, {"rule": "gd", "objective": "l2", "momentum": True, "retain": "zero", "read": "chunk_start"}),
+    "static": {memory: {"rule": "gd", "objective": "l2", "momentum": True, "retain": "zero", "read": "chunk_start"} for memory in DEPTHS},
 }
 """Settings of each phase and memory."""
 TOLERANCE = 1e-4
@@ -84,7 +84,8 @@ def measure(models: Sequence[ModelConfig], peak: float, args: argparse.Namespace
     for ours in models:
         works[f"nlray, {ours.phase}"] = layer_work(ours, args.batch)
         if ours.memory == "mlp":
-            works[f"nlray, {ours.phase}, recompute_chunks=true"] = layer_work(replace(ours, recompute_chunks=True), args.batch)
+            other = not memory_of(ours).recomputes
+            works[f"nlray, {ours.phase}, recompute_chunks={other}".lower()] = layer_work(replace(ours, recompute_chunks=other), args.batch)
     flops = {name: count_flops(work) for name, work in works.items()}
     with ExitStack() as stack:
         # The gradients of its default are all taken at the weights of the sequence's start; renewed: at those of the chunk's, as ours.

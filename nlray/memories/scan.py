@@ -175,18 +175,17 @@ class ChunkedMemory(ABC):
     def _by_chunk(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, biases: Mapping[str, Tensor], inner_lr: float
     ) -> Iterator["Tokens | tuple[Tensor, Tensor | None]"]:
-        """Return of each chunk its tokens, where projections are fixed in context; else the inputs that they are made of, and the queries."""
+        """Return each chunk's tokens where projections are fixed in context; else the inputs that they are made of, and the queries."""
         length = inputs_BHTP.shape[2]
-        whole, size = length - length % self.chunk_size, self.chunk_size
-        for start, end, size in ((0, whole, size), (whole, length, length - whole)):
+        whole = length - length % self.chunk_size
+        for start, end in ((0, whole), (whole, length)):
             if start == end:
                 continue
-            # To [N, H, 1, B, C, ...].
-            parts = (
+            size = min(self.chunk_size, end - start)
+            inputs_NHGBCP, q_NHGBCd = (
                 None if x is None else x[:, :, start:end].unflatten(2, (-1, size)).permute(2, 1, 0, 3, 4).unsqueeze(2).contiguous()
                 for x in (inputs_BHTP, q_BHTd)
             )
-            inputs_NHGBCP, q_NHGBCd = parts
             if self.model.phase != "static":
                 yield from zip(inputs_NHGBCP.unbind(), [None] * len(inputs_NHGBCP) if q_NHGBCd is None else q_NHGBCd.unbind(), strict=True)
                 continue
@@ -208,7 +207,7 @@ class ChunkedMemory(ABC):
         return self._update(layers, starts, tokens)
 
     def _tokens(self, raw: dict[str, Tensor], q_HGBCd: Tensor | None, biases: Mapping[str, Tensor], inner_lr: float) -> Tokens:
-        """Return keys, values, queries and coefficients from the projections (Eq. 76, 79, 83, 87), of one chunk or of N: [N, H, 1, B, C, ...]."""
+        """Return keys, values, queries and coefficients from the projections (Eq. 76, 79, 83, 87); the raw ones may be of many chunks."""
         logits = {gate: raw[gate] + bias_H.view(-1, 1, 1, 1, 1) for gate, bias_H in biases.items()}
         k_HGBCd, zero = unit(raw["k"]), torch.zeros_like(raw["k"][..., :1])
         # Departs from Eq. 79, 83: v that a memory makes has length 1 as k has; otherwise v grows with that memory.

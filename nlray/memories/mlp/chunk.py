@@ -23,11 +23,11 @@ class MLPMemory(ChunkedMemory):
     chunk they are `Layers`, which has the gates first.
     """
 
-    # There are about ten times as many intermediate results as inputs of a chunk.
-    recomputes = True
-
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
+        if model.recompute_chunks is None:
+            # Five memories leave about ten times as much as a chunk's inputs are; one leaves little more than its states are.
+            self.recomputes = model.phase != "static"
         self.groups = {
             "vectors": tuple(box for box in model.boxes if box not in GATE_BOXES),
             "gates": tuple(box for box in model.boxes if box in GATE_BOXES),
@@ -62,7 +62,9 @@ class MLPMemory(ChunkedMemory):
         count = 2 if self.model.momentum else 1
         pieces_BHS = fast_weights.split([anchor[0].numel() for anchor in anchors] * count, dim=2)
         # To [G, H, B, V, K], and the anchors to [G, H, V, K].
-        parts = [piece.unflatten(2, anchor.shape[1:]).permute(2, 1, 0, 3, 4) for piece, anchor in zip(pieces_BHS, anchors * count, strict=True)]
+        parts = [
+            piece.unflatten(2, anchor.shape[1:]).permute(2, 1, 0, 3, 4) for piece, anchor in zip(pieces_BHS, anchors * count, strict=True)
+        ]
         anchors = [anchor.transpose(0, 1) for anchor in anchors]
         changes, momenta = parts[: len(anchors)], parts[len(anchors) :] or [None] * len(anchors)
         layers = []

@@ -1,8 +1,8 @@
 """A linear layer of MLP memories over one chunk, and the way back: what nlray/memories/layer.py does, with whole weights.
 
-The derivation is in README.md beside this file, 'The way back'. A gradient is named as what it belongs to, with a d before it. Letters beside
-those of nlray/memories/layer.py: X pairs of head and sequence, heads first; U pairs of box and X. Boxes come first, so that some of them
-are a view.
+Autograd would give every use of a layer a gradient as large as the state and add them; here each adds its product to one. The derivation is
+in README.md beside this file, 'The way back'. A gradient is named as what it belongs to, with a d before it. Letters beside those of
+nlray/memories/layer.py: X pairs of head and sequence, heads first. Boxes come first, so that some of them are a view.
 """
 
 from typing import NamedTuple
@@ -84,8 +84,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a contiguous tensor."""
-    to.view(-1, *to.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    """Add a @ b."""
+    if to.is_contiguous():
+        to.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    else:
+        # Into anything else torch adds one matrix at a time.
+        to += product(a, b)
 
 
 def by_anchor(anchor_GHVK: Tensor, z_GXCK: Tensor) -> Tensor:
@@ -208,7 +212,7 @@ def inner(a_GXVK: Tensor, b_GXVK: Tensor) -> Tensor:
 
 
 def read(layer: Linear, q_GXCK: Tensor, z_GXCK: Tensor, w_GXCV: Tensor, shares: Shares) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the layer answers to q_t after token t's write, and for the way back q z^T and what the weight less its anchor answers."""
+    """Return what the layer answers to q_t after token t's write; for the way back q z^T, and what the weight less its anchor answers."""
     start = product(q_GXCK, layer.weight_GXVK.mT)
     gram = product(q_GXCK, z_GXCK.mT)
     if layer.anchor_GHVK is None:

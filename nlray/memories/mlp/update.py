@@ -299,9 +299,9 @@ def _backward(inputs: _Inputs, kept: _Kept, d_y_XCd: Tensor, d_ends: tuple[Tenso
     # The targets of W_2 are those of W_1, backwards through it and silu.
     d_targets, d_answers_hidden, d_eta = linear.write_back(layers.hidden, records[0], shares, backs[0], d_shares)
     d_eta_XC1, d_targets_GXCZ = d_eta[0], _by_box(d_targets[0], kept.h_GXRZ.shape[0])
-    d_slope = d_targets_GXCZ * kept.back_GXCZ
-    d_back = torch.empty_like(kept.back_GXCZ)
-    torch.mul(d_targets_GXCZ, _slope(kept.sigmoid_GXRZ[:, :, :chunk], kept.h_GXRZ[:, :, :chunk]), out=d_back)
+    slope = _slope(kept.sigmoid_GXRZ, kept.h_GXRZ)
+    d_slope, d_back = d_targets_GXCZ * kept.back_GXCZ, torch.empty_like(kept.back_GXCZ)
+    torch.mul(d_targets_GXCZ, slope[:, :, :chunk], out=d_back)
 
     d_v_XCd = d_z_XRd[:, chunk:] if settings.makes_values else torch.zeros_like(v_XCd)
     for boxes, layer, record, back, start, d_start in _groups(settings, layers[1:], records[1:], backs[1:], starts[1:], d_starts[1:]):
@@ -319,14 +319,7 @@ def _backward(inputs: _Inputs, kept: _Kept, d_y_XCd: Tensor, d_ends: tuple[Tenso
             add_product(d_h[boxes, :, : d_answers.shape[2]], d_answers, start)
             add_product(d_start, d_answers.mT, kept.h_GXRZ[boxes, :, : d_answers.shape[2]])
 
-    d_a_XRY = d_y_XCd.new_empty(kept.z_XRd.shape[:2] + (records[0].w_GXCV.shape[3],))
-    d_a_GXRZ = _by_box(d_a_XRY, kept.h_GXRZ.shape[0])
-    slope = _slope(kept.sigmoid_GXRZ, kept.h_GXRZ)
-    torch.mul(d_h, slope, out=d_a_GXRZ)
-    # The slope's own: (1 - s) (s + slope - h s).
-    sigmoid_k = kept.sigmoid_GXRZ[:, :, :chunk]
-    bend = torch.addcmul(sigmoid_k + slope[:, :, :chunk], kept.h_GXRZ[:, :, :chunk], sigmoid_k, value=-1).mul_(1 - sigmoid_k)
-    d_a_GXRZ[:, :, :chunk].addcmul_(d_slope, bend)
+    d_a_XRY = _silu_back(kept, d_h, slope, d_slope)
     if d_answers_hidden is not None and own is None:
         d_a_XRY[:, :chunk] += d_answers_hidden[0]
     elif d_answers_hidden is not None:
@@ -335,6 +328,18 @@ def _backward(inputs: _Inputs, kept: _Kept, d_y_XCd: Tensor, d_ends: tuple[Tenso
     add_product(d_z_XRd[None], d_a_XRY[None], starts[0])
     add_product(d_starts[0], d_a_XRY.mT[None], kept.z_XRd[None])
     return _Inputs(d_k_1XCd[0], d_v_XCd, d_q_XCd, d_eta_XC1, d_shares, gradients, None if own is None else d_starts)
+
+
+def _silu_back(kept: _Kept, d_h_GXRZ: Tensor, slope_GXRZ: Tensor, d_slope_GXCZ: Tensor) -> Tensor:
+    """Return the gradient of W_2 z, all boxes side by side, [X, R, G Z]; the slope counts at the keys only."""
+    boxes, pairs, tokens, width = d_h_GXRZ.shape
+    d_a_XRY, chunk = d_h_GXRZ.new_empty(pairs, tokens, boxes * width), d_slope_GXCZ.shape[2]
+    d_a_GXRZ = _by_box(d_a_XRY, boxes)
+    torch.mul(d_h_GXRZ, slope_GXRZ, out=d_a_GXRZ)
+    # The slope's own: (1 - s) (s + slope - h s).
+    sigmoid, h, slope = (x[:, :, :chunk] for x in (kept.sigmoid_GXRZ, kept.h_GXRZ, slope_GXRZ))
+    d_a_GXRZ[:, :, :chunk].addcmul_(d_slope_GXCZ, torch.addcmul(sigmoid + slope, h, sigmoid, value=-1).mul_(1 - sigmoid))
+    return d_a_XRY
 
 
 def _read_back(
