@@ -25,6 +25,7 @@ from nlray.config import ExchangeConfig
 from nlray.errors import RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
 from nlray.levels import LevelPlan, closes_period, newest_version, open_version, visible_version
+from nlray.local_update import LocalUpdate
 from nlray.prediction import Prediction
 
 
@@ -45,11 +46,13 @@ class LevelChannel:
 
     Args:
         plan: the level.
-        parameters: the worker's copy of the level's parameters, by name in model order; written at `take_up`.
+        parameters: the worker's, by name in model order. On a CPU `take_up` makes them views of the version that came, only to be read;
+            on a GPU, or where they are predicted or locally updated, it writes into them.
         ranks: one link per level rank.
         worker: this worker's index.
         exchange: mode delayed or eager.
         timeout_s: limit of each wait.
+        local: the worker's own updates of `parameters`; None: the level has none.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class LevelChannel:
         worker: int,
         exchange: ExchangeConfig,
         timeout_s: float,
+        local: LocalUpdate | None = None,
     ) -> None:
         self.plan, self.worker, self.exchange, self.timeout_s = plan, worker, exchange, timeout_s
         self.ranks = list(ranks)
@@ -84,6 +88,8 @@ class LevelChannel:
         self._sent_s: dict[int, float] = {}
         self.visible = -1
         self._prediction = Prediction(self._parameters, plan.predict) if plan.predict > 0 else None
+        self._local = local
+        self._reads_in_place = device.type == "cpu" and self._prediction is None and local is None
         self.grad_norm = math.nan
         self.bytes_pushed = 0
         self.bytes_pulled = 0
@@ -114,7 +120,7 @@ class LevelChannel:
         self.resume_counters(before.bytes_pushed, before.bytes_pulled, before.stall_s, before.skipped_updates)
 
     def take_up(self, step: int) -> None:
-        """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there, or to what it predicts."""
+        """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there, or to what stands for one."""
         if self.is_settled:
             self.settle()
         due = visible_version(step, self.plan.update_period, self.plan.delay)
@@ -123,12 +129,16 @@ class LevelChannel:
             due = max([due, *there])
         if due > self.visible:
             self._take(due)
-        if self._prediction is not None and newest_version(step - 1, self.plan.update_period) > self.visible:
+        newest = newest_version(step - 1, self.plan.update_period)
+        if self._prediction is not None and newest > self.visible:
             self._prediction.predict_()
+        if self._local is not None and newest > self.visible:
+            self._local.update_(newest)
 
     def true_parameters(self) -> AbstractContextManager[None]:
-        """Have the parameters be a version for a while, where they are predicted."""
-        return nullcontext() if self._prediction is None else self._prediction.true_parameters()
+        """Have the parameters be a version for a while, where they are predicted or locally updated."""
+        changed = self._prediction or self._local
+        return nullcontext() if changed is None else changed.true_parameters()
 
     def take_newest(self, step: int) -> None:
         """Bring the parameters to the newest version after `step`, for the final evaluation."""
@@ -182,6 +192,8 @@ class LevelChannel:
         else:
             # What is left of earlier periods waits for one with a step in it; of this one a rank looks at the number of steps only.
             buffers = [torch.empty(0, dtype=torch.uint8) for _ in self._open]
+        if self._local is not None and num_steps > 0:
+            self._local.keep(dict(zip(self._names, self._views(self._pushed(buffers)), strict=True)), num_steps)
         self._num_steps = 0
         self.bytes_pushed += sum(buffer.nbytes for buffer in buffers)
         self._sent_s[version] = time.perf_counter()
@@ -200,6 +212,12 @@ class LevelChannel:
         self.stall_s += time.perf_counter() - started
         self._open_views = self._views(self._open)
         return full
+
+    def _pushed(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Return the sums that the ranks get from what is pushed; what is sent as it is stays as it is to the end of the next step."""
+        if self._codec is None:
+            return buffers
+        return [self._codec.decode(code, layout.size) for code, layout in zip(buffers, self.layouts, strict=True)]
 
     def hold_snapshots(self, step: int, generation: int) -> None:
         """Worker 0 only: have every rank snapshot the boundary after `step`, between this worker's pushes."""
@@ -231,6 +249,13 @@ class LevelChannel:
     @property
     def num_open_steps(self) -> int:
         return self._num_steps
+
+    def local_tensors(self, step: int) -> dict[str, Tensor]:
+        """Return the live tensors of the worker's own updates after `step`; none where the level has none."""
+        if self._local is None:
+            return {}
+        is_in_use = visible_version(step + 1, self.plan.update_period, self.plan.delay) <= self.visible
+        return self._local.state_tensors(is_in_use=is_in_use)
 
     def load_accumulators(self, sums: Mapping[str, Tensor], num_steps: int) -> None:
         """Continue an open period that `num_steps` good steps are in; `sums` may be empty (zeros)."""
@@ -286,8 +311,15 @@ class LevelChannel:
         views = [v for layout, (_, array) in zip(self.layouts, received, strict=True) for v in layout.views(as_tensor(array))]
         if self._prediction is not None:
             self._prediction.keep_(is_next=self.visible >= 0 and version == self.visible + 1)
-        with torch.no_grad():
-            torch._foreach_copy_(self._parameters, views)
+        if self._reads_in_place:
+            # A tensor keeps the array under it, and with it what a store gave: until the next version is taken.
+            for parameter, view in zip(self._parameters, views, strict=True):
+                parameter.data = view
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, views)
+        if self._local is not None:
+            self._local.begin(dict(zip(self._names, views, strict=True)))
         self.visible = version
         self.grad_norm = received[0][0].grad_norm
         self.skipped_updates += received[0][0].is_skipped

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from nlray.actors.types import SEQUENCE
@@ -119,6 +120,10 @@ def check_kernels(config: Config, plans: Sequence[ActorPlan]) -> None:
     """Raise UserError where the configuration insists on Triton and an actor that would run its kernels has no GPU."""
     insisting = {SEQUENCE: {"model": config.model.kernels, "sequence.optimizer": config.sequence.optimizer.kernels}}
     insisting |= {name: {f"memory.levels.{name}.optimizer": level.optimizer.kernels} for name, level in config.levels.items()}
+    if config.memory.variant == "nested":
+        # A rank steps the initial state of its level by the next slower level's optimizer.
+        for name, slower in pairwise(config.memory.ordered_levels):
+            insisting[name] |= insisting[slower]
     for plan in plans:
         for key, kernels in insisting.get(plan.group, {}).items():
             if kernels == "triton" and plan.gpus == 0:

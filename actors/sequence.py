@@ -30,6 +30,7 @@ from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, Us
 from nlray.evals.heldout import block_losses
 from nlray.initial import fill_parameters_
 from nlray.levels import LevelPlan, newest_version, visible_version
+from nlray.local_update import LocalUpdate
 from nlray.malloc import keep_freed_memory
 from nlray.models.cms import ContinuumMemory
 from nlray.models.compiling import compile_mlps
@@ -86,6 +87,7 @@ class SequenceWorker:
         self.model.set_loss_tokens(self.step_tokens)
         self.parameters = sequence_parameters(self.model) if self.shards is None else self.shards.owned
         self.level_parameters = level_parameters(self.model)
+        self.local_updates = {p.name: self._local_update(p.name) for p in plans if p.local_update}
         self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
         self._step_under_way = 0
         self._not_taken: dict[str, LevelChannel] = {}
@@ -165,9 +167,14 @@ class SequenceWorker:
         with self._lock:
             self._prepared, self._prepared_generation = dict(levels), generation
 
+    def _local_update(self, name: str) -> LocalUpdate:
+        is_summed = self.config.levels[name].local_update == "summed" and self.config.sequence.workers > 1
+        return LocalUpdate(self.level_parameters[name], self.config, name, add_up=self.group.sum_ if is_summed else None)
+
     def _channel(self, plan: LevelPlan, ranks: Sequence[RankLink]) -> LevelChannel:
         parameters, run = self.level_parameters[plan.name], self.config.run
-        return LevelChannel(plan, parameters, ranks, worker=self.worker, exchange=self.config.exchange, timeout_s=run.timeout_s)
+        local, exchange = self.local_updates.get(plan.name), self.config.exchange
+        return LevelChannel(plan, parameters, ranks, worker=self.worker, exchange=exchange, timeout_s=run.timeout_s, local=local)
 
     def load_heldout(self) -> None:
         """Read the held-out sequences, once; raise DataError where there are none, before a step is done rather than after."""
@@ -242,6 +249,7 @@ class SequenceWorker:
         shared = frozenset(tensors if self.shards is None else ())
         for channel in self.channels:
             tensors |= {f"accumulator/{self.worker}/{n}": t.cpu() for n, t in channel.accumulators().items()}
+            tensors |= {f"local/{self.worker}/{n}": to_host(t) for n, t in channel.local_tensors(step).items()}
         # The tensors themselves: a step puts others in their place.
         tensors |= {f"lanes/{self.worker}/{n}": t.cpu() for n, t in self.lanes.tensors().items()}
         state = {
@@ -260,7 +268,7 @@ class SequenceWorker:
         """Return whether a snapshot's tensor is one that this worker restores."""
         kind, _, rest = tensor.partition("/")
         name = rest.rpartition("/")[0] if kind == "optimizer" else rest
-        return kind in ("accumulator", "lanes") or (kind in ("param", "optimizer") and name in self.parameters)
+        return kind in ("accumulator", "lanes", "local") or (kind in ("param", "optimizer") and name in self.parameters)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of any number of workers. Call before `start`."""
@@ -278,6 +286,11 @@ class SequenceWorker:
         for plan in self.plans:
             sums = self._accumulators_of(plan, tensors, state["workers"])
             self._open[plan.name] = (sums, state["open_steps"][plan.name])
+        # Of other workers' number than before, each goes on where one of those was: any one's estimate of the level's updates will do.
+        prefix = f"local/{self.worker % state['workers']}/"
+        local = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for update in self.local_updates.values():
+            update.load(local)
         # On the meta device: with shards the parameters that a state may start from are not here.
         like = build_model(self.config, self.config.model.vocab_size, device="meta", seed=None).init_state(0)
         self.lanes.load(self._lanes_of(tensors, state["workers"]), like=like, device=self.device)

@@ -21,7 +21,9 @@ from nlray.errors import NlrayError, RemoteTimeoutError
 class Store(Protocol):
     """Where a process lays arrays that others read: a rank its versions, once for all workers; a worker its contributions, for one rank.
 
-    What is in it does not change: neither what was put or sent, whatever becomes of the array that it was made from, nor what was got.
+    What is in it does not change: neither what was put or sent, whatever becomes of the array that it was made from, nor what was got,
+    for as long as somebody has that array or a tensor over it, whatever becomes of the process that kept it. Memory that was got begins
+    where torch's own would, at a multiple of 64 bytes: the bits of a product may depend on it.
     """
 
     def put(self, array: np.ndarray) -> Any:

@@ -2,8 +2,9 @@
 
 table  300 steps of the preset tiny by the plain loop, which delays, predicts and compresses as the exchange does: held-out loss, and
        training loss over the last 50 steps, each beside the run of the same seed without any of it. Pairs share data and initial
-       parameters; `nothing but rounding` changes an epsilon and with it only the last bits. Hours. Each finished run is a JSON line in
-       --out; runs that are there are not done again, so it can be stopped and started at will.
+       parameters; `nothing but rounding` changes an epsilon and with it only the last bits. With local updates each of W workers makes
+       its own, of its part of the batch. Hours. Each finished run is a JSON line in --out; runs that are there are not done again, so it
+       can be stopped and started at will.
 cost   CPU time of a step with `grad_every`, in turns of 16 steps.
 """
 
@@ -29,6 +30,7 @@ STEPS = 300
 STEPS_A_TURN = 16
 NO_DELAY = [f"memory.levels.{name}.delay=0" for name in LEVELS]
 WHOLE_PERIODS = [f"memory.levels.{name}.delay={period}" for name, period in LEVELS.items()]
+LOCAL_UPDATE = "memory.levels.fast.local_update=own"
 LESS_MOMENTUM = "memory.levels.fast.optimizer.betas=[0.8,0.95]"
 
 VARIANTS: dict[str, list[str]] = {
@@ -40,6 +42,8 @@ VARIANTS: dict[str, list[str]] = {
     "slowest, D = 64": WHOLE_PERIODS[3:],
     "all, D = C": WHOLE_PERIODS,
     **{f"fast, D = 1, predict {share}": [*WHOLE_PERIODS[:1], f"memory.levels.fast.predict={share}"] for share in ("1", "1.5", "2", "3")},
+    **{f"fast, D = 1, local update, W = {w}": [*WHOLE_PERIODS[:1], LOCAL_UPDATE, f"sequence.workers={w}"] for w in (1, 2, 4)},
+    "all, D = C, fast local update, W = 2": [*WHOLE_PERIODS, LOCAL_UPDATE, "sequence.workers=2"],
     "all, D = C, predict 2": [*WHOLE_PERIODS, "memory.defaults.predict=2"],
     "all, D = C, fast predict 1, beta1 0.8": [*WHOLE_PERIODS, "memory.levels.fast.predict=1", LESS_MOMENTUM],
     "no delay, fast beta1 0.8": [LESS_MOMENTUM],

@@ -144,7 +144,10 @@ class Level:
 
 
 class Rounds:
-    """Rounds of a level over one transport: push, update, publish, pull."""
+    """Rounds of a level over one transport: push, update, publish, pull.
+
+    A call does one and returns its seconds, without those in which the training thread adds the gradients up.
+    """
 
     def __init__(self, level: Level, channel: LevelChannel, parameters: dict[str, torch.Tensor]) -> None:
         self.level, self.channel, self.parameters = level, channel, parameters
@@ -163,7 +166,7 @@ class Rounds:
         times = (left - began, came - left, made - came, published - made, there - published)
         for part, seconds in zip(self.parts, times, strict=True):
             self.parts[part].append(seconds)
-        return there - began
+        return there - left
 
     def check(self, transport: str, report: Report) -> int:
         """Do one round and check what it moved; return the level's bytes."""
@@ -190,7 +193,8 @@ def round_trips(levels: dict[str, Level], repeats: int, report: Report) -> None:
     report.note(
         f"{size / 1e6:.1f} MB of float32, {of_rank.optimizer.name}, the rank with {of_rank.resources.num_threads} thread(s), one node; "
         f"{repeats} rounds; GB/s: the level's bytes over the part's time, of a round in both directions. "
-        "push: until the rank has the contribution; update: its mean, norm, clipping and optimizer; "
+        "accumulate: the training thread's, no part of a round; push: until the rank has the contribution; "
+        "update: its mean, norm, clipping and optimizer; "
         "publish: the copy into the store; pull: until it is in the worker's parameters"
     )
     for transport, one in rounds.items():

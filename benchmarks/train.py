@@ -169,10 +169,11 @@ def activation_bytes(model: LanguageModel, blocks: Tensor) -> int:
 
 def memory(config: Config, blocks: Tensor, weighed: dict[str, int], report: Report) -> None:
     """Print what worker 0's process came to hold beside what is counted of it."""
-    worker = NestedSystem.build(config, config.model.vocab_size).actors[0]
+    system = NestedSystem.build(config, config.model.vocab_size)
+    worker, in_store = system.actors[0], 4 * sum(plan.num_parameters for plan in system.levels if plan.predict == 0)
     activations = activation_bytes(BareLoop(config).model, blocks[: config.sequence.micro_batch_size])
     counted = {
-        "parameters": worker.parameters,
+        "parameters but those of levels that are read in the object store": worker.parameters - in_store,
         "gradients": worker.gradients,
         "sequence optimizer": worker.optimizer,
         "two accumulators of each level": worker.buffers,
@@ -183,5 +184,6 @@ def memory(config: Config, blocks: Tensor, weighed: dict[str, int], report: Repo
     rows.append({"memory of a worker": "sum of what is counted", "MB": total / 1e6, "of it": 1.0})
     rows.append({"memory of a worker": "its process at the most, above what it held before", "MB": grown / 1e6, "of it": grown / total})
     rows.append({"memory of a worker": "before: Python, torch, Ray", "MB": weighed["empty"] / 1e6})
-    rows.append({"memory of a worker": "besides: pages of the object store that it has read", "MB": weighed["shared"] / 1e6})
+    rows.append({"memory of a worker": "besides: parameters of levels in the object store", "MB": in_store / 1e6})
+    rows.append({"memory of a worker": "pages of the object store that it has read, these and others", "MB": weighed["shared"] / 1e6})
     report.table("memory", rows)

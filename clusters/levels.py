@@ -106,7 +106,11 @@ def _print_tables(system: NestedSystem, config: Config, *, title: str) -> None:
         console.print(f"the workers bring each other {sizes[0]} of sequence parameters and add up {sizes[1]} of gradients a step")
     elif config.sequence.workers > 1:
         console.print(f"the workers all-reduce {format_bytes(system.sequence_bytes)} of sequence gradients a step")
-    console.print("without activations; a rank's buffers are its published versions, in the object store", style="dim")
+    console.print(
+        "without activations; a rank's buffers are its published versions, in the object store; on a CPU a worker's parameters of a level "
+        "without predict are the version itself, there once for all workers of a node",
+        style="dim",
+    )
 
 
 def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Any:

@@ -4,7 +4,8 @@ Every actor writes the part it owns (`write_part`); the manifest with sizes and 
 so a folder without a manifest, or whose files differ from it, is torn and `latest_checkpoint` goes on to the one before.
 Tensor names: `param/NAME`, `optimizer/NAME/KEY`, `visible/NAME` (the version still in use where the newest is not visible
 yet), `before/NAME` (the one before that, where the newest is predicted), `accumulator/WORKER/NAME` (the open period's gradients),
-`lanes/WORKER/NAME` (with model.carry_state, the state of the memories in context); in the nested variant `initial/NAME`,
+`lanes/WORKER/NAME` (with model.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own updates, see
+`nlray.local_update`); in the nested variant `initial/NAME`,
 `initial_optimizer/NAME/KEY` and `context/NAME` (`nlray.optimizers.level`).
 """
 

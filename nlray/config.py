@@ -518,6 +518,11 @@ class LevelConfig:
     """With a delay, while an update is under way: the share of the level's last change that the sequence workers add to the version
     that they have; 0: none. 1 is a guess at that update; 2 looks further ahead, which took most of a delay's cost away, and 3 too far
     (docs/lab_notes.md). Not of a level of variant nested that is set back."""
+    local_update: Literal["none", "own", "summed"] = "none"
+    """With a delay, while an update is under way: what every sequence worker uses until the version comes. own: the update that it makes
+    itself of its own part of the batch, an estimate. summed: that of the whole batch, for which the workers add the period's gradients up
+    among themselves, so that the delay costs nothing but that traffic. With one worker the two are the same. Not with predict, with
+    exchange.mode=eager, or of a level of variant nested that is set back."""
     ranks: int = 1
     """Actors that share the level's tensors."""
     grad_every: int = 1
@@ -543,6 +548,7 @@ class LevelConfig:
             f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
         )
         _require(0 <= self.predict <= 10, f"predict is {self.predict}; allowed: 0 to 10")
+        _require(not self.has_local_update or self.predict == 0, f"predict is {self.predict}; allowed with local_update: 0")
         _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
         _require(
             self.grad_every >= 1 and self.update_period % self.grad_every == 0,
@@ -551,6 +557,10 @@ class LevelConfig:
         # Plain gradient descent on a dot product has no minimum: the level would grow along the sequence.
         if self.in_context is not None and self.rule == "gd":
             _require(self.in_context.objective == "l2", "in_context.objective is dot; allowed with rule=gd: l2")
+
+    @property
+    def has_local_update(self) -> bool:
+        return self.local_update != "none"
 
     @property
     def visible_delay(self) -> int:
@@ -607,10 +617,11 @@ class MemoryConfig:
                 f"memory.levels.{name}.update_period is {level.update_period}; allowed for variant nested: a multiple, 2 or more, of the "
                 f"next faster level's {faster.update_period}",
             )
-        # A level that is set back does not move on as it moved before.
+        # A level that is set back does not move on as it moved before, and to what it is set back is with its ranks.
         for name, level in levels[:-1]:
-            key = f"memory.levels.{name}.predict"
-            _require(level.predict == 0, f"{key} is {level.predict}; allowed for variant nested: 0 but in the slowest level")
+            key, allowed = f"memory.levels.{name}", "allowed for variant nested: {} but in the slowest level"
+            _require(level.predict == 0, f"{key}.predict is {level.predict}; {allowed.format(0)}")
+            _require(not level.has_local_update, f"{key}.local_update is {level.local_update}; {allowed.format('none')}")
 
     @property
     def ordered_levels(self) -> dict[str, LevelConfig]:
@@ -763,6 +774,10 @@ class Config:
             not (self.sequence.compile and self.sequence.is_sharded), "sequence.compile is true; allowed with sequence.shard=full: false"
         )
         for name, level in self.levels.items():
+            _require(
+                not level.has_local_update or self.exchange.mode == "delayed",
+                f"memory.levels.{name}.local_update is {level.local_update}; allowed with exchange.mode={self.exchange.mode}: none",
+            )
             is_in_context = level.in_context is not None
             _require(
                 not (self.sequence.compile and is_in_context),

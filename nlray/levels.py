@@ -57,6 +57,8 @@ class LevelPlan:
     """Less than float32's with `exchange.compression`."""
     predict: float = 0.0
     """Share of the last change that is added while an update is under way (`nlray.prediction`); 0 without a delay: none ever is."""
+    local_update: bool = False
+    """Whether the workers make an update of their own while one is under way (`nlray.local_update`); never without a delay."""
 
     @cached_property
     def shards(self) -> tuple[tuple[TensorSpec, ...], ...]:

@@ -68,8 +68,9 @@ class ActorCost:
     gradients: int
     optimizer: int
     buffers: int
-    """Of a worker: two gradient accumulators per level, a version of each that is predicted and, beside others, the all-reduce's
-    buckets. Of a level rank: the two newest published versions, three with a prediction."""
+    """Of a worker: two gradient accumulators per level, a version of each that is predicted, a version and a gradient of each that is
+    locally updated and, beside others, the all-reduce's buckets. Of a level rank: the two newest published versions, three with a
+    prediction."""
 
     @property
     def total(self) -> int:
@@ -146,6 +147,7 @@ def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
             level.grad_every,
             pushed,
             level.predict if level.visible_delay > 0 else 0.0,
+            level.has_local_update and level.visible_delay > 0,
         )
         for name, level in config.levels.items()
     )
@@ -390,11 +392,13 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
 
 def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
     """A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
-    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it predicts from; a
-    rank its shard.
+    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it predicts from or
+    updates itself, with the optimizer's state for that; a rank its shard.
     """
     level_size = sum(plan.num_parameters for plan in levels)
     predicted_size = sum(plan.num_parameters for plan in levels if plan.predict > 0)
+    updated = [plan for plan in levels if plan.local_update]
+    updated_size = 2 * sum(plan.num_parameters for plan in updated)
     held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
     if config.sequence.is_sharded:
         held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
@@ -404,8 +408,9 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         count=config.sequence.workers,
         parameters=_VALUE_BYTES * (level_size + _size(held)),
         gradients=_VALUE_BYTES * ((level_size if is_compressed else 0) + _size(held)),
-        optimizer=_optimizer_bytes(config.sequence.optimizer, held),
-        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + predicted_size + passing),
+        optimizer=_optimizer_bytes(config.sequence.optimizer, held)
+        + sum(_optimizer_bytes(config.levels[plan.name].optimizer, plan.tensors) for plan in updated),
+        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + predicted_size + updated_size + passing),
     )
     ranks = []
     for plan in levels:

@@ -58,7 +58,7 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
     # The actors' processes may not find this module.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     machine: Machine | None = None
-    are_equal = True
+    lead_share, are_equal = 0.0, True
     for workers, ranks in ((int(w), int(n)) for w, n in sizes):
         with tempfile.TemporaryDirectory() as folder:
             config = configure(Path(folder), models, overrides, workers, ranks, num_steps)
@@ -68,9 +68,11 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
             print(f"bare loop of {config.sequence.worker_batch} sequences: {1e3 * compute_s:.1f} ms a step", flush=True)
             rows = rows_of(config, timing(Path(folder)))
             if machine is None:
-                machine = measured_machine(Path(folder))
-                print(" ".join(f"{name}={getattr(machine, name):.2f}" for name in MESSAGE_TIMES), f"measured with {workers}x{ranks}")
-        are_equal &= compare(config, work, rows, machine, compute_s)
+                machine, lead_s = measured_machine(Path(folder))
+                lead_share = lead_s / compute_s
+                told = " ".join(f"{name}={getattr(machine, name):.2f}" for name in MESSAGE_TIMES)
+                print(f"{told} and {1e3 * lead_s:.1f} ms of a step before the first use of a level, measured with {workers}x{ranks}")
+        are_equal &= compare(config, work, rows, machine, compute_s, lead_share * compute_s)
     return 0 if are_equal else 1
 
 
@@ -131,6 +133,18 @@ def timing(folder: Path) -> Behaviours:
             self.link.hold_snapshot(step, generation)
 
     class TimedWorker(SequenceWorker):
+        _began: float | None = None
+
+        def train_step(self, step):
+            self._began = time.time()
+            return super().train_step(step)
+
+        def _before_levels(self, memory, args):
+            if self._began is not None and self.worker == 0:
+                write("lead", "worker-0", "", self._step_under_way, self._began)
+            self._began = None
+            super()._before_levels(memory, args)
+
         def _channel(self, plan, ranks):
             return super()._channel(plan, [TimedLink(link, plan.name, i) for i, link in enumerate(ranks)])
 
@@ -143,8 +157,9 @@ def timing(folder: Path) -> Behaviours:
     return Behaviours(sequence_worker=TimedWorker, level_rank=TimedRank)
 
 
-def measured_machine(folder: Path) -> Machine:
-    """Return a machine whose messages take what those of the first rank of each level took, and whose bytes take no time."""
+def measured_machine(folder: Path) -> tuple[Machine, float]:
+    """Return a machine whose messages take what those of the first rank of each level took, and whose bytes take no time; and the median
+    seconds from a step's beginning to the first use of a level."""
     times: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
     for file in folder.glob("*-0.times"):
         for kind, _, level, version, began, ended in map(json.loads, file.read_text().splitlines()):
@@ -159,14 +174,16 @@ def measured_machine(folder: Path) -> Machine:
     }
     medians = {name: 1e3 * statistics.median(seconds) for name, seconds in phases.items()}
     bandwidths = ("hbm_gb_s", "pcie_gb_s", "copy_gb_s", "nvlink_gb_s", "nic_gbit", "rank_nic_gbit", "rank_memory_gb_s")
-    return Machine(**medians, **dict.fromkeys(bandwidths, AT_ONCE), nic_us=0, receive_ms=0, publish_ms=0)
+    leads = [ended - began for t in times.values() if "lead" in t for began, ended in [t["lead"]]]
+    machine = Machine(**medians, **dict.fromkeys(bandwidths, AT_ONCE), nic_us=0, receive_ms=0, publish_ms=0)
+    return machine, statistics.median(leads)
 
 
-def compare(config: Config, work: Workload, rows: Sequence[dict[str, Any]], machine: Machine, compute_s: float) -> bool:
+def compare(config: Config, work: Workload, rows: Sequence[dict[str, Any]], machine: Machine, compute_s: float, lead_s: float) -> bool:
     """Print predicted and measured step time, stall and bytes; return whether the bytes are equal."""
     layout = Layout(workers=config.sequence.workers, group=1, link=None)
     routes, _ = level_routes(work.levels, layout, machine, state_bytes=work.level_state_bytes, is_summed=False)
-    told = simulate(routes, compute_s=compute_s, warm_up=WARM_UP_STEPS, steps=len(rows) - WARM_UP_STEPS)
+    told = simulate(routes, compute_s=compute_s, lead_s=lead_s, warm_up=WARM_UP_STEPS, steps=len(rows) - WARM_UP_STEPS)
     step_tokens = config.sequence.global_batch * config.model.seq_len
     seconds = [step_tokens / row["tokens_per_second"] for row in rows[WARM_UP_STEPS:]]
     stall = sum(row["stall_s"] for row in rows[WARM_UP_STEPS:]) / sum(seconds)

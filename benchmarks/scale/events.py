@@ -54,22 +54,30 @@ def measured_steps(routes: Sequence[Route]) -> tuple[int, int]:
 
 
 def simulate(
-    routes: Sequence[Route], *, compute_s: float, tail_s: float = 0.0, warm_up: int | None = None, steps: int | None = None
+    routes: Sequence[Route],
+    *,
+    compute_s: float,
+    lead_s: float = 0.0,
+    tail_s: float = 0.0,
+    warm_up: int | None = None,
+    steps: int | None = None,
 ) -> StepTimes:
     """Run the steps of a worker and the round trips of its levels.
 
-    A step: take up the versions that are due, level by level, waiting for those that are not there; `compute_s`; where a period
-    ends send it off; `tail_s`, which the round trips already overlap (the sequence optimizer).
+    A step: `lead_s` of computing before the first use of a level; take up the versions that are due, level by level, waiting for those that
+    are not there; the rest of `compute_s`; where a period ends send it off; `tail_s`, which like the lead the round trips overlap (the
+    sequence optimizer).
 
     Args:
         routes: the levels, fastest first.
-        compute_s: from the versions to the gradients, all-reduce included.
+        compute_s: from the batch to the gradients, all-reduce included.
+        lead_s: part of it.
         warm_up: steps left out at the start, where no version is due yet; None: as `measured_steps` says.
         steps: steps measured after them.
     """
     default_warm_up, default_steps = measured_steps(routes)
     warm_up = default_warm_up if warm_up is None else warm_up
-    run = _Run(routes, compute_s, tail_s, warm_up + (default_steps if steps is None else steps))
+    run = _Run(routes, compute_s, lead_s, tail_s, warm_up + (default_steps if steps is None else steps))
     run.play()
     num_steps = run.last - warm_up
     stalls = [sum(stalls[warm_up:]) / num_steps for stalls in run.stalls]
@@ -80,8 +88,8 @@ def simulate(
 class _Run:
     """The state of one simulation; every method is an event at a time in seconds."""
 
-    def __init__(self, routes: Sequence[Route], compute_s: float, tail_s: float, last: int) -> None:
-        self.routes, self.compute_s, self.tail_s, self.last = routes, compute_s, tail_s, last
+    def __init__(self, routes: Sequence[Route], compute_s: float, lead_s: float, tail_s: float, last: int) -> None:
+        self.routes, self.lead_s, self.rest_s, self.tail_s, self.last = routes, lead_s, compute_s - lead_s, tail_s, last
         self.ends = [0.0]
         self.stalls: list[list[float]] = [[0.0] * last for _ in routes]
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -92,7 +100,7 @@ class _Run:
         self._waiting: tuple[int, int, float] | None = None
 
     def play(self) -> None:
-        self._at(0.0, lambda time: self._take_up(1, 0, time))
+        self._at(self.lead_s, lambda time: self._take_up(1, 0, time))
         while self._events:
             time, _, event = heapq.heappop(self._events)
             event(time)
@@ -112,7 +120,7 @@ class _Run:
                     return
                 self._visible[index] = due
                 time += route.take_s
-        self._at(time + self.compute_s, lambda time: self._end(step, time))
+        self._at(time + self.rest_s, lambda time: self._end(step, time))
 
     def _end(self, step: int, time: float) -> None:
         for index, route in enumerate(self.routes):
@@ -121,7 +129,7 @@ class _Run:
         time += self.tail_s
         self.ends.append(time)
         if step < self.last:
-            self._at(time, lambda time: self._take_up(step + 1, 0, time))
+            self._at(time + self.lead_s, lambda time: self._take_up(step + 1, 0, time))
 
     def _travel(self, index: int, version: int, stage_index: int, time: float) -> None:
         """Begin a stage of a version's round trip at the first moment at which all its links are free."""

@@ -68,7 +68,7 @@ def predict(work: Workload, gpus: int, place: Place, variant: Variant, machine: 
     # The optimizer reads gradient, parameter and state and writes the latter two; in data parallelism it is the levels' too.
     tail_s = own * (12 + 2 * work.optimizer_bytes) / hbm
     routes, exchanged = level_routes(plans, layout, machine, state_bytes=work.level_state_bytes, is_summed=variant == "summed")
-    times = simulate(routes, compute_s=compute_s + sharding_s + summing_s + adding_s, tail_s=tail_s)
+    times = simulate(routes, compute_s=compute_s + sharding_s + summing_s + adding_s, lead_s=work.lead_share * compute_s, tail_s=tail_s)
     loads = add_loads(loads, gathered, exchanged)
     busiest = max(loads, key=lambda name: loads[name][0] / loads[name][1], default="")
     num_bytes, bandwidth = loads.get(busiest, (0.0, math.inf))

@@ -20,6 +20,8 @@ class Workload:
     sequence_parameters: int
     sequence_flops: float
     """Of forward and backward for one sequence."""
+    lead_share: float
+    """Of these, what comes before the first use of a level: forward of the first block's mixer."""
     seq_len: int
     worker_bytes: int
     """What one sequence worker holds, activations left out."""
@@ -45,11 +47,13 @@ def workload_of(name: str, config: Config) -> Workload:
         raise UserError("recovery.window is 0; allowed here: 1 or more")
     system = NestedSystem.build(config, config.model.vocab_size or checked_vocab_size(config))
     worker, *ranks = system.actors
+    flops = token_flops(config.model, system)
     return Workload(
         name=name,
         levels=system.levels,
         sequence_parameters=system.sequence_size,
-        sequence_flops=config.model.seq_len * token_flops(config.model, system),
+        sequence_flops=config.model.seq_len * flops,
+        lead_share=lead_flops(config.model, system) / flops,
         seq_len=config.model.seq_len,
         # What the all-reduce's buckets hold is not in the list where the configuration has one worker.
         worker_bytes=worker.total + (0 if config.sequence.workers > 1 else system.sequence_bytes),
@@ -62,17 +66,32 @@ def workload_of(name: str, config: Config) -> Workload:
 def token_flops(model: ModelConfig, system: NestedSystem) -> float:
     """Return the operations of forward and backward for one token: 6 for each weight of a matrix, and the memory's in a chunk.
 
-    A tied embedding counts once, as the head; one of its own is looked up and costs nothing. The memory (one d x d state per head,
-    nlray/memories/delta/chunk.py), forward, for a chunk of C tokens: products with the state for projections, residual, reads and the
-    end, 8 C d^2; Gram products 4 C^2 d, triangular solve C^2 d, reads of the chunk 2 C^2 d.
+    A tied embedding counts once, as the head; one of its own is looked up and costs nothing.
+
+    Raises:
+        UserError: a model whose arithmetic is not counted.
     """
     if not (model.kind in ("hope", "titans") and model.collapses):
         raise UserError(f"model.kind={model.kind} with this memory is not counted; allowed: hope and titans with one matrix state per head")
     specs = [*system.sequence, *(spec for plan in system.levels for spec in plan.tensors)]
     looked_up = set() if model.tie_head else {"embedding.weight"}
     weights = sum(spec.numel for spec in specs if len(spec.shape) > 1 and spec.name not in looked_up)
-    memory = model.layers * model.dim * (8 * model.head_dim + 7 * model.chunk_size)
-    return 6 * weights + 3 * memory
+    return 6 * weights + 3 * model.layers * memory_flops(model)
+
+
+def lead_flops(model: ModelConfig, system: NestedSystem) -> float:
+    """Return the operations of the first block's mixer for one token, forward: no level is used before it has ended."""
+    weights = sum(spec.numel for spec in system.sequence if len(spec.shape) > 1 and spec.name.startswith("blocks.0."))
+    return 2 * weights + memory_flops(model)
+
+
+def memory_flops(model: ModelConfig) -> float:
+    """Return the operations of a layer's memory for one token, forward (one d x d state per head, nlray/memories/delta/chunk.py).
+
+    Products with the state for projections, residual, reads and the end take 8 C d^2 for a chunk of C tokens and a head; Gram products
+    4 C^2 d, triangular solve C^2 d, reads of the chunk 2 C^2 d.
+    """
+    return model.dim * (8 * model.head_dim + 7 * model.chunk_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,6 +206,7 @@ def _try_level(config: Config, level: LevelConfig) -> None:
     if not built.key_value():
         raise UserError(f"{what}: contributes no optimization problem; its key_value returns none (docs/extending.md)")
     x_BTD = torch.zeros(1, 1 if level.in_context is None else level.in_context.chunk_size, config.model.dim)
+    before = _contents(built)
     try:
         shape = list(built.mlp(x_BTD).shape)
         if level.in_context is not None:
@@ -215,3 +216,12 @@ def _try_level(config: Config, level: LevelConfig) -> None:
         raise UserError(f"{what}: cannot be computed: {type(error).__name__}: {one_line(error)}") from error
     if shape != list(x_BTD.shape):
         raise UserError(f"{what}: its mlp returns {shape} for {list(x_BTD.shape)}; allowed: the shape of its input")
+    written = [name for name, contents in _contents(built).items() if contents != before[name]]
+    if written:
+        # In a run the parameters of all workers of a node may be the same memory, a version as its rank published it.
+        raise UserError(f"{what}: its mlp writes into its parameter {written[0]}; allowed: to read it")
+
+
+def _contents(level: Level) -> dict[str, tuple[int, bytes]]:
+    """Return of each parameter how often torch has written into it, and its bytes, which `.data` changes unnoticed."""
+    return {name: (p._version, p.detach().numpy().tobytes()) for name, p in level.named_parameters()}

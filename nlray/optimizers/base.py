@@ -95,10 +95,7 @@ class GradientOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every parameter that has a `.grad`, in place; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -120,6 +117,14 @@ class GradientOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 device = parameter.device if value.ndim else "cpu"
                 self.state[parameter][key] = value.detach().clone().to(device)
+
+
+def loss_of(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """Return what the closure of a step returns, which computes gradients anew; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _apply_(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlray.kernels import Path
-from nlray.optimizers.base import GradientMemory, memory, total_size
+from nlray.optimizers.base import GradientMemory, loss_of, memory, total_size
 from nlray.optimizers.newton_schulz import newton_schulz_each
 from nlray.optimizers.paths import uses_triton
 
@@ -26,10 +26,7 @@ class _KernelSteps:
         """Update every parameter that has a `.grad`, in place; return what `closure` returns."""
         if not uses_triton(self.kernels, [p for group in self.param_groups for p in group["params"]]):
             return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:

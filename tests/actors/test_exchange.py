@@ -16,6 +16,7 @@ from nlray.actors.recovery import Vault
 from nlray.actors.types import Contribution
 from nlray.config import ExchangeConfig
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
+from nlray.flat import as_tensor
 from nlray.nested_system import level_plans
 
 from .in_process import DirectLink, DirectStore, InProcessRun
@@ -159,6 +160,47 @@ def test_evaluations_see_versions_where_the_steps_predict(small):
     run.train()
     # Delays are whole periods: every step from 2C + 1 on, where version 1 comes, but the last, after which the newest is taken.
     assert predicted == {"fast": 17, "medium": 11, "slow": 3}
+
+
+def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(small):
+    channel, (rank,), parameters = open_channel(small("memory.levels.medium.delay=4"), "medium")
+    pulled = [rank.pull(0).data]
+    expected = {n: p.clone() for n, p in parameters.items()}
+
+    def lies_in(version) -> bool:
+        return [p.data_ptr() for p in channel._parameters] == [v.data_ptr() for v in channel.layouts[0].views(as_tensor(version))]
+
+    for step in range(1, 9):
+        channel.take_up(step)
+        assert channel.visible == 0 and lies_in(pulled[0])
+        channel.accumulate(gradients_like(parameters))
+        channel.end_step(step)
+    # Version 2 is made and the rank lets go of 0; the worker goes on with 0 until its step comes.
+    pulled += [rank.pull(version).data for version in (1, 2)]
+    with pytest.raises(NlrayError, match="version 0 is gone"):
+        rank.pull(0)
+    assert all(torch.equal(p, expected[n]) for n, p in parameters.items())
+    del pulled[0]
+    channel.take_up(9)
+    assert channel.visible == 1 and lies_in(pulled[0]) and not any(torch.equal(p, expected[n]) for n, p in parameters.items())
+    rank.halt()
+    channel.close()
+
+
+def test_a_predicted_level_is_written_into_the_workers_own_memory(small):
+    channel, ranks, parameters = open_channel(small("memory.levels.medium={delay: 4, predict: 0.5}"), "medium")
+    own = {n: p.data_ptr() for n, p in parameters.items()}
+    for step in range(1, 11):
+        channel.take_up(step)
+        channel.accumulate(gradients_like(parameters))
+        channel.end_step(step)
+    assert channel.visible == 1 and channel._prediction._is_predicted
+    before, version = (dict(zip(channel._names, channel.layouts[0].views(as_tensor(ranks[0].pull(v).data)), strict=True)) for v in (0, 1))
+    ranks[0].halt()
+    channel.close()
+    for name, parameter in parameters.items():
+        assert parameter.data_ptr() == own[name]
+        assert torch.equal(parameter, version[name] + (version[name] - before[name]) * 0.5)
 
 
 def test_a_wait_that_reaches_its_limit_says_for_what(small):

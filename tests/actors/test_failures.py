@@ -166,6 +166,11 @@ def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(sma
     ):
         check_kernels(config, plan_actors(config, 1)[0])
     assert fixed_on_resume(config) == fixed_on_resume(small())
+    # In the nested variant a level's ranks step its initial state by the next slower level's optimizer.
+    own = ["memory.levels.medium.optimizer.kernels=triton", "memory.levels.fast.resources.gpus=0"]
+    check_kernels(config := small(*own), plan_actors(config, 8)[0])
+    with pytest.raises(UserError, match=r"memory.levels.medium.optimizer.kernels is triton and a rank of level fast has no GPU"):
+        check_kernels(config := small("memory.variant=nested", *own), plan_actors(config, 8)[0])
 
 
 def test_the_fit_is_checked_per_node_and_per_label(small):

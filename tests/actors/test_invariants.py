@@ -43,6 +43,31 @@ def test_no_delay_equals_the_plain_loop_bit_for_bit(small):
     assert [r["loss"] for r in run.worker.report(0).rows] == pytest.approx(losses, rel=1e-6)
 
 
+@pytest.mark.parametrize("overrides", [[], ["exchange.compression=int8"]], ids=["float32", "int8"])
+def test_the_local_update_of_a_lone_worker_is_the_update_bit_for_bit(small, overrides):
+    delayed = [
+        "memory.levels.fast.delay=1",
+        "memory.levels.medium.delay=4",
+        "memory.levels.slow.delay=5",
+        "memory.defaults.local_update=own",
+    ]
+    at_once, late = (InProcessRun(small(*overrides, *delays, "memory.defaults.ranks=2")).train() for delays in (NO_DELAY, delayed))
+    assert digest_plainly(late.parameters) == digest_plainly(at_once.parameters)
+    assert [row["levels"]["fast"]["lag_steps"] for row in late.worker.report(0).rows[1:]] == [1] * 19
+
+
+def test_two_workers_that_add_their_local_updates_up_have_the_bits_of_no_delay(small):
+    """Which their own parts alone do not have; with three the order of a sum differs, and with it the last bits."""
+
+    def trained(*overrides: str) -> str:
+        return digest_plainly(InProcessRun(small("sequence.workers=2", "memory.levels.slow.ranks=2", *overrides)).train().parameters)
+
+    delays = ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"]
+    at_once = trained(*NO_DELAY)
+    assert trained(*delays, "memory.defaults.local_update=summed") == at_once
+    assert trained(*delays, "memory.defaults.local_update=own") != at_once
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_level_ranks_change_no_bit(small, ranks):
     config = small(*NO_DELAY, *[f"memory.levels.{n}.ranks={ranks}" for n in ("fast", "medium", "slow")])
@@ -85,10 +110,11 @@ def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(smal
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
-def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression):
+@pytest.mark.parametrize(("compression", "workers"), [("none", 2), ("int8", 1)])
+def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression, workers):
     levels = ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 3, predict: 1, grad_every: 2}"]
-    config = small(*levels, f"exchange.compression={compression}")
+    levels += ["memory.levels.slow={delay: 5, local_update: own}"]
+    config = small(*levels, f"exchange.compression={compression}", f"sequence.workers={workers}")
     run = InProcessRun(config).train()
     loop, stream = BareLoop(config, with_exchange=True), open_stream(config)
     losses = [loop.step(step, torch.from_numpy(stream.take(4).blocks)).item() for step in range(1, 21)]
@@ -153,20 +179,23 @@ def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_
     assert digest_plainly(second.train().parameters) == digest_plainly(whole.parameters)
 
 
-def test_other_workers_take_up_the_lanes_where_they_are(small):
-    one = InProcessRun(small(*CARRIED, "run.stop_after=10")).train()
+def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(small):
+    settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: own}"]
+    one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
-    two = [SequenceWorker(small(*CARRIED, "sequence.workers=2"), one.worker.plans, i, vault=one.vault()) for i in range(2)]
+    two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, vault=one.vault()) for i in range(2)]
     for index, worker in enumerate(two):
         worker.restore(snapshot)
         assert {n: t.tolist() for n, t in worker.lanes.tensors().items()} == {n: t[2 * index :][:2].tolist() for n, t in rows.items()}
-    batch = open_stream(small(*CARRIED))
+        for name, tensor in one.worker.local_updates["fast"].state_tensors(is_in_use=True).items():
+            assert torch.equal(worker.local_updates["fast"].state_tensors(is_in_use=True)[name], tensor), name
+    batch = open_stream(small(*settings))
     blocks = [batch.take(4).blocks for _ in range(11)][-1]
     assert np.concatenate([worker.stream.next().blocks for worker in two]).tolist() == blocks.tolist()
     # And back: their pieces together are the state of one.
     tensors = {n: t for worker in two for n, t in worker.snapshot(10).tensors.items()}
     state = {**snapshot.state, "workers": 2, "stream": snapshot.state["stream"]}
-    again = InProcessRun(small(*CARRIED)).worker
+    again = InProcessRun(small(*settings)).worker
     again.restore(replace(snapshot, tensors=tensors, state=state))
     assert {n: t.tolist() for n, t in again.lanes.tensors().items()} == {n: t.tolist() for n, t in rows.items()}
     for worker in [*two, again]:
@@ -180,7 +209,7 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
     for name in ("a", "b"):
         period = data.draw(st.integers(1, 7))
         levels[name] = {"update_period": period, "delay": data.draw(st.integers(0, period)), "ranks": data.draw(st.integers(1, 2))}
-        levels[name]["predict"] = data.draw(st.sampled_from([0, 0.5]))
+        levels[name] |= data.draw(st.sampled_from([{}, {"predict": 0.5}, {"local_update": "own"}]))
     levels = "{" + ", ".join(f"{n}: {{{', '.join(f'{k}: {v}' for k, v in level.items())}}}" for n, level in levels.items()) + "}"
     config = small("run.steps=15", "memory.levels={fast: null, medium: null, slow: null}", f"memory.levels={levels}")
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])

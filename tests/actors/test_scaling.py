@@ -59,9 +59,10 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
 
 
 @pytest.mark.parametrize("step", [8, 10])
-def test_a_worker_that_goes_over_to_other_ranks_predicts_on(small, step):
-    """At the end of a period of medium, and where version 2 has come and none is under way; fast always predicts."""
-    overrides = ["memory.levels.fast={delay: 1, predict: 1}", "memory.levels.medium={delay: 2, predict: 0.5}", "eval.sequences=0"]
+@pytest.mark.parametrize("what", ["predict: 0.5", "local_update: own"])
+def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_under_way(small, step, what):
+    """At the end of a period of medium, and where version 2 has come and none is under way; of fast one always is."""
+    overrides = [f"memory.levels.fast={{delay: 1, {what}}}", f"memory.levels.medium={{delay: 2, {what}}}", "eval.sequences=0"]
     config = small(*overrides)
     first, others = InProcessRun(config), InProcessRun(small(*overrides, "memory.levels.fast.ranks=2", "memory.levels.medium.ranks=3"))
     worker = first.worker

@@ -14,6 +14,7 @@ import ray
 from nlray.actors.launch import launch
 from nlray.actors.transports import STORES
 from nlray.errors import NlrayError, UserError
+from nlray.flat import as_tensor
 
 from .in_process import InProcessRun
 from .plain_loop import digest_plainly
@@ -107,6 +108,30 @@ def test_the_death_of_who_keeps_an_array_is_an_error_and_no_other_process_notice
     with suppress(NlrayError):
         assert store.get(data).tobytes() == array.tobytes() and transport == "object_store"
     assert store.get(same).tobytes() == ray.get(peer.read.remote(store.put(array))) == array.tobytes()
+
+
+def test_what_is_got_lasts_as_long_as_a_tensor_over_it_whatever_becomes_of_who_kept_it(transport, store, peer):
+    victim, size = ray.remote(num_cpus=0)(Peer).remote(transport), 250_000
+    tensor = as_tensor(store.get(ray.get(victim.put.remote("array", noise(size)))))
+    view, expected = tensor[64:].view(-1, 6), noise(size)[64:].tobytes()
+    assert tensor.data_ptr() % 64 == 0
+    del tensor
+    gc.collect()
+
+    def go_on(keeper):
+        """Let go of what was got, and keep and get others of its size: they would take its place."""
+        ray.get(keeper.drop.remote("array"))
+        for seed in (1, 2, 3):
+            data = ray.get(keeper.put.remote("array", noise(size, seed)))
+            assert store.get(data).tobytes() == noise(size, seed).tobytes()
+        assert view.numpy().tobytes() == expected
+
+    go_on(victim)
+    process = psutil.Process(ray.get(victim.pid.remote()))
+    process.kill()
+    process.wait(10)
+    ray.get(peer.put.remote("array", noise(1)))
+    go_on(peer)
 
 
 @needs_nixl
