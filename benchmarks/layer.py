@@ -1,14 +1,17 @@
 """The memory layer of Titans, forward and backward: `python -m benchmarks layer [--peers]`.
 
-Matrix and MLP memories at the chunk sizes asked for, beside the matrix-product peak of the same run and, with `--peers`, NeuralMemory of
-titans-pytorch of depth 1 and 2, on the same shapes and threads, in turns. Correctness first: each form of memory against the
-per-token reference.
+Matrix and MLP memories at the chunk sizes asked for, in two phases: self_modifying, where five memories make keys, values and gates, and
+static, one memory with the work of titans-pytorch's. They stand beside the matrix-product peak of the same run and, with `--peers`,
+NeuralMemory of titans-pytorch of depth 1 and 2, on the same shapes and threads, in turns. Correctness first: each form of memory against
+the per-token reference.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain, product
+from typing import Any
 
 import torch
 
@@ -21,19 +24,26 @@ from nlray.malloc import keep_freed_memory
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
 from nlray.memories.mlp.reference import mlp_memory_reference
+from nlray.memories.scan import input_width
 from nlray.models.hope import Titans
 from nlray.models.layers import initialize_, parameter_inits
 
 PEERS = True
 PEER = "titans-pytorch"
 DEPTHS = {"matrix": 1, "mlp": 2}
-OBJECTIVES = {"matrix": "dot", "mlp": "l2"}
+PHASES: dict[str, dict[str, dict[str, Any]]] = {
+    "self_modifying": {"matrix": {"objective": "dot"}, "mlp": {"objective": "l2"}},
+    # As the peer: gradients of a mean square error at the chunk's start, with momentum; what is read is the chunk's start.
+    "static": {memory: {"rule": "gd", "objective": "l2", "momentum": True, "retain": "zero", "read": "chunk_start"} for memory in DEPTHS},
+}
+"""Settings of each phase and memory."""
 TOLERANCE = 1e-4
 """Of float32 against the float64 reference, relative to the largest value."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memories", default="matrix,mlp", help="of matrix, mlp (default: %(default)s)")
+    parser.add_argument("--phases", default="self_modifying,static", help="of self_modifying, static (default: %(default)s)")
     parser.add_argument("--chunks", default="16,64", help="chunk sizes in tokens (default: %(default)s)")
     parser.add_argument("--batch", type=positive, default=4, help="sequences (default: %(default)s)")
     parser.add_argument("--seq-len", type=positive, default=1024, help="tokens of each (default: %(default)s)")
@@ -45,28 +55,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Report) -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    models = [
-        ModelConfig(
-            dim=args.dim, heads=args.heads, layers=1, seq_len=args.seq_len, chunk_size=chunk, memory=memory, objective=OBJECTIVES[memory]
-        )
-        for memory in choices("--memories", args.memories, DEPTHS)
-        for chunk in whole_numbers("--chunks", args.chunks)
-    ]
-    for memory in dict.fromkeys(model.memory for model in models):
-        error = error_of(memory)
-        report.check(error < TOLERANCE, f"{memory} memory by chunks equals the per-token reference, outputs and gradients, to {error:.1e}")
+    memories, phases = choices("--memories", args.memories, DEPTHS), choices("--phases", args.phases, PHASES)
+    chunks = whole_numbers("--chunks", args.chunks)
+    sizes = {"dim": args.dim, "heads": args.heads, "seq_len": args.seq_len}
+    for memory, phase in product(memories, phases):
+        error = error_of(memory, phase)
+        what = f"{memory} memory, {phase}, by chunks equals the per-token reference, outputs and gradients"
+        report.check(error < TOLERANCE, f"{what}, to {error:.1e}")
     peak = matrix_peak()
     shape = f"batch {args.batch}, {args.seq_len} tokens, dim {args.dim}, {args.heads} heads, float32, {args.threads} thread(s)"
     report.note(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s; forward and backward of one layer, {shape}; {args.repeats} turns")
-    report.table("layer", [row for model in models for row in measure(model, peak, args, report)])
+    rows = []
+    for memory, chunk in product(memories, chunks):
+        models = [config_of(memory, phase, chunk_size=chunk, **sizes) for phase in phases]
+        rows += measure(models, peak, args, report)
+    report.table("layer", rows)
 
 
-def measure(model: ModelConfig, peak: float, args: argparse.Namespace, report: Report) -> list[dict[str, Cell]]:
-    """Return the rows of one form of memory: ours, and its peers where they are asked for."""
+def config_of(memory: str, phase: str, **sizes: Any) -> ModelConfig:
+    return ModelConfig(layers=1, memory=memory, phase=phase, **PHASES[phase][memory], **sizes)
+
+
+def measure(models: Sequence[ModelConfig], peak: float, args: argparse.Namespace, report: Report) -> list[dict[str, Cell]]:
+    """Return the rows of one form of memory: ours in every phase, and its peers where they are asked for."""
+    model = models[0]
     tokens = args.batch * model.seq_len
-    works: dict[str, Callable] = {"nlray": layer_work(model, args.batch)}
-    if model.memory == "mlp":
-        works["nlray, recompute_chunks=false"] = layer_work(replace(model, recompute_chunks=False), args.batch)
+    works: dict[str, Callable] = {}
+    for ours in models:
+        works[f"nlray, {ours.phase}"] = layer_work(ours, args.batch)
+        if ours.memory == "mlp":
+            other = not memory_of(ours).recomputes
+            works[f"nlray, {ours.phase}, recompute_chunks={other}".lower()] = layer_work(replace(ours, recompute_chunks=other), args.batch)
     flops = {name: count_flops(work) for name, work in works.items()}
     with ExitStack() as stack:
         # The gradients of its default are all taken at the weights of the sequence's start; renewed: at those of the chunk's, as ours.
@@ -80,10 +99,10 @@ def measure(model: ModelConfig, peak: float, args: argparse.Namespace, report: R
                 report.note(str(error))
                 break
             what = f"{name} {VERSIONS[PEER]}, depth {options['depth']}, chunk {model.chunk_size}"
-            if not peer.description["is_right"]:
-                report.note(f"{what}: not finite, or without gradients; no time is measured")
+            is_right = peer.description["is_right"]
+            report.note(f"{what}: {'finite, with gradients' if is_right else 'not finite, or without gradients; no time is measured'}")
+            if not is_right:
                 continue
-            report.check(True, f"{what}: finite, with gradients")
             works[name] = peer.turn
         seconds = alternate(works, repeats=args.repeats)
     rows: list[dict[str, Cell]] = []
@@ -93,8 +112,9 @@ def measure(model: ModelConfig, peak: float, args: argparse.Namespace, report: R
         if name in flops:
             rate = took.rate(flops[name] / 1e9)
             row |= {"GFLOP": flops[name] / 1e9, "GFLOP/s": rate, "% of peak": rate.scaled(1e11 / peak)}
-        if name != "nlray":
-            row["times nlray's"] = took.over(seconds["nlray"])
+        for ours in models:
+            if name != f"nlray, {ours.phase}":
+                row[f"times {ours.phase}'s"] = took.over(seconds[f"nlray, {ours.phase}"])
         rows.append(row)
     return rows
 
@@ -124,19 +144,17 @@ def build_layer(model: ModelConfig) -> Titans:
     return layer
 
 
-def error_of(memory: str) -> float:
+def error_of(memory: str, phase: str) -> float:
     """Return how far a small memory by chunks in float32 is from the reference in float64, outputs and gradients, relative."""
     # Gates in the middle of their range, so that every term of the recurrence counts.
-    model = ModelConfig(
-        dim=32, heads=2, layers=1, chunk_size=3, memory=memory, objective=OBJECTIVES[memory], inner_lr_bias=-1.0, decay_bias=1.0
-    )
+    model = config_of(memory, phase, dim=32, heads=2, chunk_size=3, inner_lr_bias=-1.0, decay_bias=1.0)
     weights, generator = build_layer(model).memory_weights(), torch.Generator().manual_seed(1)
     # Three chunks, the last one open.
-    u, q, upstream = torch.randn(3, 2, model.heads, 7, model.head_dim, generator=generator)
-    u.requires_grad_()
+    q, upstream = torch.randn(2, 2, model.heads, 7, model.head_dim, generator=generator)
+    u = torch.randn(2, model.heads, 7, input_width(model), generator=generator).requires_grad_()
     by_chunks = memory_of(model)
     y, _ = by_chunks(u, q, weights, by_chunks.initial_state(2, weights), inner_lr=1.0)
-    found = (y, *torch.autograd.grad(y, (u, *weights.memories["k"]), upstream))
+    found = (y, *torch.autograd.grad(y, (u, *chain(*weights.memories.values())), upstream))
 
     exact = weights._replace(
         memories={box: tuple(t.detach().double().requires_grad_() for t in layers) for box, layers in weights.memories.items()},
@@ -144,5 +162,5 @@ def error_of(memory: str) -> float:
     )
     u_exact, reference = u.detach().double().requires_grad_(), mlp_memory_reference if memory == "mlp" else memory_reference
     y_exact, *_ = reference(u_exact, q.double(), exact, model=model, inner_lr=1.0)
-    expected = (y_exact, *torch.autograd.grad(y_exact, (u_exact, *exact.memories["k"]), upstream.double()))
+    expected = (y_exact, *torch.autograd.grad(y_exact, (u_exact, *chain(*exact.memories.values())), upstream.double()))
     return max(float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max()) for a, b in zip(found, expected, strict=True))

@@ -243,8 +243,9 @@ class ModelConfig:
     triton insist. A resumed run may change it; the two differ by rounding."""
     recompute_chunks: bool | None = None
     """Whether the backward computes each chunk of the memory in context anew in place of keeping what it computed: the room of one chunk's
-    intermediate results, for the time of a second forward pass; the same bits. null: with memory=mlp, or as a class of one's own says. The
-    self-modifying matrix memory with rule dgd keeps little, and always does. A resumed run may change it."""
+    intermediate results, for the time of a second forward pass; the same bits. null: with memory=mlp but
+    for phase static, or as a class of one's own says. The self-modifying matrix memory with rule dgd keeps little, and always does. A
+    resumed run may change it."""
     conv_width: int = 4
     """Width of the causal depthwise convolution; 0: none."""
     mlp_hidden: int | None = None

@@ -14,7 +14,7 @@ head width.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nlray.config import ModelConfig
-from nlray.memories.layer import Coefficients, chunk_coefficients
+from nlray.memories.layer import Coefficients, MomentumCoefficients, chunk_coefficients
 from nlray.models.layers import Init
 from nlray.models.norms import unit
 
@@ -139,23 +139,18 @@ class ChunkedMemory(ABC):
         with torch.autocast(inputs_BHTP.device.type, enabled=False):
             inputs_BHTP = torch.cat([state.open_inputs, inputs_BHTP.to(state.open_inputs.dtype)], dim=2)
             first_open = inputs_BHTP.shape[2] - inputs_BHTP.shape[2] % self.model.chunk_period
-            inputs_chunks = inputs_BHTP.transpose(0, 1).unsqueeze(1).split(self.chunk_size, dim=3)
-            if q_BHTd is None:
-                q_chunks = [None] * len(inputs_chunks)
-            else:
-                # The tokens of the open chunk were read before: their queries are not needed again.
-                q_BHTd = F.pad(q_BHTd.to(inputs_BHTP.dtype), (0, 0, num_open, 0))
-                q_chunks = q_BHTd.transpose(0, 1).unsqueeze(1).split(self.chunk_size, dim=3)
+            # The tokens of the open chunk were read before: their queries are not needed again.
+            q_BHTd = None if q_BHTd is None else F.pad(q_BHTd.to(inputs_BHTP.dtype), (0, 0, num_open, 0))
             layers = starts = boundary = self._layers(weights, state.fast_weights)
             reads, num_read = [], 0
-            for inputs_HGBCP, q_HGBCd in zip(inputs_chunks, q_chunks, strict=True):
-                arguments = (inputs_HGBCP, q_HGBCd, layers, starts, weights.biases, inner_lr)
+            for tokens in self._by_chunk(inputs_BHTP, q_BHTd, weights.biases, inner_lr):
+                arguments = (tokens, layers, starts, weights.biases, inner_lr)
                 if self.recomputes and torch.is_grad_enabled():
                     y_HGBCd, layers = checkpoint(self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     y_HGBCd, layers = self._chunk(*arguments)
                 reads.append(y_HGBCd)
-                num_read += inputs_HGBCP.shape[3]
+                num_read += y_HGBCd.shape[3]
                 starts = self._starts(starts, layers, num_read)
                 if num_read == first_open:
                     boundary = layers
@@ -177,20 +172,42 @@ class ChunkedMemory(ABC):
             return layers
         return self._renewed(starts, layers, ended) if ended else starts
 
+    def _by_chunk(
+        self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, biases: Mapping[str, Tensor], inner_lr: float
+    ) -> Iterator["Tokens | tuple[Tensor, Tensor | None]"]:
+        """Return each chunk's tokens where projections are fixed in context; else the inputs that they are made of, and the queries."""
+        length = inputs_BHTP.shape[2]
+        whole = length - length % self.chunk_size
+        for start, end in ((0, whole), (whole, length)):
+            if start == end:
+                continue
+            size = min(self.chunk_size, end - start)
+            inputs_NHGBCP, q_NHGBCd = (
+                None if x is None else x[:, :, start:end].unflatten(2, (-1, size)).permute(2, 1, 0, 3, 4).unsqueeze(2).contiguous()
+                for x in (inputs_BHTP, q_BHTd)
+            )
+            if self.model.phase != "static":
+                yield from zip(inputs_NHGBCP.unbind(), [None] * len(inputs_NHGBCP) if q_NHGBCd is None else q_NHGBCd.unbind(), strict=True)
+                continue
+            # Eq. 76: all chunks at once, for nothing here depends on the memories.
+            sizes = [self.model.head_dim] * 2 + [1] * len(self.model.gates)
+            raw = dict(zip(("k", "v", *self.model.gates), inputs_NHGBCP.split(sizes, dim=-1), strict=True))
+            k, v, q, (*shares, momentum) = self._tokens(raw, q_NHGBCd, biases, inner_lr)
+            of_momentum = [None] * len(inputs_NHGBCP) if momentum is None else map(MomentumCoefficients._make, _unbind(momentum))
+            for (k_HGBCd, v_HGBCd, q_HGBCd, *of_chunk), carried in zip(_unbind((k, v, q, *shares)), of_momentum, strict=True):
+                yield Tokens(k_HGBCd, v_HGBCd, q_HGBCd, Coefficients(*of_chunk, carried))
+
     def _chunk(
-        self, inputs_HGBCP: Tensor, q_HGBCd: Tensor | None, layers: Any, starts: Any, biases: Mapping[str, Tensor], inner_lr: float
+        self, tokens: "Tokens | tuple[Tensor, Tensor | None]", layers: Any, starts: Any, biases: Mapping[str, Tensor], inner_lr: float
     ) -> tuple[Tensor, Any]:
         """Return what the main memory answers to a chunk's tokens, [H, 1, B, C, d], and the layers at its end."""
-        if self.model.phase == "static":
-            # Eq. 76: projections that are fixed in context come with the inputs.
-            sizes = [self.model.head_dim] * 2 + [1] * len(self.model.gates)
-            raw = dict(zip(("k", "v", *self.model.gates), inputs_HGBCP.split(sizes, dim=-1), strict=True))
-        else:
-            raw = self._project(starts, inputs_HGBCP)
-        return self._update(layers, starts, self._tokens(raw, q_HGBCd, biases, inner_lr))
+        if not isinstance(tokens, Tokens):
+            inputs_HGBCP, q_HGBCd = tokens
+            tokens = self._tokens(self._project(starts, inputs_HGBCP), q_HGBCd, biases, inner_lr)
+        return self._update(layers, starts, tokens)
 
     def _tokens(self, raw: dict[str, Tensor], q_HGBCd: Tensor | None, biases: Mapping[str, Tensor], inner_lr: float) -> Tokens:
-        """Return keys, values, queries and coefficients from the projections (Eq. 76, 79, 83, 87)."""
+        """Return keys, values, queries and coefficients from the projections (Eq. 76, 79, 83, 87); the raw ones may be of many chunks."""
         logits = {gate: raw[gate] + bias_H.view(-1, 1, 1, 1, 1) for gate, bias_H in biases.items()}
         k_HGBCd, zero = unit(raw["k"]), torch.zeros_like(raw["k"][..., :1])
         # Departs from Eq. 79, 83: v that a memory makes has length 1 as k has; otherwise v grows with that memory.
@@ -258,3 +275,8 @@ class ChunkedMemory(ABC):
                 come from there.
             tokens: what the tokens write and ask.
         """
+
+
+def _unbind(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Return the tensors of each chunk."""
+    return zip(*(tensor.unbind() for tensor in tensors), strict=True)

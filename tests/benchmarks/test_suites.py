@@ -39,6 +39,7 @@ def test_without_a_suite_they_are_listed(capsys):
     [
         (["layer", "--repeats", "0"], "--repeats"),
         (["layer", "--memories", "matrix,cube"], "--memories has 'cube'; allowed: matrix, mlp"),
+        (["layer", "--phases", "still"], "--phases has 'still'; allowed: self_modifying, static"),
         (["step", "--parts", "all"], "--parts has 'all'; allowed: models, train, streaming"),
         (["step", "--shapes", "4by512"], "--shapes is '4by512'"),
         (["step", "--turn"], "--turn"),
@@ -53,15 +54,16 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):
     assert status == 2 and message in error and error.count("\n") == 1
 
 
-def test_the_gate_of_the_layer_passes_and_sees_a_memory_that_is_wrong(monkeypatch):
-    assert layer.error_of("matrix") < layer.TOLERANCE and layer.error_of("mlp") < layer.TOLERANCE
+@pytest.mark.parametrize("phase", layer.PHASES)
+def test_the_gate_of_the_layer_passes_and_sees_a_memory_that_is_wrong(phase, monkeypatch):
+    assert all(layer.error_of(memory, phase) < layer.TOLERANCE for memory in layer.DEPTHS)
     right = layer.memory_of
 
     def wrong(model):
-        return right(replace(model, read="chunk_start"))
+        return right(replace(model, read="chunk_start" if model.read == "token" else "token"))
 
     monkeypatch.setattr(layer, "memory_of", wrong)
-    assert layer.error_of("matrix") > 100 * layer.TOLERANCE
+    assert layer.error_of("matrix", phase) > 100 * layer.TOLERANCE
 
 
 def test_the_work_of_the_layer_leaves_gradients_and_is_the_same_each_time():
