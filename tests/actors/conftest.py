@@ -70,7 +70,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def run_to_end(config: Config, *, during: Callable | None = None, limit_s: float = 90, **launch_options):
+def run_to_end(config: Config, *, during: Callable | None = None, limit_s: float = 300, **launch_options):
     """Run under Ray to the end and return the final status with all rows and events; `during(handle, rows)` is called at each poll."""
     handle = launch(config, **launch_options)
     rows, events = [], []

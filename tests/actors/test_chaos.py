@@ -166,7 +166,7 @@ def test_a_run_under_random_faults_ends_with_the_bits_of_a_quiet_one(small, clus
             injectors.append(Injector(handle.client, kinds=("worker", "rank", "conductor"), every_s=1.0, seed=4, say=print, max_faults=3))
         injectors[0].tick()
 
-    status, rows, events = run_to_end(small(*settings, name="chaos"), during=during, limit_s=150)
+    status, rows, events = run_to_end(small(*settings, name="chaos"), during=during, limit_s=400)
     injectors[0].tick()
     report = injectors[0].report()
     assert status.state == "completed", (status.message, events)
