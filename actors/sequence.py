@@ -135,7 +135,7 @@ class SequenceWorker:
         model = build_model(config, vocab_size, device="meta", seed=None)
         shards = ShardedParameters(model, self.group, self.device)
         levels = {name: p for of_level in level_parameters(model).values() for name, p in of_level.items()}
-        place_parameters(model, {name: torch.empty_like(p, device=self.device) for name, p in levels.items()})
+        place_parameters(model, {name: torch.empty(p.shape, dtype=p.dtype, device=self.device) for name, p in levels.items()})
         if not is_restored:
             # The levels' come with their first version.
             fill_parameters_(shards.owned, parameter_inits(model), config, config.run.seed)

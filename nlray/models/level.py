@@ -17,7 +17,7 @@ from nlray.errors import UserError
 from nlray.extensions import one_line, options_of, resolve_class
 from nlray.models.delta_linear import delta_linear
 from nlray.models.in_context import Chunk, LevelState, change_in_context
-from nlray.models.layers import NORM_EPS, ParameterModule, constant, normal, normalize, out_std
+from nlray.models.layers import NORM_EPS, ParameterModule, constant, initialize_, normal, normalize, out_std
 
 RATE_BIAS = -2.0
 """Bias of the sigmoid of a level's rate in context at the start: a rate of 0.12 `lr`."""
@@ -206,6 +206,9 @@ def _try_level(config: Config, level: LevelConfig) -> None:
     if not built.key_value():
         raise UserError(f"{what}: contributes no optimization problem; its key_value returns none (docs/extending.md)")
     x_BTD = torch.zeros(1, 1 if level.in_context is None else level.in_context.chunk_size, config.model.dim)
+    # In memory that nobody has set yet, what an mlp writes may be there already.
+    for name, parameter in built.named_parameters():
+        initialize_(name, parameter, built.inits[name], seed=0)
     before = _contents(built)
     try:
         shape = list(built.mlp(x_BTD).shape)

@@ -152,9 +152,8 @@ class LanguageModel(nn.Module):
 
 def build_model(config: Config, vocab_size: int, *, device: str | torch.device = "cpu", seed: int | None) -> LanguageModel:
     """Return the model on `device`, with the parameters that `config.init` or the seed says; seed None leaves them unset."""
-    with torch.device("meta"):
+    with torch.device(device):
         model = LanguageModel(config, vocab_size)
-    model.to_empty(device=device)
     if seed is not None:
         fill_parameters_(dict(model.named_parameters()), parameter_inits(model), config, seed)
     return model

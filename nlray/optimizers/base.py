@@ -6,6 +6,7 @@ tensor is a problem of its own: nothing a parameter gets depends on which others
 even under bfloat16 parameters; counters are 0-dimensional tensors on the CPU.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nlray.kernels import Path
 from nlray.optimizers.paths import uses_triton
@@ -36,7 +38,15 @@ class GradientMemory:
     """Updates of the weights for one of this memory."""
 
 
-class GradientOptimizer(torch.optim.Optimizer):
+def undecorated(method: Callable) -> Callable:
+    """Return a function of torch's optimizers without the decorators by which `torch.compile` leaves it out.
+
+    The first call of a decorated one imports torch._dynamo: two seconds of the start of every process that makes an optimizer.
+    """
+    return inspect.unwrap(method)
+
+
+class GradientOptimizer(Optimizer):
     """Base of the paper's optimizers: W <- W + lr (u - weight_decay W), with u what the memories answer.
 
     Departs from Eq. 33, 46, 49-52: the learning rate multiplies what the memory answers, not what is written into it. With a
@@ -82,7 +92,7 @@ class GradientOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        undecorated(Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         if self.takes_only_matrices(group):
             for parameter in group["params"]:

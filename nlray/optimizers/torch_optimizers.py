@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlray.kernels import Path
-from nlray.optimizers.base import GradientMemory, loss_of, memory, total_size
+from nlray.optimizers.base import GradientMemory, loss_of, memory, total_size, undecorated
 from nlray.optimizers.newton_schulz import newton_schulz_each
 from nlray.optimizers.paths import uses_triton
 
@@ -21,11 +21,14 @@ class _KernelSteps:
     kernels: Path = "auto"
     """What computes the step: `nlray/optimizers/paths.py`."""
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        undecorated(torch.optim.Optimizer.add_param_group)(self, param_group)
+
     @torch.no_grad()
     def step(self, closure: _Closure = None) -> Tensor | None:
         """Update every parameter that has a `.grad`, in place; return what `closure` returns."""
         if not uses_triton(self.kernels, [p for group in self.param_groups for p in group["params"]]):
-            return super().step(closure)
+            return undecorated(super().step.__func__)(self, closure)
         loss = loss_of(closure)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
