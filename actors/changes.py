@@ -159,9 +159,10 @@ class Changes:
         if point is None:
             return False
         before = " ".join(f"{name}={lineup.sizes[name]}" for name in rescale.levels)
-        self._end(rescale)
         lineup.take_over(rescale.levels, rescale.generation, point)
         self.note(f"step {step}: {before} -> {rescale}")
+        # After the line: whoever waits for the end of the change has been told of it.
+        self._end(rescale)
         # The next point is the first of the new ranks; after it the seats that are left over may go.
         lineup.command(Command.POINT)
         return False

@@ -2,8 +2,11 @@
 
 A plain class; `nlray.actors.members` makes it an actor. All actors of a run but the conductor are seats. A seat without a role is a
 standby. On a fault the seats that live stay, with what their vaults hold, and every role begins anew in them.
+
+The conductor imports this module and starts in half the time without torch: a seat imports it as it is made.
 """
 
+import gc
 import logging
 import math
 import os
@@ -12,19 +15,22 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError
 
-from nlray.actors.level import LevelRank
 from nlray.actors.processes import end_with_raylet, signal_actor
 from nlray.actors.recovery import Keeper, Snapshot, Vault, VaultHolder
-from nlray.actors.sequence import SequenceWorker
 from nlray.actors.transports import STORES, wait_for
 from nlray.actors.types import SEQUENCE, Assignment, PieceCopy, Role, SeatReport, Source
 from nlray.errors import HaltedError, RemoteTimeoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nlray.actors.level import LevelRank
+    from nlray.actors.sequence import SequenceWorker
 
 CONDUCTOR_PATIENCE = 3  # times `recovery.hang_timeout_s`: it may be writing to a slow storage
 logger = logging.getLogger(__name__)
@@ -32,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Behaviours:
-    """The plain classes that sit in the seats: a fault injector puts its own subclasses here."""
+    """The plain classes that sit in the seats, None for the run's own: a fault injector puts its own subclasses here."""
 
-    sequence_worker: type[SequenceWorker] = SequenceWorker
-    level_rank: type[LevelRank] = LevelRank
+    sequence_worker: "type[SequenceWorker] | None" = None
+    level_rank: "type[LevelRank] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Prepared:
 
     role: Role
     generation: int
-    made: SequenceWorker | LevelRank
+    made: "SequenceWorker | LevelRank"
 
 
 class Seat(VaultHolder):
@@ -59,7 +65,16 @@ class Seat(VaultHolder):
     """
 
     def __init__(self, name: str, *, timeout_s: float, hang_timeout_s: float, gpus: float, behaviours: Behaviours) -> None:
-        self.name, self.timeout_s, self.hang_timeout_s, self.gpus, self.behaviours = name, timeout_s, hang_timeout_s, gpus, behaviours
+        # A tenth of the time of importing torch is a search for garbage among modules, which are none.
+        gc.disable()
+        from nlray.actors.level import LevelRank
+        from nlray.actors.sequence import SequenceWorker
+
+        gc.freeze()
+        gc.enable()
+        self.name, self.timeout_s, self.hang_timeout_s, self.gpus = name, timeout_s, hang_timeout_s, gpus
+        self.sequence_worker = behaviours.sequence_worker or SequenceWorker
+        self.level_rank = behaviours.level_rank or LevelRank
         self.vault = Vault(name, timeout_s)
         self._changed = threading.Condition()
         self._role: SequenceWorker | LevelRank | None = None
@@ -147,13 +162,13 @@ class Seat(VaultHolder):
             bytes_held,
             bytes_copied,
             None if role is None else role.error,
-            role.report(rows_after) if isinstance(role, SequenceWorker) else None,
+            role.report(rows_after) if role is not None and role.role.is_worker else None,
         )
 
-    def _make(self, assignment: Assignment, *, is_restored: bool) -> SequenceWorker | LevelRank:
+    def _make(self, assignment: Assignment, *, is_restored: bool) -> "SequenceWorker | LevelRank":
         role, config, plans = assignment.role, assignment.config, assignment.plans
         if role.is_worker:
-            return self.behaviours.sequence_worker(
+            return self.sequence_worker(
                 config,
                 plans,
                 role.index,
@@ -164,11 +179,13 @@ class Seat(VaultHolder):
             )
         plan = next(plan for plan in plans if plan.name == role.group)
         store = STORES[config.exchange.transport](self.timeout_s)
-        return self.behaviours.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus, is_restored=is_restored)
+        return self.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus, is_restored=is_restored)
 
-    def _gather(self, sources: Sequence[Source], role: SequenceWorker | LevelRank) -> Snapshot:
+    def _gather(self, sources: Sequence[Source], role: "SequenceWorker | LevelRank") -> Snapshot:
         """Put together what the role wants from the pieces that hold it; what is not a tensor comes from the first."""
-        tensors: dict[str, torch.Tensor] = {}
+        from nlray.flat import as_tensor
+
+        tensors: dict[str, Tensor] = {}
         first: Snapshot | PieceCopy | None = None
         for source in sources:
             if source.holder is None:
@@ -179,7 +196,7 @@ class Seat(VaultHolder):
                 names = wait_for(source.holder.names.remote(source.key), what, self.timeout_s)
                 wanted = [n for n in names if n not in tensors and role.wants(n)]
                 piece = wait_for(source.holder.fetch.remote(source.key, wanted), what, self.timeout_s)
-                found = {n: torch.from_numpy(a) for n, a in piece.arrays.items()}
+                found = {n: as_tensor(a) for n, a in piece.arrays.items()}
             tensors |= found
             first = first or piece
         return Snapshot(first.key, first.group_size, tensors, first.state)

@@ -74,10 +74,31 @@ def test_pipelines_never_import_torch_distributed():
         ("nlray.clusters.cli", {"torch", "ray", "pyarrow", "omegaconf"}),
         ("nlray.nested_system", {"ray"}),
         ("nlray.pipelines.stream", {"ray", "torch"}),
+        ("nlray.actors.conductor", {"torch"}),
     ],
 )
 def test_module_imports_without(module, unwanted):
     code = f"import sys, {module}; print(sorted({unwanted!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_model_with_its_optimizers_does_without_torchs_compiler():
+    """Importing torch._dynamo, and sympy, takes two seconds and a hundred megabytes of every actor."""
+    code = """
+import sys, torch
+from nlray.config_loading import load_config
+from nlray.models.lm import build_model
+from nlray.optimizers import M3, AdamW, Muon
+
+model = build_model(load_config("tiny", ["model.dim=16", "model.layers=1", "model.heads=2", "memory.hidden=8"]), 40, seed=0)
+model.token_losses(torch.zeros(1, 9, dtype=torch.long))[0].mean().backward()
+matrices = [p for p in model.parameters() if p.ndim == 2]
+for optimizer in AdamW(model.parameters(), lr=0.1), Muon(matrices, lr=0.1), M3(matrices, lr=0.1):
+    optimizer.step()
+print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

@@ -10,7 +10,7 @@ from benchmarks.strikes import Strike, striking, struck
 from .conftest import run_to_end
 from .plain_loop import digest_plainly, train_plainly
 
-POINTS = ["run.steps=32", "recovery.window=4", "recovery.hang_timeout_s=3"]
+POINTS = ["run.steps=32", "recovery.window=4", "recovery.hang_timeout_s=20"]
 FAULTS = {
     "worker": (("sequence-0",), "kill"),
     "rank": (("medium-0",), "kill"),
@@ -44,7 +44,7 @@ def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
 
 @pytest.mark.chaos
 def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path):
-    config = small(*POINTS, "memory.levels.slow.ranks=2")
+    config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.hang_timeout_s=3")
     strikes = [
         Strike("publish", 12, ("sequence-0", "fast-0", "slow-1"), by="rank"),
         Strike("step", 22, ("sequence-0", "medium-0"), "stop"),
