@@ -80,7 +80,8 @@ def test_ten_such_steps_in_a_row_end_the_run(small):
 
 
 def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
-    config = small("recovery.checkpoint_every=2", "sequence.optimizer.lr=1e30", "sequence.optimizer.schedule.warmup=0", "run.steps=60")
+    diverging = ["sequence.optimizer.lr=1e30", "sequence.optimizer.schedule.warmup=0"]
+    config = small("recovery.checkpoint_every=2", "memory.levels.medium=null", "memory.levels.slow=null", "run.steps=60", *diverging)
     status, _, events = run_to_end(config)
     assert status.state == "failed" and status.exit_code == 1
     assert "not finite for 10 steps in a row" in status.message
@@ -91,18 +92,19 @@ def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
 
 @pytest.mark.slow
 def test_a_fault_that_comes_again_at_the_same_step_ends_the_run_with_a_usable_checkpoint(small, cluster):
-    config = small("memory.levels.fast.ranks=2", "run.steps=60", "recovery.window=2")
+    levels = ["memory.levels.fast.ranks=2", "memory.levels.medium=null"]
+    config = small(*levels, "run.steps=60", "recovery.window=2")
     status, _, _ = run_to_end(config, behaviours=Behaviours(level_rank=BrokenRank))
     assert (status.state, status.exit_code) == ("failed", 1)
     assert status.message == "level fast rank 1: ArithmeticError: broken on purpose; 3 times at step 3, given up"
     assert status.summary["recoveries"] == 2 and status.summary["checkpoint"].endswith("step_000000002")
     resumed, _, _ = run_to_end(resume_config(config.run.dir, ["run.steps=8"]), resume=True)
     assert resumed.state == "completed"
-    assert resumed.summary["digest"] == digest_plainly(train_plainly(small("memory.levels.fast.ranks=2", "run.steps=8"), 8)[0])
+    assert resumed.summary["digest"] == digest_plainly(train_plainly(small(*levels, "run.steps=8"), 8)[0])
 
 
 def test_stop_ends_the_run_with_a_checkpoint(small, cluster):
-    config = small("run.steps=100000")
+    config = small("memory.levels.medium=null", "memory.levels.slow=null", "run.steps=100000")
     status, rows, _ = run_to_end(config, during=lambda handle, rows: handle.request_stop() if rows else None)
     assert status.state == "stopped" and status.exit_code == 0
     assert status.summary["checkpoint"].endswith(f"step_{rows[-1]['step']:09d}")
@@ -135,7 +137,7 @@ def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_n
 
 def test_too_little_held_out_text_is_told_before_the_first_step(small, cluster, tmp_path):
     (tmp_path / "short.txt").write_text("a text that is shorter than one sequence\n")
-    status, rows, _ = run_to_end(small(f"data.sources=[{tmp_path}/short.txt]"))
+    status, rows, _ = run_to_end(small("model.kind=transformer", f"data.sources=[{tmp_path}/short.txt]"))
     assert (status.state, status.exit_code, rows) == ("failed", 2, [])
     assert status.message.startswith("data.eval_fraction is 0.2: the records held out do not fill one sequence of 32 tokens")
 

@@ -252,26 +252,23 @@ def test_under_ray_late_ranks_of_groups_of_two_change_no_bit(small, cluster):
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 20)[0])
 
 
-def test_under_ray_two_workers_agree_to_summation_order(small, cluster):
-    config = small("sequence.workers=2", "memory.levels.medium.ranks=2")
-    status, _, _ = run_to_end(config)
-    plain, _ = train_plainly(config, 20)
-    found = load_parameters(status.summary["checkpoint"])
+@pytest.mark.slow
+def test_under_ray_two_workers_agree_to_summation_order_and_repeat_their_bits_and_resume_to_them(small, cluster):
+    overrides = ["sequence.workers=2", "memory.levels.slow.ranks=2", "memory.levels.medium=null", "run.steps=12"]
+    config = small(*overrides, name="whole")
+    whole, _, _ = run_to_end(config)
+    run_to_end(small(*overrides, "run.stop_after=7", name="parts"))
+    resumed, _, _ = run_to_end(resume_config(small(name="parts").run.dir, []), resume=True)
+    assert resumed.summary["steps"] == 12 and resumed.summary["digest"] == whole.summary["digest"]
+    plain, _ = train_plainly(config, 12)
+    found = load_parameters(whole.summary["checkpoint"])
     assert found.keys() == plain.keys()
     for name, tensor in plain.items():
         error = torch.linalg.vector_norm(found[name] - tensor) / torch.linalg.vector_norm(tensor)
         assert error < 1e-5, f"{name}: {error:.2e}"
 
 
-@pytest.mark.slow
-def test_two_workers_repeat_their_bits_and_resume_to_them(small, cluster):
-    overrides = ["sequence.workers=2", "memory.levels.slow.ranks=2", "run.steps=12"]
-    whole, _, _ = run_to_end(small(*overrides, name="whole"))
-    run_to_end(small(*overrides, "run.stop_after=7", name="parts"))
-    resumed, _, _ = run_to_end(resume_config(small(name="parts").run.dir, []), resume=True)
-    assert resumed.summary["steps"] == 12 and resumed.summary["digest"] == whole.summary["digest"]
-
-
 def test_eager_mode_trains_with_two_workers(small, cluster):
-    status, rows, _ = run_to_end(small("exchange.mode=eager", "sequence.workers=2", "run.steps=30"))
+    config = small("exchange.mode=eager", "sequence.workers=2", "memory.levels.medium=null", "run.steps=30")
+    status, rows, _ = run_to_end(config)
     assert status.state == "completed" and rows[-1]["loss"] < rows[0]["loss"] - 0.5

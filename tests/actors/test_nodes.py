@@ -79,7 +79,7 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 600)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_on_one_node_keeps_its_copies_on_another_and_outlives_its_own(small, nodes):
     pair = "resources={cpus: 0.1, gpus: 0, threads: 1, custom: {pair: 1}}"
     levels = [f"memory.levels.{name}.{pair}" for name in ("fast", "medium", "slow")]

@@ -26,6 +26,26 @@ def at_three_moments(kind: str) -> list[Strike]:
 
 
 @pytest.mark.slow
+def test_one_fault_of_each_kind_changes_no_bit(small, cluster, tmp_path):
+    config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.checkpoint_every=12")
+    strikes = [
+        Strike("step", 10, ("sequence-0",)),
+        Strike("publish", 16, ("medium-0",), by="rank"),
+        Strike("step", 22, how="raise"),
+        Strike("point", 28, ("conductor",)),
+    ]
+    status, rows, events = run_to_end(config, behaviours=striking(tmp_path, strikes))
+    assert status.state == "completed" and struck(tmp_path) == 4, (status.message, events)
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
+    assert [row["step"] for row in rows] == list(range(1, 33))
+    written = [json.loads(line)["step"] for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert written == list(range(1, 33))
+    kinds = [set(recovery["kinds"]) for recovery in status.summary["recovery_log"]]
+    assert kinds == [{"died"}, {"died"}, {"raised"}, {"conductor"}], status.summary["recovery_log"]
+    assert sum("recovered in" in event or "the conductor was killed" in event for event in events) == 4
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
     config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.checkpoint_every=12")
@@ -56,6 +76,7 @@ def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path
     assert (set(killed["kinds"]), set(hung["kinds"])) == ({"died"}, {"hung"})
 
 
+@pytest.mark.chaos
 def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small, cluster, tmp_path):
     config = small(*POINTS, "recovery.hang_timeout_s=2")
     status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 14, ("conductor",), "stop")]))
@@ -63,6 +84,7 @@ def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small
     assert any("the conductor was killed and started again: 4 actors found" in event for event in events), events
 
 
+@pytest.mark.chaos
 def test_a_conductor_killed_while_the_run_starts_starts_it(small, cluster, tmp_path):
     config = small(*POINTS)
     status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("publish", 0, ("conductor",), by="rank")]))
@@ -70,7 +92,7 @@ def test_a_conductor_killed_while_the_run_starts_starts_it(small, cluster, tmp_p
     assert struck(tmp_path) == 1 and status.summary["recoveries"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_rank_killed_while_the_run_starts_is_a_recovery_that_names_it(small, cluster, tmp_path):
     config = small(*POINTS)
     status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("publish", 0, ("medium-0",), by="rank")]))
@@ -80,9 +102,10 @@ def test_a_rank_killed_while_the_run_starts_is_a_recovery_that_names_it(small, c
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("shard", ["none", "full"])
-def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path, shard):
+@pytest.mark.parametrize(("shard", "local_update"), [("none", "own"), ("full", "summed")])
+def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path, shard, local_update):
     overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1", "model.carry_state=true"]
+    overrides.append(f"memory.levels.fast={{delay: 1, local_update: {local_update}}}")
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
     # Two workers add up to the same bits whoever owns what.
     overrides.append(f"sequence.shard={shard}")

@@ -30,7 +30,7 @@ def test_stop_after_and_resume_give_the_digest_of_one_go(small, cluster):
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, cluster):
-    config = small("recovery.checkpoint_every=5", "recovery.keep=3")
+    config = small("recovery.checkpoint_every=5", "recovery.keep=3", "memory.levels.medium=null")
     whole, _, events = run_to_end(config)
     assert [e for e in events if "step_000000015 written" in e]
     newest = Path(whole.summary["checkpoint"])
@@ -113,7 +113,7 @@ def test_a_resumed_run_keeps_the_mlp_of_its_levels_and_how_they_learn_in_context
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
-    config = small("run.stop_after=2")
+    config = small("memory.levels.medium=null", "run.stop_after=2")
     run_to_end(config)
     changes = {
         "model.dim": 16,
@@ -133,7 +133,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
 
 
 def test_a_folder_without_a_whole_checkpoint_cannot_be_resumed(small, cluster):
-    config = small("run.stop_after=2")
+    config = small("model.kind=transformer", "run.stop_after=2")
     status, _, _ = run_to_end(config)
     (Path(status.summary["checkpoint"]) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no usable checkpoint; .*step_000000002: torn checkpoint: no manifest.json"):

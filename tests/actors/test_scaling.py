@@ -161,11 +161,17 @@ class SlowRank(LevelRank):
 @pytest.mark.slow
 def test_a_level_that_is_late_grows_by_its_policy(small, cluster):
     policy = "memory.levels.fast.autoscale={max: 2, target_lag: 0.5}"
-    config = small("run.steps=300", "recovery.window=50", "eval.every=0", policy)
-    status, _, events = run_to_end(config, behaviours=Behaviours(level_rank=SlowRank))
+    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", "memory.levels.medium=null", policy)
+    stopped = []
+
+    def during(handle, rows):
+        if not stopped and handle.client.describe().sizes["fast"] == 2:
+            stopped.append(handle.request_stop())
+
+    status, _, events = run_to_end(config, during=during, behaviours=Behaviours(level_rank=SlowRank))
     assert any(event == "level fast: 1 -> 2 ranks by its autoscale policy" for event in events), events
     assert status.summary["levels"][0]["ranks"] == 2
-    assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, status.summary["steps"])[0])
 
 
 def test_the_policy_grows_above_the_target_and_shrinks_where_half_of_it_would_be_kept():
