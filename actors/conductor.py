@@ -42,7 +42,7 @@ from nlray.config import Config
 from nlray.errors import RemoteTimeoutError, UserError
 from nlray.levels import LevelPlan
 
-POLL_S = 0.2
+POLL_S, MAX_POLL_S = 0.2, 1.0
 URGENT_POLL_S = 0.01
 SYMPTOM_S = 0.5  # an error is often seen before the death that explains it
 LINGER_S = 60.0  # a run that nobody follows keeps its conductor so long after its end
@@ -240,7 +240,12 @@ class Conductor(VaultHolder):
                 faults = [Fault("raised", "a change of sizes", self.watch.step, message, details)]
             if faults:
                 self._recover(faults)
-            time.sleep(URGENT_POLL_S if self.changes.is_urgent else POLL_S)
+            time.sleep(URGENT_POLL_S if self.changes.is_urgent else self._pause_s)
+
+    @property
+    def _pause_s(self) -> float:
+        """Seconds until the seats are asked again: an answer takes milliseconds of a core, so a tenth of a step where steps are long."""
+        return min(max(POLL_S, self.watch.step_s / 10), MAX_POLL_S)
 
     def _look(self) -> list[Fault]:
         """Take in what the seats report; return what went wrong."""

@@ -16,7 +16,7 @@ from nlray.actors.types import SEQUENCE, Role, WorkerReport
 class Watch:
     """Where a run is, as far as its seats have said.
 
-    step, totals: worker 0's, of its last report. is_running: the workers of the present generation have begun. committed: generation and
+    step, totals: worker 0's, of its last report. step_s: seconds of its last step, 0 before the first. is_running: the workers of the present generation have begun. committed: generation and
     step of the newest recovery point of which every piece has its copy; point: where that is held.
 
     Args:
@@ -32,6 +32,7 @@ class Watch:
         self.journal: Journal | None = None
         self.step = 0
         self.totals: dict[str, Any] = {}
+        self.step_s = 0.0
         self.is_running = False
         self.committed = (0, -1)
         self.point: Point | None = None
@@ -87,6 +88,9 @@ class Watch:
             return
         first, seats = reports[0], [m.report for m in self.members.all.values() if m.report is not None]
         self.step, self.totals = first.step, first.totals
+        if first.rows:
+            row = first.rows[-1]
+            self.step_s = row["tokens"] / row["step"] / row["tokens_per_second"]
         held, copied = sum(s.bytes_held for s in seats), sum(s.bytes_copied for s in seats)
         self.changes.observe(self.journal.add_rows(first.rows, points={"bytes_held": held, "bytes_copied": copied}))
         member = self.lineup.workers[0]

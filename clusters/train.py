@@ -103,7 +103,7 @@ def follow(
     signals: StopSignals | None = None,
     *,
     is_done: Callable[[], bool] = lambda: False,
-    poll_s: float = 0.2,
+    poll_s: float = 0.5,
 ) -> "RunStatus":
     """Show the run's progress until it has ended, or `is_done` says so; a noted signal asks the run to stop."""
     from nlray.actors.types import ENDED
