@@ -16,8 +16,9 @@ from nlray.actors.types import SEQUENCE, Role, WorkerReport
 class Watch:
     """Where a run is, as far as its seats have said.
 
-    step, totals: worker 0's, of its last report. step_s: seconds of its last step, 0 before the first. is_running: the workers of the present generation have begun. committed: generation and
-    step of the newest recovery point of which every piece has its copy; point: where that is held.
+    step, totals: worker 0's, of its last report. step_s: seconds of its last step, 0 before the first. is_running: the workers of the
+    present generation have begun. committed: generation and step of the newest recovery point of which every piece has its copy; point:
+    where that is held.
 
     Args:
         lineup: who sits where.
