@@ -209,6 +209,7 @@ def holds_run(run_dir: str) -> bool:
 
 def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
     """Join the cluster at `address`, or start one on this machine; return whether it was started here."""
+    leave_deaths_to_the_run()
     if ray.is_initialized() and address is None:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -221,6 +222,23 @@ def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
     # Not the cluster that RAY_ADDRESS or a local `ray start` offers: that is joined with --address.
     ray.init(address="local", num_cpus=max(cores, needed), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
+
+
+def leave_deaths_to_the_run() -> None:
+    """Have Ray not print a paragraph for every process that dies, as it does whatever `log_to_driver` is: the run has a line for each.
+
+    Ray has no setting for this. Whatever else a raylet says, of memory that ran out for example, is still printed.
+    """
+    printed = getattr(ray._private.worker, "print_to_stdstream", None)
+    if printed is None or hasattr(printed, "leaves_deaths"):
+        return
+
+    def others(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        if not all(line.startswith("A worker died or was killed while executing a task") for line in data["lines"]):
+            printed(data, *arguments, **options)
+
+    others.leaves_deaths = True
+    ray._private.worker.print_to_stdstream = others
 
 
 def check_not_running(config: Config) -> None:

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from nlray.actors.conductor import namespace_of
-from nlray.actors.launch import launch, resume_config
+from nlray.actors.launch import launch, leave_deaths_to_the_run, resume_config
 from nlray.actors.level import LevelRank
 from nlray.actors.locks import RunLock
 from nlray.actors.seat import Behaviours
@@ -140,6 +140,17 @@ def test_too_little_held_out_text_is_told_before_the_first_step(small, cluster, 
     status, rows, _ = run_to_end(small("model.kind=transformer", f"data.sources=[{tmp_path}/short.txt]"))
     assert (status.state, status.exit_code, rows) == ("failed", 2, [])
     assert status.message.startswith("data.eval_fraction is 0.2: the records held out do not fill one sequence of 32 tokens")
+
+
+def test_ray_prints_nothing_of_actors_that_die_but_what_else_it_has_to_say(monkeypatch):
+    printed = []
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", lambda data, ignore_prefix: printed.extend(data["lines"]))
+    for _ in range(2):
+        leave_deaths_to_the_run()
+    death = "A worker died or was killed while executing a task by an unexpected system error."
+    for line in death, "1 Workers were killed due to memory pressure (OOM).":
+        ray._private.worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert printed == ["1 Workers were killed due to memory pressure (OOM)."]
 
 
 def test_a_folder_that_a_run_is_writing_to_is_refused(small, tmp_path):

@@ -59,7 +59,7 @@ def node_of(handle, role: str) -> str:
 @pytest.mark.slow
 def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
     spot = "memory.levels.medium.resources={cpus: 0.1, gpus: 0, custom: {spot: 1}}"
-    overrides = ["run.steps=600", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", spot]
+    overrides = ["run.steps=240", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", spot]
     config = small(*overrides)
     lost, joined = [], []
 
@@ -67,7 +67,7 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
         if not lost and rows and rows[-1]["step"] >= 50:
             lost.append(node_of(handle, "medium-0"))
             kill_node(lost[0], timeout_s=20)
-        if not joined and rows and rows[-1]["step"] >= 300 and handle.client.describe().recoveries:
+        if not joined and rows and rows[-1]["step"] >= 120 and handle.client.describe().recoveries:
             nodes.add_node(num_cpus=3, resources={"spot": 4})
             joined.append(True)
 
@@ -76,7 +76,7 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
     (recovery,) = status.summary["recovery_log"]
     assert recovery["source"] == "memory" and f"was lost with its node {lost[0][:8]}" in recovery["message"], recovery
     assert set(recovery["kinds"]) == {"died"} and "medium-0" in recovery["roles"], recovery
-    assert status.summary["digest"] == digest_plainly(train_plainly(config, 600)[0])
+    assert status.summary["digest"] == digest_plainly(train_plainly(config, 240)[0])
 
 
 @pytest.mark.chaos
