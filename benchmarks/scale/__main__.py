@@ -21,6 +21,7 @@ from nlray.clusters.progress import format_bytes, format_count
 from nlray.config_loading import load_config
 from nlray.errors import UserError
 
+SETTINGS, STEPS = "1x1,1x2,1x3,2x1,2x2,2x3", 96  # of --check
 MODELS = ("hope-1.3b", str(Path(__file__).parent / "plan-70b.yaml"))
 GPUS = (8, 64, 512, 4096, 16384)
 COLUMNS = ("levels", "GPUs", "a worker", "exchange", "step s", "tokens/s", "computing", "stall", "busiest", "bytes/s", "full", "goodput")
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=4, help="sequences of each GPU in a step")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     parser.add_argument("--check", action="store_true", help="compare with real runs here, instead")
-    parser.add_argument("--settings", default="1x1,1x2,1x3,2x1,2x2,2x3", help="of --check: workers x ranks of each level")
-    parser.add_argument("--steps", type=int, default=96, help="of --check: steps of each run")
+    parser.add_argument("--settings", help=f"of --check: workers x ranks of each level (default: {SETTINGS})")
+    parser.add_argument("--steps", type=int, help=f"of --check: steps of each run (default: {STEPS})")
     args = parser.parse_intermixed_args(arguments)
     models = [a for a in args.arguments if "=" not in a]
     options = [a for a in args.arguments if "=" in a]
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.check:
             from benchmarks.scale.check import check
 
-            return check(models, options, settings=args.settings, num_steps=args.steps)
+            num_steps = STEPS if args.steps is None else args.steps
+            return check(models, options, settings=args.settings or SETTINGS, num_steps=num_steps)
+        if args.settings is not None or args.steps is not None:
+            raise UserError("--settings and --steps are those of --check; allowed: with it")
         gpus, places = numbers(args.gpus, "--gpus"), chosen(args.places)
         if args.sequences < 1:
             raise UserError(f"--sequences is {args.sequences}; allowed: 1 or more")

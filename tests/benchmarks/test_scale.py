@@ -309,6 +309,7 @@ def test_the_command_prints_a_row_for_each_case_and_saves_plots(tmp_path, capsys
         (["tiny", "--places", "moon"], "--places has 'moon'; allowed: pod, pods, regions"),
         (["tiny", "--sequences", "0"], "--sequences is 0; allowed: 1 or more"),
         (["tiny", "--check", "--settings", "1"], "--settings is '1'; allowed: WORKERSxRANKS"),
+        (["tiny", "--settings", "1x1"], "--settings and --steps are those of --check; allowed: with it"),
         (["tiny", "--check", "exchange.mode=eager"], "--check with exchange.mode=eager and 4 levels; allowed: delayed"),
         (["nothing"], "'nothing': no such preset or file"),
     ],
