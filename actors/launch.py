@@ -31,6 +31,7 @@ from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import checked_vocab_size
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints")
+DEATHS = ("A worker died or was killed while executing a task", "The node with node id: ", "Raylet is terminated.")
 
 
 def fixed_on_resume(config: Config) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
 
 
 def leave_deaths_to_the_run() -> None:
-    """Have Ray not print a paragraph for every process that dies, as it does whatever `log_to_driver` is: the run has a line for each.
+    """Have Ray not print a page for every process or node that dies, as it does whatever `log_to_driver` is: the run has a line for each.
 
     Ray has no setting for this. Whatever else a raylet says, of memory that ran out for example, is still printed.
     """
@@ -234,7 +235,7 @@ def leave_deaths_to_the_run() -> None:
         return
 
     def others(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
-        if not all(line.startswith("A worker died or was killed while executing a task") for line in data["lines"]):
+        if not all(line.startswith(DEATHS) for line in data["lines"]):
             printed(data, *arguments, **options)
 
     others.leaves_deaths = True

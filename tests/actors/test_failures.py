@@ -147,8 +147,9 @@ def test_ray_prints_nothing_of_actors_that_die_but_what_else_it_has_to_say(monke
     monkeypatch.setattr(ray._private.worker, "print_to_stdstream", lambda data, ignore_prefix: printed.extend(data["lines"]))
     for _ in range(2):
         leave_deaths_to_the_run()
-    death = "A worker died or was killed while executing a task by an unexpected system error."
-    for line in death, "1 Workers were killed due to memory pressure (OOM).":
+    worker = "A worker died or was killed while executing a task by an unexpected system error."
+    node = "Raylet is terminated. Termination is unexpected."
+    for line in worker, node, "1 Workers were killed due to memory pressure (OOM).":
         ray._private.worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
     assert printed == ["1 Workers were killed due to memory pressure (OOM)."]
 
