@@ -141,6 +141,7 @@ def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster,
     assert second["source"] == "storage" and second["restored"] in (8, 16, 24, 32, 40)
 
 
+@pytest.mark.chaos
 def test_a_fault_while_the_run_recovers_is_met_too(small, cluster, tmp_path):
     strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 8, ("conductor",), by="rank")]
     config = small(*POINTS, "model.carry_state=true", "data.stream.lane_blocks=6")
