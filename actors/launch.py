@@ -31,6 +31,7 @@ from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import checked_vocab_size
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints")
+# How the pages begin that Ray prints of deaths.
 DEATHS = ("A worker died or was killed while executing a task", "The node with node id: ", "Raylet is terminated.")
 
 
