@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from fsspec.core import url_to_fs
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from nlray.actors.conductor import namespace_of
@@ -28,6 +27,7 @@ from nlray.config import Config, RunConfig
 from nlray.config_loading import parse_config
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
 from nlray.metrics import SUMMARY, read_events, read_json, read_rows
+from nlray.storage import locate
 
 CONNECT_S = 10.0
 START_S = 30.0  # from config.yaml, which the launch writes, to state.json, which the conductor does
@@ -196,7 +196,7 @@ class Records:
 
 def read_records(run_dir: str) -> Records | None:
     """Return what a run's folder or URL says; None if it holds no run."""
-    fs, path = url_to_fs(run_dir)
+    fs, path = locate(run_dir)
     file = f"{path.rstrip('/')}/config.yaml"
     if not fs.exists(file):
         return None

@@ -41,6 +41,7 @@ from nlray.actors.watch import Watch
 from nlray.config import Config
 from nlray.errors import RemoteTimeoutError, UserError
 from nlray.levels import LevelPlan
+from nlray.storage import is_local
 
 POLL_S, MAX_POLL_S = 0.2, 1.0
 URGENT_POLL_S = 0.01
@@ -177,7 +178,7 @@ class Conductor(VaultHolder):
     def _supervised_run(self) -> None:
         lock = None
         try:
-            if "://" not in self.run.dir:
+            if is_local(self.run.dir):
                 lock = RunLock(self.run.dir, wait_s=self.timeout_s)
             self.journal = self.watch.journal = Journal(self.run.dir)
             state = self.journal.load_state()

@@ -4,15 +4,16 @@
 `state.json`: what a conductor that is started again needs. All under the run's folder.
 """
 
+import json
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from nlray.checkpoint import write_json
 from nlray.config import Config
 from nlray.config_loading import config_to_yaml
-from nlray.metrics import MetricsWriter, read_events, read_json, read_rows, replace_file
+from nlray.metrics import MetricsWriter, read_events, read_json, read_rows
+from nlray.storage import write_file
 
 STATE = "state.json"
 MAX_ROWS_HELD = 10_000  # for askers; metrics.jsonl has them all
@@ -65,11 +66,11 @@ class Journal:
         return read_json(f"{self.run_dir}/{STATE}")
 
     def save_state(self, state: dict[str, Any]) -> None:
-        write_json(f"{self.run_dir}/{STATE}", state)
+        write_file(f"{self.run_dir}/{STATE}", json.dumps(state, indent=1).encode())
 
     def save_config(self, config: Config) -> None:
         """Replace `config.yaml`, which a resume goes by."""
-        replace_file(f"{self.run_dir}/config.yaml", config_to_yaml(config).encode())
+        write_file(f"{self.run_dir}/config.yaml", config_to_yaml(config).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._metrics.write_summary(summary)

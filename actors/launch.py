@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
-from fsspec.core import url_to_fs
 
 from nlray.actors.attach import Follower, RunClient, join
 from nlray.actors.conductor import Conductor, namespace_of
@@ -29,6 +28,7 @@ from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter, read_events
 from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import checked_vocab_size
+from nlray.storage import absolute, is_local, locate, write_file
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints")
 # How the pages begin that Ray prints of deaths.
@@ -127,7 +127,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         check_fit(actors, nodes)
         check_kernels(config, actors)
         check_not_running(config)
-        if len(nodes) > 1 and "://" not in config.run.dir:
+        if len(nodes) > 1 and is_local(config.run.dir):
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
         prepare_dir(config, checkpoint)
         num_events = len(read_events(config.run.dir))
@@ -160,11 +160,6 @@ def resolve(config: Config) -> Config:
     return resolve_threads(with_run(config, dir=absolute(config.run.dir)))
 
 
-def absolute(path: str) -> str:
-    """Return a local path as an absolute one; URLs and `stdlib:` stay."""
-    return path if "://" in path or path.startswith("stdlib:") else os.path.abspath(path)
-
-
 def check_ranks(config: Config, plans: list[LevelPlan]) -> None:
     for plan in plans:
         if plan.ranks > len(plan.tensors):
@@ -181,7 +176,7 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
     Raises:
         UserError: `run_dir` holds no run.
     """
-    fs, path = url_to_fs(run_dir)
+    fs, path = locate(run_dir)
     file = posixpath.join(path, "config.yaml")
     if not fs.exists(file):
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
@@ -205,7 +200,7 @@ def check_resume(config: Config, checkpoint: str) -> None:
 
 
 def holds_run(run_dir: str) -> bool:
-    fs, path = url_to_fs(run_dir)
+    fs, path = locate(run_dir)
     return any(fs.exists(posixpath.join(path, name)) for name in RUN_FILES)
 
 
@@ -247,13 +242,13 @@ def check_not_running(config: Config) -> None:
     """Raise UserError where a run is going on in `run.dir`, or one of this name in this cluster."""
     if any(actor["namespace"] == namespace_of(config.run.name) for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise UserError(f"run.name: a run {config.run.name} is going on in this cluster")
-    if "://" not in config.run.dir and os.path.isdir(config.run.dir):
+    if is_local(config.run.dir) and os.path.isdir(config.run.dir):
         RunLock(config.run.dir).close()
 
 
 def prepare_dir(config: Config, checkpoint: str | None) -> None:
     """Make the run's folder ready: fresh, replaced, or cut back to the checkpoint that is resumed."""
-    fs, path = url_to_fs(config.run.dir)
+    fs, path = locate(config.run.dir)
     if checkpoint is None:
         for name in RUN_FILES:
             if fs.exists(posixpath.join(path, name)):
@@ -266,4 +261,4 @@ def prepare_dir(config: Config, checkpoint: str | None) -> None:
         if fs.exists(posixpath.join(path, "state.json")):
             fs.rm(posixpath.join(path, "state.json"))
     fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(posixpath.join(path, "config.yaml"), config_to_yaml(with_run(config, overwrite=False)).encode())
+    write_file(posixpath.join(config.run.dir, "config.yaml"), config_to_yaml(with_run(config, overwrite=False)).encode())

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import fsspec
 import yaml
 
 from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config
 from nlray.config_loading import config_from_dict
 from nlray.errors import CheckpointError, UserError
+from nlray.storage import locate
 
 if TYPE_CHECKING:
     from nlray.pipelines.tokenizers import Tokenizer
@@ -54,8 +54,8 @@ def checkpoint_config(checkpoint: str) -> Config:
     run_dir = posixpath.dirname(posixpath.dirname(checkpoint.rstrip("/")))
     url = posixpath.join(run_dir, "config.yaml")
     try:
-        with fsspec.open(url, "r") as file:
-            return config_from_dict(yaml.safe_load(file.read()), where=url)
+        fs, path = locate(url)
+        return config_from_dict(yaml.safe_load(fs.cat_file(path)), where=url)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error
 

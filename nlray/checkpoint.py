@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from nlray.errors import CheckpointError
+from nlray.storage import locate, write_file
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -74,9 +74,7 @@ def write_part(url: str, file: str, tensors: Mapping[str, Any]) -> FilePart:
     from safetensors.torch import save
 
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    fs, path = url_to_fs(url)
-    fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(posixpath.join(path, file), data)
+    write_file(posixpath.join(url, file), data)
     parameters = {name.removeprefix("param/"): describe(t) for name, t in tensors.items() if name.startswith("param/")}
     return FilePart(file, len(data), hashlib.sha256(data).hexdigest(), parameters, list(tensors))
 
@@ -86,16 +84,8 @@ def write_manifest(url: str, step: int, parts: list[FilePart], state: Mapping[st
     parameters = {name: what for part in parts for name, what in part.parameters.items()}
     files = {p.file: {"size_bytes": p.size_bytes, "sha256": p.sha256, "tensors": p.tensors} for p in parts}
     manifest = Manifest(step, parameter_digest(parameters), files, dict(state))
-    write_json(posixpath.join(url, MANIFEST), asdict(manifest))
+    write_file(posixpath.join(url, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
     return manifest
-
-
-def write_json(url: str, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    fs, path = url_to_fs(url)
-    fs.makedirs(posixpath.dirname(path), exist_ok=True)
-    fs.pipe_file(path + ".part", json.dumps(value, indent=1).encode())
-    fs.mv(path + ".part", path)
 
 
 def read_manifest(url: str, *, verify: bool = True) -> Manifest:
@@ -104,7 +94,7 @@ def read_manifest(url: str, *, verify: bool = True) -> Manifest:
     Raises:
         CheckpointError: no manifest, another format, or a file that is missing or differs; says which.
     """
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     try:
         plain = json.loads(fs.cat_file(posixpath.join(path, MANIFEST)))
         manifest = Manifest(**plain)
@@ -136,7 +126,7 @@ def _verify_file(url: str, fs: fsspec.AbstractFileSystem, path: str, file: str, 
 
 def list_checkpoints(run_dir: str) -> list[str]:
     """Return the URLs of a run's checkpoint folders, newest first, whole or torn."""
-    fs, path = url_to_fs(run_dir)
+    fs, path = locate(run_dir)
     folder = posixpath.join(path, "checkpoints")
     if not fs.exists(folder):
         return []
@@ -152,7 +142,7 @@ def latest_checkpoint(run_dir: str, *, warn: Callable[[str], None] = logger.warn
     Raises:
         CheckpointError: there is none.
     """
-    fs, path = url_to_fs(run_dir)
+    fs, path = locate(run_dir)
     candidates = [run_dir] if fs.exists(posixpath.join(path, MANIFEST)) else list_checkpoints(run_dir)
     torn = []
     for url in candidates:
@@ -173,7 +163,7 @@ def load_tensors(url: str, wanted: Callable[[str], bool], manifest: Manifest | N
     from safetensors.torch import load
 
     manifest = manifest or read_manifest(url)
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     local = getattr(fs, "protocol", "") in ("file", ("file", "local"))
     found: dict[str, Any] = {}
     for file, what in manifest.files.items():
@@ -192,7 +182,7 @@ def load_tensors(url: str, wanted: Callable[[str], bool], manifest: Manifest | N
 
 def read_shapes(url: str, manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint, from the headers of its files."""
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest.files:
         with fs.open(posixpath.join(path, file), "rb") as stream:
@@ -212,10 +202,10 @@ def load_parameters(url: str, manifest: Manifest | None = None) -> dict[str, Any
 
 def delete_old_checkpoints(run_dir: str, keep: int) -> list[str]:
     """Delete all but the newest `keep` whole checkpoints and any torn one older than those; return what went."""
-    fs, _ = url_to_fs(run_dir)
+    fs, _ = locate(run_dir)
     whole, gone = 0, []
     for url in list_checkpoints(run_dir):
-        path = url_to_fs(url)[1]
+        path = locate(url)[1]
         if whole >= keep:
             # The manifest goes first, so that a deletion cut short leaves a torn folder, not a false one.
             if fs.exists(posixpath.join(path, MANIFEST)):

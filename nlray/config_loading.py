@@ -112,13 +112,13 @@ def _read_source(source: str | None) -> tuple[str, str]:
 
 def _read_init(init: str) -> tuple[str, str]:
     """Return name and text of the configuration that belongs to a run's folder or one of its checkpoints: what the parameters need."""
-    import fsspec
+    from nlray.storage import locate
 
     run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
     name = f"{run_dir}/config.yaml"
     try:
-        with fsspec.open(name, "r") as file:
-            plain = OmegaConf.to_container(OmegaConf.create(file.read()))
+        fs, path = locate(name)
+        plain = OmegaConf.to_container(OmegaConf.create(fs.cat_file(path).decode()))
     except (OSError, ValueError, ImportError, YAMLError) as error:
         raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`") from error
     kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}

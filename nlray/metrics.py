@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from nlray.storage import locate, write_file
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -72,14 +73,14 @@ class MetricsWriter:
         """Remove the rows after `step` and what a crash left of a half-written one; TensorBoard hides its own from there."""
         kept = [row for row in read_rows(self._run_dir) if row["step"] <= step]
         self._rows.close()
-        replace_file(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
+        write_file(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._rows = _open_log(_join(self._run_dir, METRICS), self._interval_s)
         self._events.close()
         self._events = self._new_event_file(purge_from=step + 1)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader sees the old one or the new one."""
-        replace_file(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
+        write_file(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
 
     @property
     def is_written_out(self) -> bool:
@@ -117,12 +118,12 @@ def read_events(run_dir: str) -> list[dict[str, Any]]:
 
 def read_json(url: str) -> Any | None:
     """Return what a JSON file holds; None if there is no such file."""
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
 
 def _read_lines(url: str) -> list[dict[str, Any]]:
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     if not fs.exists(path):
         return []
     *lines, _ = fs.cat_file(path).split(b"\n")
@@ -153,27 +154,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def replace_file(url: str, data: bytes) -> None:
-    """Write a whole file so that a reader, or a crash, never meets half of it."""
-    fs, path = url_to_fs(url)
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    if not isinstance(fs, LocalFileSystem):
-        # An object appears when it is complete.
-        fs.pipe_file(path, data)
-        return
-    with open(path + ".part", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
-
-
 def _write_event(log: "_Log", event: Event) -> None:
     RecordWriter(log).write(event.SerializeToString())
 
 
 def _open_log(url: str, interval_s: float) -> "_Log":
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     fs.makedirs(fs._parent(path), exist_ok=True)
     return _AppendLog(path) if isinstance(fs, LocalFileSystem) else _WholeFileLog(url, interval_s)
 
@@ -216,7 +202,7 @@ class _WholeFileLog:
     """A file on a store that cannot append: kept in memory and written whole now and then."""
 
     def __init__(self, url: str, interval_s: float) -> None:
-        fs, path = url_to_fs(url)
+        fs, path = locate(url)
         self._url, self._interval_s = url, interval_s
         self._data = bytearray(fs.cat_file(path) if fs.exists(path) else b"")
         self._written = len(self._data)
@@ -227,7 +213,7 @@ class _WholeFileLog:
 
     def flush(self, *, force: bool = False) -> None:
         if self._written < len(self._data) and (force or time.monotonic() - self._last_s >= self._interval_s):
-            replace_file(self._url, bytes(self._data))
+            write_file(self._url, bytes(self._data))
             self._written, self._last_s = len(self._data), time.monotonic()
 
     @property

@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nlray.config import SourceConfig
 from nlray.errors import DataError
+from nlray.storage import locate
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def list_files(config: SourceConfig, *, where: str) -> list[File]:
         DataError: no such path, nothing that matches, or a file system that cannot be used.
     """
     try:
-        fs, path = fsspec.core.url_to_fs(config.path)
+        fs, path = locate(config.path)
         found = _find(fs, path, config.format)
     except ImportError as error:
         raise DataError(f"{where}: {config.path}: this kind of URL needs a package that is not installed: {one_line(error)}") from error

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Protocol
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import tokenizers
@@ -13,6 +12,7 @@ from nlray.config import Config
 from nlray.errors import DataError, UserError
 from nlray.pipelines.files import one_line
 from nlray.pipelines.order import offsets
+from nlray.storage import locate
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
 """Names of the end-of-document token, in the order they are looked for."""
@@ -130,8 +130,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     allowed = "allowed: bytes, or a Hugging Face tokenizers JSON file"
     try:
-        with fsspec.open(name, "rb") as file:
-            content = file.read()
+        fs, path = locate(name)
+        content = fs.cat_file(path)
     except (OSError, ValueError, ImportError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {one_line(error)}"
         raise DataError(f"data.tokenizer: {name}: {reason}; {allowed}") from error

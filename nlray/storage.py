@@ -1,0 +1,99 @@
+"""Paths and URLs: what every file of nlray is named by, opened by and written by; on local disks and on any fsspec URL.
+
+    url = absolute("~/runs/demo")            # what a configuration holds: an absolute path or a URL
+    fs, path = locate(url)                   # every file system is reached through here
+    write_file(f"{url}/state.json", data)    # the old file or the new one, after a crash or a lost power supply too
+"""
+
+import os
+import posixpath
+from contextlib import suppress
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from nlray.errors import UserError
+
+_FILE_SCHEMES = ("file://", "local://")
+
+
+def is_local(url: str) -> bool:
+    """Return whether a path or URL is of this machine's own file system."""
+    return "://" not in url or url.startswith(_FILE_SCHEMES)
+
+
+def absolute(url: str) -> str:
+    """Return a local path as an absolute one, `~` and `file://` resolved; other URLs and `stdlib:` stay.
+
+    Raises:
+        UserError: an empty path, or `~` where the user has no home.
+    """
+    if not url:
+        raise UserError("'' is no path; allowed: a file, a folder or a URL")
+    if not is_local(url) or url.startswith("stdlib:"):
+        return url
+    path = url if "://" not in url else LocalFileSystem._strip_protocol(url)
+    if path.startswith("~"):
+        path = os.path.expanduser(path)
+        if path.startswith("~"):
+            raise UserError(f"{url}: {path.split('/')[0]} has no home folder here; allowed: a path without ~")
+    return os.path.abspath(path)
+
+
+def locate(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a path or URL, and the path within it.
+
+    A path without `://` is always a local one: `a::b.jsonl` is a file of that name, not a chain of URLs.
+
+    Raises:
+        ImportError, ValueError: a kind of URL that nothing installed can read.
+    """
+    if is_local(url):
+        return LocalFileSystem(), absolute(url)
+    return url_to_fs(url)
+
+
+def lies_in(url: str, folder: str) -> bool:
+    """Return whether a path or URL is `folder` or below it; links of local paths are followed."""
+    if is_local(url) != is_local(folder):
+        return False
+    if is_local(url):
+        inner, outer = (os.path.realpath(absolute(u)) for u in (url, folder))
+    else:
+        inner, outer = url.rstrip("/"), folder.rstrip("/")
+    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+
+
+def write_file(url: str, data: bytes) -> None:
+    """Write a whole file so that a reader, or a crash, meets the old one or the new one, never half of it.
+
+    On a local disk the data and the folder's entry are on the disk when this returns; a store shows an object when it is complete.
+    """
+    fs, path = locate(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """Bring a local folder's entries to the disk: names that were made, replaced or removed in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

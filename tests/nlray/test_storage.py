@@ -1,0 +1,70 @@
+import os
+import subprocess
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from nlray.errors import UserError
+from nlray.storage import absolute, is_local, lies_in, locate, write_file
+
+
+def test_every_form_of_a_local_path_becomes_the_same_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forms = ["c.jsonl", "./c.jsonl", "~/c.jsonl", f"file://{tmp_path}/c.jsonl", f"local://{tmp_path}/c.jsonl", f"{tmp_path}/x/../c.jsonl"]
+    assert {absolute(form) for form in forms} == {str(tmp_path / "c.jsonl")}
+    assert all(is_local(form) for form in forms)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a", "memory://a", "stdlib:", "simplecache::s3://bucket/a"])
+def test_other_urls_stay_as_they_are(url: str):
+    assert absolute(url) == url
+
+
+def test_a_path_without_a_scheme_is_a_file_whatever_is_in_its_name(tmp_path: Path):
+    (tmp_path / "a::b.jsonl").write_text("{}")
+    fs, path = locate(f"{tmp_path}/a::b.jsonl")
+    assert fs.isfile(path) and fs.protocol == ("file", "local")
+
+
+@pytest.mark.parametrize("path", ["", "~nobody-of-this-name/x"])
+def test_a_path_that_names_nothing_is_told(path: str):
+    with pytest.raises(UserError, match="allowed"):
+        absolute(path)
+
+
+def test_links_do_not_hide_that_a_path_lies_in_a_folder(tmp_path: Path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert lies_in(f"{tmp_path}/link/checkpoints", f"{tmp_path}/run")
+    assert lies_in(f"file://{tmp_path}/run", str(tmp_path / "link"))
+    assert not lies_in(f"{tmp_path}/run2", f"{tmp_path}/run")
+    assert lies_in("s3://b/run/x", "s3://b/run/") and not lies_in("s3://b/run2", "s3://b/run") and not lies_in("/b/run", "s3://b/run")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    url = str(tmp_path / "state.json")
+    write_file(url, b"old")
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(os, "fsync", fails)
+        write_file(url, b"new")
+    assert Path(url).read_bytes() == b"old" and os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_store_gets_the_whole_object():
+    write_file("memory://test-storage/a/b.json", b"data")
+    assert fsspec.filesystem("memory").cat_file("/test-storage/a/b.json") == b"data"
+
+
+def test_file_systems_are_reached_through_one_module():
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        ["grep", "-rlE", r"url_to_fs|fsspec\.open|\"://\"", "--include=*.py", "nlray", "pipelines", "actors", "clusters"],
+        cwd=root, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert set(found) <= {"nlray/storage.py"}
