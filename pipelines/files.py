@@ -1,6 +1,7 @@
 """The files of a source: a file, a folder or a glob on any fsspec URL, in sorted order."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nlray.config import SourceConfig
 from nlray.errors import DataError
+from nlray.pipelines import compressed
+from nlray.pipelines.compressed import ForwardReader, SeekableText, compression_of
 from nlray.storage import locate
 
 logger = logging.getLogger(__name__)
@@ -25,19 +28,22 @@ ENDINGS = {
     ),
 }
 """Endings by format; any other ending is read as text where the file is named by its path or a glob."""
+_THREADS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class File:
-    """One file of a source on some fsspec file system."""
+    """One file of a source on some fsspec file system. What is read of a compressed file is its text."""
 
     fs: Any
     path: str
     """Path inside the file system, without the protocol."""
     size: int
-    """Bytes."""
+    """Bytes of the text, of a compressed file after decompression."""
     format: str
     """parquet, arrow, jsonl or text."""
+    compression: str | None = None
+    """gzip, zstd, bz2 or xz; None: not compressed."""
 
     @cached_property
     def name(self) -> str:
@@ -49,14 +55,28 @@ class File:
         return isinstance(self.fs, LocalFileSystem)
 
     def open(self, *, memory_map: bool = False) -> pa.NativeFile:
-        """Open for random access; `memory_map` only matters for local files."""
+        """Open for random access, a compressed file for one pass; `memory_map` only matters for local files."""
+        if self.compression is not None:
+            return pa.PythonFile(SeekableText(ForwardReader(self.fs, self.path, self.compression), self.size), mode="r")
         if not self.is_local:
             return pa.PythonFile(self.fs.open(self.path, "rb"), mode="r")
         return pa.memory_map(self.path) if memory_map else pa.OSFile(self.path)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return bytes start .. stop - 1 (fewer at the end of the file)."""
-        return self.fs.cat_file(self.path, start=start, end=min(stop, self.size)) if start < min(stop, self.size) else b""
+        """Return bytes start .. stop - 1 (fewer at the end of the file); fast for a compressed file only where reads go forward."""
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        return self._text.read(start, stop) if self.compression is not None else self.fs.cat_file(self.path, start=start, end=stop)
+
+    def close(self) -> None:
+        """Drop what `read` keeps open of a compressed file; it can be read again."""
+        if self.compression is not None:
+            self._text.close()
+
+    @cached_property
+    def _text(self) -> ForwardReader:
+        return ForwardReader(self.fs, self.path, str(self.compression))
 
 
 def one_line(error: BaseException) -> str:
@@ -87,13 +107,38 @@ def list_files(config: SourceConfig, *, where: str) -> list[File]:
         raise DataError(f"{where}: {config.path}: no such file or folder")
     if not found:
         raise DataError(f"{where}: {config.path}: no file matches; {_what_matches(fs, path, config.format)}")
-    return [File(fs, name, int(found[name]["size"]), _format(name, config.format)) for name in sorted(found)]
+
+    def inspect(name: str) -> File:
+        try:
+            return _inspect(fs, name, int(found[name]["size"]), config.format)
+        except Exception as error:  # as above
+            raise DataError(f"{where}: {name}: cannot be read: {one_line(error)}") from error
+
+    with ThreadPoolExecutor(_THREADS if len(found) > 1 else 1) as pool:
+        return list(pool.map(inspect, sorted(found)))
+
+
+def _inspect(fs: Any, path: str, size: int, wanted: str) -> File:
+    """Return the file with its format, and where its text is compressed the length of the text, for which it is read once."""
+    file_format = _format(path, wanted)
+    is_text = file_format not in ("parquet", "arrow")
+    compression = compression_of(fs.cat_file(path, start=0, end=min(size, 16))) if size and is_text else None
+    if compression is not None:
+        size = ForwardReader(fs, path, compression).count()
+    return File(fs=fs, path=path, size=size, format=file_format, compression=compression)
 
 
 def _format(path: str, wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    return next((name for name, endings in ENDINGS.items() if path.lower().endswith(endings)), "text")
+    name = plain_name(path)
+    return next((name_ for name_, endings in ENDINGS.items() if name.endswith(endings)), "text")
+
+
+def plain_name(path: str) -> str:
+    """Return a path in small letters without the ending of a compressed file: what its format is looked up by."""
+    name = path.lower()
+    return next((name.removesuffix(ending) for ending in compressed.ENDINGS if name.endswith(ending)), name)
 
 
 def _find(fs: Any, path: str, wanted: str) -> dict[str, dict] | None:
@@ -111,7 +156,7 @@ def _in_folder(found: dict[str, dict], prefix: int, wanted: str) -> dict[str, di
     visible = {name: info for name, info in found.items() if not any(p.startswith(".") for p in name[prefix:].split("/"))}
 
     def having(endings: tuple[str, ...]) -> dict[str, dict]:
-        return {name: info for name, info in visible.items() if name.lower().endswith(endings)}
+        return {name: info for name, info in visible.items() if plain_name(name).endswith(endings)}
 
     if wanted != "auto":
         return having(ENDINGS[wanted])

@@ -3,7 +3,7 @@
 `open_source(config)` gives the source that the stream reads; `check_sources(config)` tells every mistake before work starts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,21 +26,24 @@ _OPENING_THREADS = 16
 class Source:
     """The units of all files of one source, numbered in the order of the files."""
 
-    def __init__(self, config: SourceConfig, readers: list[Reader], *, where: str) -> None:
-        """`where` is the key that messages name; raise DataError where the files hold no unit."""
+    def __init__(self, config: SourceConfig, readers: list[Reader], *, where: str, files: Sequence[File] = ()) -> None:
+        """`where` is the key that messages name, `files` those of the readers; raise DataError where the files hold no unit."""
         self.path, self.where = config.path, where
-        self._readers = readers
+        self._readers, self._files = readers, files
         self._first_unit = np.cumsum([0, *(len(reader.sequence) for reader in readers)])
         self.num_units = int(self._first_unit[-1])
         """Units of the source."""
         if self.num_units == 0:
             raise DataError(f"{where}: {config.path}: no text in {_count(readers)}")
-        first_sequence = np.cumsum([0, *(int(r.sequence[-1]) + 1 if len(r.sequence) else 0 for r in readers)])
-        self.sequence = np.concatenate([r.sequence + first for r, first in zip(readers, first_sequence, strict=False)])
+        # A compressed file is read forward, so all its units stay together.
+        is_forward = [file.compression is not None for file in files] or [False]
+        sequences = [r.sequence * (0 if forward else 1) for r, forward in zip(readers, is_forward, strict=True)]
+        first_sequence = np.cumsum([0, *(int(sequence[-1]) + 1 if len(sequence) else 0 for sequence in sequences)])
+        self.sequence = np.concatenate([sequence + first for sequence, first in zip(sequences, first_sequence, strict=False)])
         """int64 [units], ascending; units with equal values have to stay one after the other."""
         self.tag_columns = [TAG] if config.path == STDLIB else list(config.tag_columns)
         """Names of the tags that every record has."""
-        self._open: Reader | None = None
+        self._open: int | None = None
 
     def read(self, unit: int) -> Records:
         """Return the unit's records that have text, in the order of the file: large binary text, tags without nulls ("" instead).
@@ -48,11 +51,11 @@ class Source:
         Raises:
             DataError: the file cannot be read.
         """
-        reader, index = self._locate(unit)
-        if self._open is not None and self._open is not reader:
-            self._open.close()
-        self._open = reader
-        records = reader.read(index)
+        place, index = self._locate(unit)
+        if self._open != place:
+            self.close()
+        self._open = place
+        records = self._readers[place].read(index)
         text = records.text.cast(pa.large_binary())
         has_text = pc.fill_null(pc.greater(pc.binary_length(text), 0), False)
         tags = {name: pc.fill_null(values, "") for name, values in records.tags.items()}
@@ -62,11 +65,12 @@ class Source:
 
     def is_in_pieces(self, unit: int) -> bool:
         """Return whether the unit's records are consecutive pieces of one document, which are never shuffled."""
-        return isinstance(self._locate(unit)[0], TextReader)
+        return isinstance(self._readers[self._locate(unit)[0]], TextReader)
 
     def continuation(self, unit: int, following: int | None) -> bytes | None:
         """Return the first record of unit `following` where it goes on with the last document of `unit`, else None."""
-        reader, index = self._locate(unit)
+        place, index = self._locate(unit)
+        reader = self._readers[place]
         if following != unit + 1 or not isinstance(reader, TextReader) or index + 1 == len(reader.sequence):
             return None
         return reader.first_record(index + 1)
@@ -74,7 +78,9 @@ class Source:
     def close(self) -> None:
         """Close what reading keeps open; the source can be read again."""
         if self._open is not None:
-            self._open.close()
+            self._readers[self._open].close()
+            for file in self._files[self._open : self._open + 1]:
+                file.close()
 
     def check_has_text(self) -> None:
         """Read units until one holds text; raise DataError where none does."""
@@ -82,9 +88,10 @@ class Source:
             raise DataError(f"{self.where}: {self.path}: no text in {_count(self._readers)}: every record is null or empty")
         self.close()
 
-    def _locate(self, unit: int) -> tuple[Reader, int]:
-        index = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
-        return self._readers[index], unit - int(self._first_unit[index])
+    def _locate(self, unit: int) -> tuple[int, int]:
+        """Return the place of the unit's file, and the unit's number in it."""
+        place = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
+        return place, unit - int(self._first_unit[place])
 
 
 def open_source(config: SourceConfig, *, index: int = 0) -> Source:
@@ -103,11 +110,14 @@ def open_source(config: SourceConfig, *, index: int = 0) -> Source:
         return Source(config, [StdlibReader(where=where)], where=where)
 
     def open_reader(file: File) -> Reader:
-        return _READERS[file.format](file, config, where=where)
+        try:
+            return _READERS[file.format](file, config, where=where)
+        finally:
+            file.close()
 
     files = list_files(config, where=where)
     with ThreadPoolExecutor(_OPENING_THREADS if len(files) > 1 else 1) as pool:
-        return Source(config, list(pool.map(open_reader, files)), where=where)
+        return Source(config, list(pool.map(open_reader, files)), where=where, files=files)
 
 
 def check_sources(config: DataConfig) -> None:
