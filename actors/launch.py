@@ -16,6 +16,7 @@ from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.nodes import HEAD_RESOURCE
 from nlray.actors.one_sided import check_installed
 from nlray.actors.placement import check_fit, check_kernels, cpus_needed, plan_actors, resolve_threads
+from nlray.actors.rescale import check_workers
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
@@ -23,14 +24,14 @@ from nlray.checkpoint import latest_checkpoint, read_manifest
 from nlray.config import Config
 from nlray.config_loading import config_to_yaml, parse_config, with_run
 from nlray.errors import UserError
-from nlray.initial import check_initial
+from nlray.initial import INITIAL, check_initial, keep_initial
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter, read_events
 from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import checked_vocab_size
 from nlray.storage import absolute, is_local, locate, write_file
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints", INITIAL)
 # How the pages begin that Ray prints of deaths.
 DEATHS = ("A worker died or was killed while executing a task", "The node with node id: ", "Raylet is terminated.")
 
@@ -38,7 +39,10 @@ DEATHS = ("A worker died or was killed while executing a task", "The node with n
 def fixed_on_resume(config: Config) -> dict[str, Any]:
     """Return what a resumed run must keep, by key: anything else may change."""
     keys: dict[str, Any] = {
+        "init": config.init,
         "run.seed": config.run.seed,
+        # What compression has left over of the gradients is in the checkpoint as codes of that kind leave it.
+        "exchange.compression": config.exchange.compression,
         "memory.hidden": config.memory.hidden,
         "memory.variant": config.memory.variant,
         "memory.layout": config.memory.layout,
@@ -107,6 +111,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
     config = resolve(config)
     plans = level_plans(config, config.model.vocab_size)
     check_ranks(config, plans)
+    check_workers(config)
     if config.exchange.transport == "nixl":
         check_installed()
     notes: list[str] = []
@@ -115,7 +120,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         checkpoint = latest_checkpoint(config.run.dir, warn=notes.append)
         check_resume(config, checkpoint)
     else:
-        check_initial(config, parameter_shapes(config, config.model.vocab_size))
+        config = replace(config, init=check_initial(config, parameter_shapes(config, config.model.vocab_size)))
     if not resume and not config.run.overwrite and holds_run(config.run.dir):
         raise UserError(
             f"run.dir: {config.run.dir} already holds a run; use `nlray resume {config.run.dir}`, or run.overwrite=true to replace it"
@@ -129,6 +134,8 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         check_not_running(config)
         if len(nodes) > 1 and is_local(config.run.dir):
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
+        if not resume:
+            config = keep_initial(config)
         prepare_dir(config, checkpoint)
         num_events = len(read_events(config.run.dir))
         # On the head node: without that Ray's own state is lost too, so no other node takes the conductor with it.
@@ -251,7 +258,8 @@ def prepare_dir(config: Config, checkpoint: str | None) -> None:
     fs, path = locate(config.run.dir)
     if checkpoint is None:
         for name in RUN_FILES:
-            if fs.exists(posixpath.join(path, name)):
+            is_stale = name != INITIAL or config.init is None
+            if is_stale and fs.exists(posixpath.join(path, name)):
                 fs.rm(posixpath.join(path, name), recursive=True)
     else:
         with MetricsWriter(config.run.dir) as metrics:

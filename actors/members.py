@@ -30,6 +30,7 @@ NODE_LABEL = "ray.io/node-id"
 WAIT_S = 0.05
 SUSPECT_S = 0.5  # an answer that takes longer: it is looked whether the node is there
 SEAT_THREADS = 192  # of calls that may wait in a seat: a pull and a push of each worker, and the conductor's
+MAX_WORKERS = (SEAT_THREADS - 32) // 2  # with more, a rank could not take the contribution that the waiting calls wait for
 RESOURCES_NOTE_S = 5.0  # a seat that is not placed after so long is waiting for resources
 
 

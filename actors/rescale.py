@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from nlray.actors.members import Member
+from nlray.actors.members import MAX_WORKERS, Member
 from nlray.actors.types import SEQUENCE, Role
 from nlray.config import AutoscaleConfig, Config
 from nlray.errors import UserError
@@ -49,7 +49,13 @@ def check_sizes(config: Config, plans: Sequence[LevelPlan], sizes: Mapping[str, 
         if size < 1 or size > most.get(name, size):
             allowed = f"1 to the level's {most[name]} tensors" if name in most else "1 or more"
             raise UserError(f"{name}={size}: allowed: {allowed}")
-    resized(config, sizes)
+    check_workers(resized(config, sizes))
+
+
+def check_workers(config: Config) -> None:
+    """Raise UserError where the ranks of the levels could not hold the waiting calls of all workers: the run would stand still."""
+    if config.levels and config.sequence.workers > MAX_WORKERS:
+        raise UserError(f"sequence.workers is {config.sequence.workers}; allowed with levels: at most {MAX_WORKERS}")
 
 
 class Autoscaler:

@@ -1,6 +1,8 @@
 """Where a model's parameters start: random values, or those of a checkpoint (`init`)."""
 
+import posixpath
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +11,10 @@ from nlray.checkpoint import Manifest, latest_checkpoint, load_tensors, read_man
 from nlray.config import Config
 from nlray.errors import CheckpointError
 from nlray.models.layers import Init, initialize_
+from nlray.storage import copy_folder
+
+INITIAL = "init"
+"""Folder of the copy, in the run's folder."""
 
 
 @torch.no_grad()
@@ -31,15 +37,36 @@ def fill_parameters_(parameters: Mapping[str, Tensor], inits: Mapping[str, Init]
         parameter.copy_(found[f"param/{name}"])
 
 
-def check_initial(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the checkpoint `config.init`, if any, has all parameters of a model, and that its files are whole.
+def check_initial(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the one checkpoint that `config.init` stands for, complete and with all parameters of a model; None where there is no `init`.
 
     Raises:
         CheckpointError: there is none, or it lacks one of them, or has it in another shape.
     """
-    if config.init is not None:
-        url = latest_checkpoint(config.init)
-        _check(url, read_manifest(url, verify=False), shapes)
+    if config.init is None:
+        return None
+    url = latest_checkpoint(config.init)
+    _check(url, read_manifest(url, verify=False), shapes)
+    return url
+
+
+def keep_initial(config: Config) -> Config:
+    """Copy the checkpoint `config.init`, if any, to `RUN_DIR/init`, and return the configuration that starts from the copy.
+
+    Every actor, also one that is started again much later, then starts from the same parameters, whatever becomes of the source: a run that
+    continues deletes its old checkpoints. On one local disk the copy takes no room: it is made of hard links.
+
+    Raises:
+        CheckpointError: the checkpoint has been deleted meanwhile.
+    """
+    if config.init is None:
+        return config
+    copy = posixpath.join(config.run.dir, INITIAL)
+    try:
+        copy_folder(config.init, copy)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"init: {config.init} was deleted while it was copied; allowed: a checkpoint that stays") from error
+    return replace(config, init=copy)
 
 
 def _check(url: str, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:

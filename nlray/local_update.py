@@ -67,6 +67,8 @@ class LocalUpdate:
         sums: by name, of this worker's part of the gradients of the batch's mean loss; not to change before `update_`. num_steps: >= 1,
         the same in every worker.
         """
+        # In the level's order, whichever ranks the sums are for: where a value lies decides the order in which a ring adds it up.
+        sums = {name: sums[name] for name in self._learner.parameters}
         if self._add_up is not None:
             layout = FlatLayout([TensorSpec(n, tuple(s.shape)) for n, s in sums.items()])
             flat = layout.new_buffer(next(iter(sums.values())).device)

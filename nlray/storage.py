@@ -7,6 +7,7 @@
 
 import os
 import posixpath
+import shutil
 from contextlib import suppress
 from typing import Any
 
@@ -88,6 +89,37 @@ def write_file(url: str, data: bytes) -> None:
             os.unlink(part)
         raise
     sync_folder(os.path.dirname(path))
+
+
+def copy_folder(source: str, target: str) -> None:
+    """Make `target` a copy of the files directly in the folder `source`, without what was there before: hard links on one local disk.
+
+    Raises:
+        FileNotFoundError: `source` or a file of it is not there (any more).
+    """
+    (source_fs, source_path), (fs, path) = locate(source), locate(target)
+    files = [name for name in source_fs.ls(source_path, detail=False) if source_fs.isfile(name)]
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    fs.makedirs(path, exist_ok=True)
+    for name in files:
+        copy = posixpath.join(path, posixpath.basename(name))
+        if not (is_local(source) and is_local(target) and _link(name, copy)):
+            with source_fs.open(name, "rb") as reading, fs.open(copy, "wb") as writing:
+                shutil.copyfileobj(reading, writing, 16 << 20)
+    if is_local(target):
+        sync_folder(path)
+
+
+def _link(source: str, target: str) -> bool:
+    """Make a hard link; return whether this disk can: not to another disk, nor on every file system."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def sync_folder(path: str) -> None:

@@ -35,11 +35,36 @@ class SleepyRank(LevelRank):
         super()._apply(contributions)
 
 
-def test_no_delay_equals_the_plain_loop_bit_for_bit(small):
-    config = small(*NO_DELAY)
+WORKERS = [1, 3]
+"""Alone, and the fewest whose sums depend on an order; those of two have a test of their own."""
+
+
+@pytest.fixture
+def sized(small):
+    """Return a function that makes the small configuration for a number of workers: 6 sequences a step, 2 at once."""
+
+    def make(workers: int, *overrides: str):
+        return small("sequence.global_batch=6", "sequence.micro_batch=2", f"sequence.workers={workers}", *overrides)
+
+    return make
+
+
+def assert_equal(found: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], *, workers: int) -> None:
+    """Compare with the plain loop: bit for bit with one worker, with more up to the order in which gradients are summed."""
+    if workers == 1:
+        assert digest_plainly(found) == digest_plainly(plain)
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        error = torch.linalg.vector_norm(found[name] - tensor) / torch.linalg.vector_norm(tensor)
+        assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_no_delay_equals_the_plain_loop(sized, workers):
+    config = sized(workers, *NO_DELAY)
     plain, losses = train_plainly(config, config.run.steps)
     run = InProcessRun(config).train()
-    assert digest_plainly(run.parameters) == digest_plainly(plain)
+    assert_equal(run.parameters, plain, workers=workers)
     assert [r["loss"] for r in run.worker.report(0).rows] == pytest.approx(losses, rel=1e-6)
 
 
@@ -56,22 +81,45 @@ def test_the_local_update_of_a_lone_worker_is_the_update_bit_for_bit(small, over
     assert [row["levels"]["fast"]["lag_steps"] for row in late.worker.report(0).rows[1:]] == [1] * 19
 
 
+LATE = ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"]
+
+
 def test_two_workers_that_add_their_local_updates_up_have_the_bits_of_no_delay(small):
     """Which their own parts alone do not have; with three the order of a sum differs, and with it the last bits."""
 
     def trained(*overrides: str) -> str:
         return digest_plainly(InProcessRun(small("sequence.workers=2", "memory.levels.slow.ranks=2", *overrides)).train().parameters)
 
-    delays = ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"]
     at_once = trained(*NO_DELAY)
-    assert trained(*delays, "memory.defaults.local_update=summed") == at_once
-    assert trained(*delays, "memory.defaults.local_update=own") != at_once
+    assert trained(*LATE, "memory.defaults.local_update=summed") == at_once
+    assert trained(*LATE, "memory.defaults.local_update=own") != at_once
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_level_ranks_change_no_bit(small, ranks):
-    config = small(*NO_DELAY, *[f"memory.levels.{n}.ranks={ranks}" for n in ("fast", "medium", "slow")])
-    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+def test_three_workers_that_add_their_local_updates_up_have_no_delay_up_to_rounding(sized):
+    late = InProcessRun(sized(3, *LATE, "memory.defaults.local_update=summed")).train()
+    assert_equal(late.parameters, train_plainly(sized(3, *NO_DELAY), 20)[0], workers=3)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        NO_DELAY,
+        [*LATE, "memory.defaults.local_update=summed"],
+        [*LATE, "memory.defaults.local_update=own"],
+        ["exchange.compression=int8", "memory.levels.fast={delay: 1, local_update: summed}"],
+        ["memory.levels.fast={delay: 1, local_update: summed}", "memory.defaults.optimizer={name: muon, clip: 0.01}"],
+        ["memory.variant=nested", "memory.levels.slow={delay: 3, local_update: summed}"],
+    ],
+    ids=["delays", "no delay", "summed", "own", "int8", "muon", "nested"],
+)
+def test_level_ranks_change_no_bit(sized, workers, overrides):
+    def trained(ranks: int) -> str:
+        run = InProcessRun(sized(workers, *overrides, *[f"memory.levels.{n}.ranks={ranks}" for n in ("fast", "medium", "slow")]))
+        return digest_plainly(run.train().parameters)
+
+    assert trained(1) == trained(2) == trained(3)
 
 
 @pytest.mark.parametrize(
@@ -80,21 +128,19 @@ def test_level_ranks_change_no_bit(small, ranks):
         ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"],
         ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 4, predict: 1}", "memory.levels.slow.predict=1"],
         ["memory.defaults.rule=dgd", "memory.levels.slow.delay=3"],
-        ["memory.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
-        ["sequence.micro_batch=2", "memory.defaults.optimizer.clip=0"],
+        ["sequence.micro_batch=1", "memory.defaults.optimizer.clip=0"],
         ["model.kind=hope_attention", "model.tie_head=false"],
-        ["memory.variant=nested", "memory.levels.slow.ranks=2", "memory.levels.slow.optimizer.name=muon"],
+        ["memory.variant=nested", "memory.levels.slow.ranks=2"],
         ["memory.variant=independent", "memory.levels.fast.ranks=3"],
         ["memory.layout=by_layer", "memory.levels.medium=null"],
-        ["memory.levels.medium.grad_every=2", "memory.levels.slow={grad_every: 4, rule: dgd}", "sequence.micro_batch=2"],
-        [*CARRIED, "sequence.micro_batch=2"],
+        ["memory.levels.medium.grad_every=2", "memory.levels.slow={grad_every: 4, rule: dgd}"],
+        CARRIED,
         [*CARRIED, "memory.levels.fast.in_context={chunk_size: 8}", "memory.defaults.rule=dgd"],
     ],
     ids=[
         "delays",
         "predicted",
         "dgd",
-        "muon",
         "micro-batches",
         "hope_attention",
         "nested",
@@ -105,8 +151,23 @@ def test_level_ranks_change_no_bit(small, ranks):
         "in context",
     ],
 )
-def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(small, overrides):
-    config = small(*overrides)
+@pytest.mark.parametrize("workers", WORKERS)
+def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(sized, overrides, workers):
+    config = sized(workers, *overrides)
+    assert_equal(InProcessRun(config).train().parameters, train_plainly(config, 20)[0], workers=workers)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["memory.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
+        ["memory.variant=nested", "memory.levels.slow.optimizer.name=muon"],
+    ],
+    ids=["medium", "nested"],
+)
+def test_muon_equals_the_plain_loop(small, overrides):
+    """Of a lone worker: in bfloat16, in which Muon orthogonalizes, another order of a sum is no small difference."""
+    config = small("memory.levels.slow.ranks=2", *overrides)
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
@@ -124,46 +185,54 @@ def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compressi
         torch.testing.assert_close(parameter.detach(), run.parameters[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("optimizer", ["{name: m3, options: {slow_every: 3}}", "{name: deep_momentum, options: {hidden: 8}}"])
-def test_optimizers_with_memories_of_their_own_equal_the_plain_loop(small, optimizer, ranks):
-    config = small(f"memory.defaults.optimizer={optimizer}", f"sequence.optimizer={optimizer}", f"memory.defaults.ranks={ranks}")
-    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+def test_optimizers_with_memories_of_their_own_equal_the_plain_loop(sized, optimizer, workers, ranks):
+    config = sized(workers, f"memory.defaults.optimizer={optimizer}", f"sequence.optimizer={optimizer}", f"memory.defaults.ranks={ranks}")
+    assert_equal(InProcessRun(config).train().parameters, train_plainly(config, 20)[0], workers=workers)
 
 
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("kind", ["titans", "transformer"])
-def test_kinds_without_levels_equal_the_plain_loop(small, kind):
-    config = small(f"model.kind={kind}")
-    assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+def test_kinds_without_levels_equal_the_plain_loop(sized, kind, workers):
+    config = sized(workers, f"model.kind={kind}")
+    assert_equal(InProcessRun(config).train().parameters, train_plainly(config, 20)[0], workers=workers)
 
 
-def test_a_run_that_starts_from_a_checkpoint_equals_the_plain_loop_that_does(small, tmp_path):
-    first = InProcessRun(small("run.stop_after=4")).train()
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_run_that_starts_from_a_checkpoint_equals_the_plain_loop_that_does(sized, tmp_path, workers):
+    first = InProcessRun(sized(workers, "run.stop_after=4")).train()
     first.write(4, str(tmp_path / "start"))
-    config = small(f"init={tmp_path}/start", "memory.levels.slow.ranks=2", "run.seed=3")
+    config = sized(workers, f"init={tmp_path}/start", "memory.levels.slow.ranks=2", "run.seed=3")
     second = InProcessRun(config)
     assert digest_plainly(second.parameters) == digest_plainly(first.parameters)
-    assert digest_plainly(second.train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+    assert_equal(second.train().parameters, train_plainly(config, 20)[0], workers=workers)
 
 
-def test_carried_states_change_the_result_and_go_on_from_a_checkpoint_within_a_lane(small, tmp_path):
-    config = small(*CARRIED)
-    plain, _ = train_plainly(config, 20)
-    first = InProcessRun(small(*CARRIED, "run.stop_after=10")).train()
+@pytest.mark.parametrize("workers", WORKERS)
+def test_carried_states_change_the_result_and_go_on_from_a_checkpoint_within_a_lane(sized, tmp_path, workers):
+    config = sized(workers, *CARRIED)
+    whole = digest_plainly(InProcessRun(config).train().parameters)
+    first = InProcessRun(sized(workers, *CARRIED, "run.stop_after=10")).train()
     first.write(10, str(tmp_path / "ten"))
     second = InProcessRun(config)
     second.load(str(tmp_path / "ten"))
     assert second.train().worker.report(0).rows[-1]["step"] == 20
-    assert digest_plainly(second.parameters) == digest_plainly(plain)
+    assert digest_plainly(second.parameters) == whole
     # And without the state the result is another one.
     third = InProcessRun(config)
     third.load(str(tmp_path / "ten"))
-    third.worker.lanes.clear()
-    assert digest_plainly(third.train().parameters) != digest_plainly(plain)
+    for worker in third.workers:
+        worker.lanes.clear()
+    assert digest_plainly(third.train().parameters) != whole
 
 
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("compression", ["bf16", "int8"])
-def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_checkpoints(small, tmp_path, compression):
+def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_checkpoints(sized, tmp_path, compression, workers):
+    def small(*overrides: str):
+        return sized(workers, *overrides)
+
     overrides = [f"exchange.compression={compression}", "memory.levels.medium.delay=2"]
     plain = InProcessRun(small()).train()
     whole = InProcessRun(small(*overrides)).train()
@@ -215,9 +284,11 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])
 
 
-def test_late_level_ranks_change_no_bit(small):
-    config = small("memory.levels.slow.ranks=2")
-    assert digest_plainly(InProcessRun(config, SleepyRank).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
+@pytest.mark.parametrize("workers", WORKERS)
+def test_late_level_ranks_change_no_bit(sized, workers):
+    config = sized(workers, "memory.levels.slow.ranks=2", "memory.levels.medium.local_update=summed")
+    late, quiet = (InProcessRun(config, rank_class).train().parameters for rank_class in (SleepyRank, LevelRank))
+    assert digest_plainly(late) == digest_plainly(quiet)
 
 
 def test_bf16_trains_beside_float32_with_float32_parameters(small):
@@ -253,19 +324,14 @@ def test_under_ray_late_ranks_of_groups_of_two_change_no_bit(small, cluster):
 
 
 @pytest.mark.slow
-def test_under_ray_two_workers_agree_to_summation_order_and_repeat_their_bits_and_resume_to_them(small, cluster):
-    overrides = ["sequence.workers=2", "memory.levels.slow.ranks=2", "memory.levels.medium=null", "run.steps=12"]
-    config = small(*overrides, name="whole")
+def test_under_ray_three_workers_agree_to_summation_order_and_repeat_their_bits_and_resume_to_them(sized, small, cluster, tmp_path):
+    overrides = ["memory.levels.slow.ranks=2", "memory.levels.medium=null", "run.steps=12"]
+    config = sized(3, *overrides)
     whole, _, _ = run_to_end(config)
-    run_to_end(small(*overrides, "run.stop_after=7", name="parts"))
-    resumed, _, _ = run_to_end(resume_config(small(name="parts").run.dir, []), resume=True)
+    run_to_end(sized(3, *overrides, "run.stop_after=7", f"run.dir={tmp_path}/parts"))
+    resumed, _, _ = run_to_end(resume_config(f"{tmp_path}/parts", []), resume=True)
     assert resumed.summary["steps"] == 12 and resumed.summary["digest"] == whole.summary["digest"]
-    plain, _ = train_plainly(config, 12)
-    found = load_parameters(whole.summary["checkpoint"])
-    assert found.keys() == plain.keys()
-    for name, tensor in plain.items():
-        error = torch.linalg.vector_norm(found[name] - tensor) / torch.linalg.vector_norm(tensor)
-        assert error < 1e-5, f"{name}: {error:.2e}"
+    assert_equal(load_parameters(whole.summary["checkpoint"]), train_plainly(config, 12)[0], workers=3)
 
 
 def test_eager_mode_trains_with_two_workers(small, cluster):

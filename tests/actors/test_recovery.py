@@ -1,13 +1,16 @@
 """Invariant 5: whatever is killed, hung or broken, and whenever, the run goes on by itself and its result is that of a quiet run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from benchmarks.strikes import Strike, striking, struck
+from nlray.actors.launch import resume_config
 
 from .conftest import run_to_end
+from .in_process import InProcessRun
 from .plain_loop import digest_plainly, train_plainly
 
 POINTS = ["run.steps=32", "recovery.window=4", "recovery.hang_timeout_s=20"]
@@ -103,12 +106,18 @@ def test_a_rank_killed_while_the_run_starts_is_a_recovery_that_names_it(small, c
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(("shard", "local_update"), [("none", "own"), ("full", "summed")])
-def test_two_workers_recover_from_the_loss_of_either_or_both(small, cluster, tmp_path, shard, local_update):
-    overrides = [*POINTS, "sequence.workers=2", "memory.levels.fast.ranks=2", "recovery.standbys=1", "model.carry_state=true"]
+def test_three_workers_recover_from_the_loss_of_one_or_several(small, cluster, tmp_path, shard, local_update):
+    overrides = [
+        *POINTS,
+        "sequence.workers=3",
+        "sequence.global_batch=6",
+        "memory.levels.fast.ranks=2",
+        "recovery.standbys=1",
+        "model.carry_state=true",
+    ]
     overrides.append(f"memory.levels.fast={{delay: 1, local_update: {local_update}}}")
-    quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
-    # Two workers add up to the same bits whoever owns what.
     overrides.append(f"sequence.shard={shard}")
+    quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
     strikes = [
         Strike("step", 7, ("sequence-1",)),
         Strike("publish", 16, ("sequence-0",), by="rank"),
@@ -139,6 +148,25 @@ def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster,
     assert (first["restored"], first["source"]) == (0, "the start")
     # A checkpoint that was still being written is none.
     assert second["source"] == "storage" and second["restored"] in (8, 16, 24, 32, 40)
+
+
+def test_a_run_that_begins_again_starts_from_the_checkpoint_of_its_launch_whatever_became_of_it(small, cluster, tmp_path):
+    first = InProcessRun(small("run.stop_after=4")).train()
+    source, deleted = tmp_path / "first" / "checkpoints" / "step_000000004", []
+    first.write(4, str(source))
+    everyone = ("sequence-0", "fast-0", "medium-0", "slow-0")
+    config = small(f"init={tmp_path}/first", "run.steps=12", "recovery.hang_timeout_s=20")
+
+    def during(handle, rows):
+        if rows and not deleted:
+            # As the source goes on: another checkpoint, and this one is rotated away.
+            deleted.append(shutil.move(source, source.with_name("step_000000009")))
+
+    plain = digest_plainly(train_plainly(config, 12)[0])
+    status, _, _ = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 6, everyone)]), during=during)
+    assert status.summary["recovery_log"][0]["source"] == "the start" and deleted
+    assert status.summary["digest"] == plain
+    assert resume_config(config.run.dir, []).init == f"{config.run.dir}/init"
 
 
 @pytest.mark.chaos

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from nlray.actors.conductor import namespace_of
-from nlray.actors.launch import resume_config
+from nlray.actors.launch import launch, resume_config
 from nlray.actors.level import LevelRank
 from nlray.actors.rescale import Autoscaler, check_sizes
 from nlray.actors.seat import Behaviours
@@ -90,6 +90,16 @@ def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_unde
     first.ranks = others.ranks
     assert digest_plainly(first.parameters) == digest_plainly(train_plainly(config, 20)[0])
     others.close()
+
+
+def test_more_workers_than_a_rank_can_serve_are_refused(small):
+    """At a launch, and asked of a run that goes on; without levels there is nothing to serve."""
+    config = small("sequence.global_batch=81")
+    with pytest.raises(UserError, match=r"sequence\.workers is 81; allowed with levels: at most 80"):
+        check_sizes(config, level_plans(config, 257), {"sequence": 81})
+    with pytest.raises(UserError, match=r"sequence\.workers is 81; allowed with levels: at most 80"):
+        launch(small("sequence.global_batch=81", "sequence.workers=81"))
+    check_sizes(small("sequence.global_batch=81", "model.kind=transformer"), [], {"sequence": 81})
 
 
 @pytest.mark.chaos

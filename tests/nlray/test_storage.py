@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from nlray.errors import UserError
-from nlray.storage import absolute, is_local, lies_in, locate, write_file
+from nlray.storage import absolute, copy_folder, is_local, lies_in, locate, write_file
 
 
 def test_every_form_of_a_local_path_becomes_the_same_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -68,3 +68,18 @@ def test_file_systems_are_reached_through_one_module():
         cwd=root, capture_output=True, text=True,
     ).stdout.split()  # fmt: skip
     assert set(found) <= {"nlray/storage.py"}
+
+
+def test_a_copy_of_a_folder_keeps_what_the_source_deletes_and_is_of_this_source_only(tmp_path: Path):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    copy.mkdir()
+    (source / "a.safetensors").write_bytes(b"1")
+    (copy / "stale").write_bytes(b"0")
+    copy_folder(str(source), str(copy))
+    (source / "a.safetensors").unlink()
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {"a.safetensors": b"1"}
+    copy_folder(str(copy), "memory://test-copy/init")
+    assert fsspec.filesystem("memory").cat_file("/test-copy/init/a.safetensors") == b"1"
+    with pytest.raises(FileNotFoundError):
+        copy_folder(str(tmp_path / "none"), str(tmp_path / "x"))
