@@ -28,7 +28,7 @@ from nlray.initial import INITIAL, check_initial, keep_initial
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter, read_events
 from nlray.nested_system import level_plans, parameter_shapes
-from nlray.pipelines.tokenizers import checked_vocab_size
+from nlray.pipelines.tokenizers import with_vocabulary
 from nlray.storage import absolute, is_local, locate, write_file
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints", INITIAL)
@@ -54,6 +54,8 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "sequence.optimizer.name": config.sequence.optimizer.name,
         "sequence.optimizer.options": config.sequence.optimizer.options,
         "data.tokenizer": config.data.tokenizer,
+        "data.end_token": config.data.end_token,
+        "data.begin_token": config.data.begin_token,
         "data.eval_fraction": config.data.eval_fraction,
         "data.stream.shuffle": config.data.stream.shuffle,
         "data.stream.shuffle_tokens": config.data.stream.shuffle_tokens,
@@ -155,13 +157,10 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
 
 def resolve(config: Config) -> Config:
     """Return the configuration with what depends on the machine or the tokenizer written out."""
-    vocab_size = checked_vocab_size(config)
     # Absolute, so that a resume from another folder, and an actor in another one, find them.
     sources = [replace(source, path=absolute(source.path)) for source in config.data.sources]
     tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else absolute(config.data.tokenizer)
-    config = replace(
-        config, model=replace(config.model, vocab_size=vocab_size), data=replace(config.data, sources=sources, tokenizer=tokenizer)
-    )
+    config = with_vocabulary(replace(config, data=replace(config.data, sources=sources, tokenizer=tokenizer)))
     if config.init is not None:
         config = replace(config, init=absolute(config.init))
     return resolve_threads(with_run(config, dir=absolute(config.run.dir)))
@@ -187,7 +186,8 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
     file = posixpath.join(path, "config.yaml")
     if not fs.exists(file):
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
-    return parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    text = fs.cat_file(file).decode()
+    return parse_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
 
 
 def check_resume(config: Config, checkpoint: str) -> None:
@@ -201,7 +201,9 @@ def check_resume(config: Config, checkpoint: str) -> None:
         raise UserError(f"run.steps is {config.run.steps}; the run has done {step}: nothing to resume")
     now = fixed_on_resume(config)
     for key, before in fixed_on_resume(resume_config(config.run.dir, [])).items():
-        if now.get(key) != before:
+        # Runs from before this key existed: the launch writes it out.
+        is_new = key == "data.end_token" and before is None
+        if now.get(key) != before and not is_new:
             raise UserError(f"{key} is {now.get(key)}; a resumed run keeps {before}")
 
 

@@ -36,7 +36,7 @@ def load(run_dir: str) -> tuple[Config, LanguageModel]:
 def long_documents(config: Config, num_blocks: int) -> torch.Tensor:
     """Return held-out blocks of 16 training lengths that lie within one document each, [N, 16 T + 1]."""
     length = TIMES * config.model.seq_len
-    end = load_tokenizer(config.data.tokenizer).end_of_document
+    end = load_tokenizer(config.data).end_of_document
     blocks = torch.from_numpy(heldout_blocks(config.data, seq_len=length, seed=0, num_blocks=num_blocks).blocks)
     return blocks[~(blocks == end).any(1)]
 
@@ -84,7 +84,7 @@ def endless(config: Config, model: LanguageModel) -> None:
 
 
 def generation(config: Config, model: LanguageModel) -> None:
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data)
     prompt = tokenizer.encode("def main").tolist()
     process = psutil.Process()
     started, count, before = time.perf_counter(), 0, 0

@@ -232,14 +232,9 @@ def stack(
     debug: _Debug = False,
 ) -> None:
     """Turn a pretrained decoder into Hope-Attention whose levels start from its MLP blocks."""
-    from nlray.clusters.progress import describe_levels, format_count
-    from nlray.nested_system import NestedSystem
-    from nlray.stacking import stack as write_stack
+    from nlray.clusters.stack import stack_model
 
-    config = write_stack(source, out, overrides or [])
-    size = NestedSystem.build(config, config.model.vocab_size).num_parameters
-    print(f"model    {config.model.layers} layers, dim {config.model.dim}, {format_count(size)} parameters, {config.memory.layout}")
-    print(f"{describe_levels(config)}\nwritten  {out}; go on with  nlray train init={out} 'data.sources=[...]'")
+    stack_model(source, out, overrides or [])
 
 
 @app.command()

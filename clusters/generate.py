@@ -5,9 +5,11 @@ from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+import yaml
+
 from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config
-from nlray.config_loading import parse_config
+from nlray.config_loading import config_from_dict
 from nlray.errors import CheckpointError, UserError
 from nlray.storage import locate
 
@@ -35,8 +37,9 @@ def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_
     checkpoint = latest_checkpoint(path)
     config = checkpoint_config(checkpoint)
     parameters = load_parameters(checkpoint, read_manifest(checkpoint, verify=False))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    ids = tokenizer.encode(prompt).tolist()
+    tokenizer = load_tokenizer(config.data)
+    begin = tokenizer.begin_of_document
+    ids = [*([] if begin is None else [begin]), *tokenizer.encode(prompt).tolist()]
     if not ids:
         raise UserError("the prompt is empty; allowed: one character or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +56,7 @@ def checkpoint_config(checkpoint: str) -> Config:
     url = posixpath.join(run_dir, "config.yaml")
     try:
         fs, path = locate(url)
-        return parse_config(url, fs.cat_file(path))
+        return config_from_dict(yaml.safe_load(fs.cat_file(path)), where=url)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error
 

@@ -4,12 +4,12 @@
     source.plain                             # {"model": {...}, "memory": {...}}, what the weights decide
     source.rest(), source.layer(0)           # tensors; those of a layer in two, the attention's and the MLP's
 
-Of a folder only config.json, the safetensors files and tokenizer.json are read; of a run, config.yaml and its newest checkpoint.
+Of a folder only config.json, the safetensors files (`nlray/weights.py`) and tokenizer.json are read; of a run, config.yaml and its newest
+checkpoint.
 """
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from nlray.checkpoint import latest_checkpoint, load_parameters
 from nlray.config import ModelConfig
 from nlray.config_loading import load_config
 from nlray.errors import UserError
+from nlray.json_files import JsonObject
+from nlray.storage import absolute
+from nlray.weights import Weights
 
 Tensors = dict[str, Any]
 
@@ -33,8 +36,10 @@ class Source(ABC):
 
     plain: dict[str, Any]
     """Keys of the configuration that the weights decide: `model`, and of `memory` hidden, mlp and mlp_bias."""
-    tokenizer: str | None
-    """URL of a tokenizers JSON file; None: the source has none."""
+    data: dict[str, Any]
+    """Keys of the section `data` that the source decides: its tokenizer, if it has one, and of a run its end and begin token."""
+    notes: list[str]
+    """Lines for the user: what is there and is left out."""
 
     @abstractmethod
     def rest(self) -> Tensors:
@@ -44,20 +49,21 @@ class Source(ABC):
     def layer(self, index: int) -> tuple[Tensors, Tensors]:
         """Return a layer's tensors: the attention's by their names in `Attention`, the MLP's by their names in `Level`."""
 
+    @abstractmethod
+    def check_all_read(self) -> None:
+        """Raise UserError where the source has a tensor that was not asked for: its configuration says less than its weights."""
+
 
 def open_source(source: str) -> Source:
     """Return the decoder at `source`, a local folder or a run's URL; raise UserError where it is none that can be taken over."""
     config_json = Path(source) / "config.json"
     if not config_json.is_file():
         return TransformerRun(source)
-    try:
-        hf = json.loads(config_json.read_text())
-    except ValueError as error:
-        raise UserError(f"{config_json}: not valid JSON: {error}") from error
-    source_class = HUGGING_FACE.get(hf.get("model_type"))
-    if source_class is None:
-        raise UserError(f"{source}: architecture {hf.get('model_type')!r}; allowed: {', '.join(HUGGING_FACE)}")
-    return source_class(source, hf)
+    hf = JsonObject.read(config_json)
+    model_type = hf.get("model_type", str)
+    if model_type not in HUGGING_FACE:
+        raise hf.error("model_type", f"is {model_type!r}", ", ".join(HUGGING_FACE))
+    return HUGGING_FACE[model_type](source, hf)
 
 
 class TransformerRun(Source):
@@ -87,7 +93,9 @@ class TransformerRun(Source):
             },
             "memory": {"mlp": "swiglu", "mlp_bias": False, "hidden": self._tensors["blocks.0.mlp.w_in"].shape[0]},
         }
-        self.tokenizer = None if config.data.tokenizer == "bytes" else config.data.tokenizer
+        data = config.data
+        self.data = {"tokenizer": data.tokenizer, "end_token": data.end_token, "begin_token": data.begin_token}
+        self.notes = []
 
     def rest(self) -> Tensors:
         return {name: tensor for name, tensor in self._tensors.items() if not name.startswith("blocks.")}
@@ -97,22 +105,45 @@ class TransformerRun(Source):
         attention, mlp = ({n.removeprefix(p): t for n, t in self._tensors.items() if n.startswith(p)} for p in prefixes)
         return attention, mlp
 
+    def check_all_read(self) -> None:
+        """A run's checkpoint has the tensors of its configuration only."""
+
 
 class HuggingFaceDecoder(Source):
     """A folder as the `transformers` library saves it."""
 
     prefix: str
     """Of all tensor names that is left out where it is there."""
+    layer_norm: str
+    """Name of a tensor that every layer has, with its number as `{}`."""
+    ignored: tuple[str, ...]
+    """Endings of tensors that are no parameters."""
 
-    def __init__(self, source: str, hf: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, hf: JsonObject) -> None:
         """Take config.json as read; the weights are opened, and read one at a time as they are asked for."""
-        refuse_unless(source, "quantization_config", hf.get("quantization_config"), None)
-        files = _weight_files(Path(source))
+        hf.refuse_unless("quantization_config", None)
         self.source, self.hf = source, hf
         self.plain = {"model": self.model(), "memory": self.mlp()}
-        self.weights = Weights(source, files, self.prefix)
-        tokenizer = Path(source) / "tokenizer.json"
-        self.tokenizer = str(tokenizer.resolve()) if tokenizer.is_file() else None
+        self.weights = weights = Weights(Path(source), self.prefix)
+        layers = self.plain["model"]["layers"]
+        weights.require(self.layer_norm.format(layers - 1))
+        if self.layer_norm.format(layers) in weights:
+            raise UserError(f"{hf.where}: says {layers} layers; the safetensors files have more")
+        # Not what a link leads to: the files beside it say how a text ends.
+        tokenizer = Path(absolute(source)) / "tokenizer.json"
+        self.data = {"tokenizer": str(tokenizer)} if tokenizer.is_file() else {}
+        self.notes = [f"left out {name}: no part of the model" for name in weights.left_out]
+
+    def check_all_read(self) -> None:
+        weights = self.weights
+        unused = [name for name in weights.unused if not name.endswith(self.ignored)]
+        if unused == ["lm_head.weight"] and self.plain["model"]["tie_head"]:
+            # Some files have the tied head once more; one that differs was not tied.
+            if weights["lm_head.weight"].equal(self.rest()["embedding.weight"]):
+                return
+            raise self.hf.error("tie_word_embeddings", "is true, but lm_head.weight is another matrix than the embedding", "false")
+        if unused:
+            raise UserError(f"{self.source}: the tensor {unused[0]} has no place in the model that config.json describes")
 
     @abstractmethod
     def model(self) -> dict[str, Any]:
@@ -123,67 +154,36 @@ class HuggingFaceDecoder(Source):
         """Return what of the section `memory` the weights decide."""
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        pickled = sorted(p.name for ending in ("*.bin", "*.pt", "*.pth") for p in folder.glob(ending))
-        came = f"pickled weights ({', '.join(pickled)})" if pickled else "no weights"
-        raise UserError(f"{folder}: {came}; allowed: safetensors files")
-    return found
-
-
-class Weights:
-    """The tensors of some safetensors files by name, read one at a time, as float32.
-
-    Args:
-        source: for messages.
-        files: safetensors files.
-        prefix: of all names that is left out where it is there.
-    """
-
-    def __init__(self, source: str, files: list[Path], prefix: str) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._source = source
-        self._where: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"{source}/{file.name}: not a safetensors file: {error}") from error
-            self._where |= {name.removeprefix(prefix): (handle, name) for name in handle.keys()}  # noqa: SIM118, no mapping
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._where:
-            raise UserError(f"{self._source}: the safetensors files have no tensor {name}")
-        handle, full = self._where[name]
-        return handle.get_tensor(full).float()
-
-
 class LlamaDecoder(HuggingFaceDecoder):
     """Llama, Qwen2 and Qwen3: RMSNorm, rotary positions, shared heads of keys and values, SwiGLU."""
 
     prefix = "model."
+    layer_norm = "layers.{}.input_layernorm.weight"
+    ignored = ("rotary_emb.inv_freq",)
 
     def model(self) -> dict[str, Any]:
         hf = self.hf
-        refuse_unless(self.source, "hidden_act", hf.get("hidden_act", "silu"), "silu")
-        refuse_unless(self.source, "use_sliding_window", hf.get("use_sliding_window", False), False)
-        kind = hf["model_type"]
-        rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
-        has_bias = bool(hf.get("attention_bias", False))
+        hf.refuse_unless("hidden_act", "silu", default="silu")
+        hf.refuse_unless("use_sliding_window", False, default=False)
+        layer_types = hf.values.get("layer_types") or ["full_attention"]
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            raise hf.error("layer_types", "has more than full_attention", "full_attention for every layer")
+        kind = hf.get("model_type", str)
+        heads, dim = hf.get("num_attention_heads", int), hf.get("hidden_size", int)
+        rope = self._rope()
+        has_bias = hf.get("attention_bias", bool, default=False)
         return {
-            "dim": hf["hidden_size"],
-            "layers": hf["num_hidden_layers"],
-            "heads": hf["num_attention_heads"],
-            "vocab_size": hf["vocab_size"],
-            "seq_len": min(hf.get("max_position_embeddings", 512), 512),
-            "rope_theta": float(rope["rope_theta"]),
-            "norm_eps": hf["rms_norm_eps"],
-            "tie_head": bool(hf.get("tie_word_embeddings", False)),
+            "dim": dim,
+            "layers": hf.get("num_hidden_layers", int),
+            "heads": heads,
+            "vocab_size": hf.get("vocab_size", int),
+            "seq_len": min(hf.get("max_position_embeddings", int, default=512), 512),
+            "rope_theta": rope.get("rope_theta", float),
+            "norm_eps": hf.get("rms_norm_eps", float),
+            "tie_head": hf.get("tie_word_embeddings", bool, default=False),
             "attention": {
-                "kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-                "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+                "kv_heads": hf.get("num_key_value_heads", int, default=heads),
+                "head_dim": hf.get("head_dim", int, default=None) or dim // heads,
                 "qkv_bias": kind == "qwen2" or has_bias,
                 "out_bias": kind != "qwen2" and has_bias,
                 "qk_norm": kind == "qwen3",
@@ -191,15 +191,34 @@ class LlamaDecoder(HuggingFaceDecoder):
             },
         }
 
-    def _scaling(self, rope: Mapping[str, Any]) -> dict[str, float]:
-        kind = rope.get("rope_type", rope.get("type", "default"))
+    def _rope(self) -> JsonObject:
+        """Return the rotary positions' parameters, with those that config.json leaves to its other keys."""
+        hf = self.hf
+        key = "rope_parameters" if hf.values.get("rope_parameters") else "rope_scaling"
+        rope = hf.get(key, dict, default={})
+        nested = [name for name in rope if isinstance(rope.values[name], dict)]
+        if nested:
+            raise hf.error(key, f"is by layer type ({', '.join(nested)})", "the same for all layers")
+        others = {
+            "rope_theta": hf.get("rope_theta", float, default=10000.0),
+            "original_max_position_embeddings": hf.get("max_position_embeddings", int, default=None),
+            "partial_rotary_factor": hf.get("partial_rotary_factor", float, default=1.0),
+        }
+        rope.values = others | {name: value for name, value in rope.values.items() if value is not None}
+        if rope.get("partial_rotary_factor", float) != 1.0:
+            raise rope.error("partial_rotary_factor", f"is {rope.values['partial_rotary_factor']}", "1.0")
+        return rope
+
+    def _scaling(self, rope: JsonObject) -> dict[str, float]:
+        kind = rope.get("rope_type", str, default=rope.get("type", str, default="default"))
         if kind not in ("default", "linear", "llama3"):
-            raise UserError(f"{self.source}: rope_type is {kind!r}; allowed: default, linear, llama3")
+            raise rope.error("rope_type", f"is {kind!r}", "default, linear, llama3")
         keys = {"default": {}, "linear": {"factor": "factor"}, "llama3": LLAMA3_SCALING}[kind]
-        return {own: float(rope[key]) for own, key in keys.items()}
+        return {own: rope.get(key, float) for own, key in keys.items()}
 
     def mlp(self) -> dict[str, Any]:
-        return {"mlp": "swiglu", "mlp_bias": bool(self.hf.get("mlp_bias", False)), "hidden": self.hf["intermediate_size"]}
+        hf = self.hf
+        return {"mlp": "swiglu", "mlp_bias": hf.get("mlp_bias", bool, default=False), "hidden": hf.get("intermediate_size", int)}
 
     def rest(self) -> Tensors:
         weights = self.weights
@@ -233,27 +252,32 @@ class GPT2Decoder(HuggingFaceDecoder):
     """GPT-2: LayerNorm, learned positions, biases, an MLP with gelu; matrices are stored as [in, out]."""
 
     prefix = "transformer."
+    layer_norm = "h.{}.ln_1.weight"
+    ignored = (".attn.bias", ".attn.masked_bias")
 
     def model(self) -> dict[str, Any]:
         hf = self.hf
-        if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise UserError(f"{self.source}: activation_function is {hf['activation_function']!r}; allowed: gelu_new")
-        refuse_unless(self.source, "scale_attn_by_inverse_layer_idx", hf.get("scale_attn_by_inverse_layer_idx", False), False)
-        refuse_unless(self.source, "scale_attn_weights", hf.get("scale_attn_weights", True), True)
+        if hf.get("activation_function", str, default="gelu_new") != "gelu_pytorch_tanh":
+            hf.refuse_unless("activation_function", "gelu_new", default="gelu_new")
+        hf.refuse_unless("scale_attn_by_inverse_layer_idx", False, default=False)
+        hf.refuse_unless("scale_attn_weights", True, default=True)
+        hf.refuse_unless("add_cross_attention", False, default=False)
+        positions = hf.get("n_positions", int)
         return {
-            "dim": hf["n_embd"],
-            "layers": hf["n_layer"],
-            "heads": hf["n_head"],
-            "vocab_size": hf["vocab_size"],
-            "seq_len": min(hf["n_positions"], 512),
+            "dim": hf.get("n_embd", int),
+            "layers": hf.get("n_layer", int),
+            "heads": hf.get("n_head", int),
+            "vocab_size": hf.get("vocab_size", int),
+            "seq_len": min(positions, 512),
             "norm": "layer",
-            "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-            "tie_head": bool(hf.get("tie_word_embeddings", True)),
-            "attention": {"qkv_bias": True, "out_bias": True, "positions": "learned", "max_positions": hf["n_positions"]},
+            "norm_eps": hf.get("layer_norm_epsilon", float, default=1e-5),
+            "tie_head": hf.get("tie_word_embeddings", bool, default=True),
+            "attention": {"qkv_bias": True, "out_bias": True, "positions": "learned", "max_positions": positions},
         }
 
     def mlp(self) -> dict[str, Any]:
-        return {"mlp": "gelu", "mlp_bias": True, "hidden": self.hf.get("n_inner") or 4 * self.hf["n_embd"]}
+        hf = self.hf
+        return {"mlp": "gelu", "mlp_bias": True, "hidden": hf.get("n_inner", int, default=None) or 4 * hf.get("n_embd", int)}
 
     def rest(self) -> Tensors:
         weights = self.weights
@@ -276,7 +300,7 @@ class GPT2Decoder(HuggingFaceDecoder):
         return attention, mlp
 
 
-HUGGING_FACE: dict[str | None, type[HuggingFaceDecoder]] = {
+HUGGING_FACE: dict[str, type[HuggingFaceDecoder]] = {
     "llama": LlamaDecoder,
     "qwen2": LlamaDecoder,
     "qwen3": LlamaDecoder,

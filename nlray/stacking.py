@@ -8,7 +8,9 @@ with `chain` it becomes the slowest level, and the faster ones before it are cop
 """
 
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from nlray.config import Config
 from nlray.config_loading import config_to_yaml, parse_config
 from nlray.decoders import Source, open_source
 from nlray.errors import UserError
+from nlray.storage import absolute, is_local
 
 DEFAULTS = {
     "memory": {
@@ -47,25 +50,40 @@ def stack(source: str, out: str, overrides: list[str]) -> Config:
         UserError: an architecture, a setting or a file that cannot be taken over, or `out` holds something. Nothing is written then.
         CheckpointError: a run without a whole checkpoint.
     """
-    decoder, target = open_source(source), Path(out)
-    if target.exists() and any(target.iterdir()):
+    decoder = open_source(source)
+    check_free(out)
+    return write_stacked(decoder, stacked_config(decoder, source, overrides), source, out)
+
+
+def check_free(out: str) -> None:
+    """Raise UserError where the folder `out` holds something, or is none."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: holds something already")
-    plain = DEFAULTS | {"model": {"kind": "hope_attention", **decoder.plain["model"]}}
+
+
+def stacked_config(decoder: Source, source: str, overrides: list[str]) -> Config:
+    """Return the configuration that a decoder is taken over as; raise UserError where the overrides change what its weights decide."""
+    plain = DEFAULTS | {"model": {"kind": "hope_attention", **decoder.plain["model"]}, "data": decoder.data}
     plain["memory"] = plain["memory"] | decoder.plain["memory"]
-    if decoder.tokenizer is not None:
-        plain["data"] = {"tokenizer": decoder.tokenizer}
     config = parse_config(source, yaml.safe_dump(plain), overrides)
     _check(config, plain, source)
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    return config
+
+
+def write_stacked(decoder: Source, config: Config, source: str, out: str) -> Config:
+    """Write what `stack` does; return the configuration written, with the path of the tokenizer's copy."""
+    target = Path(out)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     part.mkdir(parents=True)
     try:
         _write(part, _pieces(decoder, config), config, source)
-        text = config_to_yaml(config)
-        if decoder.tokenizer is not None and Path(decoder.tokenizer).is_file():
-            shutil.copyfile(decoder.tokenizer, part / "tokenizer.json")
-            text = text.replace(decoder.tokenizer, str(target.resolve() / "tokenizer.json"))
-        (part / "config.yaml").write_text(text)
+        decoder.check_all_read()
+        tokenizer = config.data.tokenizer
+        if tokenizer != "bytes" and is_local(tokenizer):
+            shutil.copyfile(absolute(tokenizer), part / "tokenizer.json")
+            config = replace(config, data=replace(config.data, tokenizer=str(target.resolve() / "tokenizer.json")))
+        (part / "config.yaml").write_text(config_to_yaml(config))
         if target.exists():
             target.rmdir()
         part.rename(target)

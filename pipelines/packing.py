@@ -1,4 +1,4 @@
-"""Packing: documents' tokens, each document followed by an end-of-document token, into blocks of seq_len + 1 tokens.
+"""Packing: documents' tokens, each document with the tokens that begin and end it, into blocks of seq_len + 1 tokens.
 
 Consecutive blocks overlap by one token: block j is tokens[j * T : j * T + T + 1], so each token is an input once and a target
 once. Everything here works on whole arrays.
@@ -7,26 +7,32 @@ once. Everything here works on whole arrays.
 import numpy as np
 
 
-def append_ends(tokens: np.ndarray, lengths: np.ndarray, is_end: np.ndarray, end_of_document: int) -> tuple[np.ndarray, np.ndarray]:
-    """Insert an end-of-document token after each record that ends a document.
+def mark_documents(
+    tokens: np.ndarray, lengths: np.ndarray, is_start: np.ndarray, is_end: np.ndarray, *, begin: int | None, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Insert the token `begin`, if there is one, before each record that starts a document, and `end` after each that ends one.
 
     Args:
         tokens: [all tokens], the records' tokens one after the other.
         lengths: int64 [records], in tokens.
-        is_end: bool [records].
+        is_start, is_end: bool [records].
 
     Returns:
-        tokens with the ends, same dtype, and the new lengths.
+        tokens with the marks, same dtype, and the new lengths.
     """
-    if not is_end.any():
+    begins = is_start & (begin is not None)
+    if not (begins | is_end).any():
         return tokens, lengths
-    new_lengths = lengths + is_end
-    is_text = np.ones(len(tokens) + int(is_end.sum()), bool)
-    ends = np.cumsum(new_lengths)[is_end] - 1
-    is_text[ends] = False
+    new_lengths = lengths + begins + is_end
+    bounds = np.cumsum(new_lengths)
+    firsts, lasts = (bounds - new_lengths)[begins], bounds[is_end] - 1
+    is_text = np.ones(int(new_lengths.sum()), bool)
+    is_text[firsts] = is_text[lasts] = False
     packed = np.empty(len(is_text), tokens.dtype)
     packed[is_text] = tokens
-    packed[ends] = end_of_document
+    packed[lasts] = end
+    if len(firsts):
+        packed[firsts] = begin
     return packed, new_lengths
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from nlray.errors import DataError
 from nlray.pipelines.order import is_held_out, offsets, record_order, unit_order
-from nlray.pipelines.packing import append_ends, block_view, main_records
+from nlray.pipelines.packing import block_view, main_records, mark_documents
 from nlray.pipelines.sources import Source
 from nlray.pipelines.tokenizers import Tokenizer
 
@@ -21,6 +21,8 @@ class _Unit:
     """The records of one unit that belong to the split, in the order of the epoch."""
 
     text: pa.LargeBinaryArray
+    is_start: np.ndarray
+    """bool [records]: whether a document begins with the record; False: it goes on with the record before."""
     is_end: np.ndarray
     """bool [records]: whether an end-of-document token follows."""
     tags: np.ndarray
@@ -45,6 +47,8 @@ class SourceStream:
         """`index` is the source's place in the config: equal sources at two places have orders of their own."""
         self._source, self._tokenizer = source, tokenizer
         self._index, self._seq_len, self._seed = index, seq_len, seed
+        self._last: tuple[int, bool] | None = None
+        """The unit that was read last, and whether its last record is kept."""
         self._eval_fraction, self._shuffle, self._split = eval_fraction, shuffle, split
         self._seek(epoch=0, unit=0, record=0, offset=0)
 
@@ -140,8 +144,10 @@ class SourceStream:
         ends = offsets(unit.text)
         stop = max(int(np.searchsorted(ends, ends[start] + SLICE_BYTES * self._tokenizer.slices, side="right")) - 1, start + 1)
         self._record = stop
-        tokens, lengths = self._tokenizer.encode_records(unit.text.slice(start, stop - start))
-        return *append_ends(tokens, lengths, unit.is_end[start:stop], self._tokenizer.end_of_document), unit.tags[start:stop]
+        tokenizer, is_start, is_end = self._tokenizer, unit.is_start[start:stop], unit.is_end[start:stop]
+        tokens, lengths = tokenizer.encode_records(unit.text.slice(start, stop - start), is_start, is_end)
+        begin, end = tokenizer.begin_of_document, tokenizer.end_of_document
+        return *mark_documents(tokens, lengths, is_start, is_end, begin=begin, end=end), unit.tags[start:stop]
 
     def _has_next_record(self) -> bool:
         """Load units until one has a record that is not read yet; False at the end of one pass."""
@@ -170,21 +176,37 @@ class SourceStream:
         return unit_order(self._source.sequence, seed=self._seed, source=self._index, epoch=self._epoch)
 
     def _load_unit(self, unit: int) -> _Unit:
+        continues = self._continues(unit)
         records = self._source.read(unit)
         kept = self._is_kept(records.text)
         is_in_pieces = self._source.is_in_pieces(unit)
-        is_end = ~np.append(kept[1:], self._is_continued(unit)) if is_in_pieces else np.ones(len(kept), bool)
+        is_start, is_end = np.ones((2, len(kept)), bool)
+        if is_in_pieces and len(kept):
+            is_start[:] = ~np.append(continues, kept[:-1])
+            is_end[:] = ~np.append(kept[1:], self._is_continued(unit))
         chosen = np.flatnonzero(kept)
         if self._shuffle and not is_in_pieces:
             chosen = chosen[record_order(len(chosen), seed=self._seed, source=self._index, epoch=self._epoch, unit=unit)]
         text = records.text
         if len(chosen) != len(kept) or (self._shuffle and not is_in_pieces):
             text = text.take(pa.array(chosen))
-        return _Unit(text, is_end[chosen], _tag_dicts(records.tags, len(kept))[chosen])
+        self._last = unit, bool(len(kept)) and bool(kept[-1])
+        return _Unit(text, is_start[chosen], is_end[chosen], _tag_dicts(records.tags, len(kept))[chosen])
 
     def _is_kept(self, text: pa.LargeBinaryArray) -> np.ndarray:
         held_out = is_held_out(text, self._eval_fraction)
         return held_out if self._split == "heldout" else ~held_out
+
+    def _continues(self, unit: int) -> bool:
+        """Return whether the first record of `unit` goes on with the last document of the unit that the stream has before it."""
+        before = int(self._order[self._place - 1]) if self._place > 0 else None
+        # A resume in the middle of the unit does not need that record.
+        if before is None or self._record > 0 or not self._source.goes_on(before, unit):
+            return False
+        if self._last is None or self._last[0] != before:
+            # After a resume: what was kept of the unit before is found by reading it again.
+            self._last = before, bool(self._is_kept(self._source.read(before).text[-1:]).any())
+        return self._last[1]
 
     def _is_continued(self, unit: int) -> bool:
         """Return whether the next record of the stream goes on with the document at the end of `unit`."""

@@ -67,13 +67,15 @@ class Source:
         """Return whether the unit's records are consecutive pieces of one document, which are never shuffled."""
         return isinstance(self._readers[self._locate(unit)[0]], TextReader)
 
+    def goes_on(self, unit: int, following: int | None) -> bool:
+        """Return whether unit `following` goes on with the last document of `unit`."""
+        place, index = self._locate(unit)
+        return following == unit + 1 and self.is_in_pieces(unit) and index + 1 < len(self._readers[place].sequence)
+
     def continuation(self, unit: int, following: int | None) -> bytes | None:
         """Return the first record of unit `following` where it goes on with the last document of `unit`, else None."""
         place, index = self._locate(unit)
-        reader = self._readers[place]
-        if following != unit + 1 or not isinstance(reader, TextReader) or index + 1 == len(reader.sequence):
-            return None
-        return reader.first_record(index + 1)
+        return self._readers[place].first_record(index + 1) if self.goes_on(unit, following) else None
 
     def close(self) -> None:
         """Close what reading keeps open; the source can be read again."""
@@ -126,7 +128,7 @@ def check_sources(config: DataConfig) -> None:
     Raises:
         DataError: one line that names what is wrong, where, and what is allowed.
     """
-    load_tokenizer(config.tokenizer)
+    load_tokenizer(config)
     for index, source in enumerate(config.sources):
         open_source(source, index=index).check_has_text()
 

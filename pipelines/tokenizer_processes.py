@@ -6,6 +6,7 @@ Each process runs this module. Arrow streams go through its stdin and stdout: a 
 with its stdin, so it does not outlive a worker that is killed.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -21,11 +22,10 @@ from nlray.errors import NlrayError
 from nlray.pipelines.order import offsets
 from nlray.pipelines.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 
-RECORDS = pa.schema([("text", pa.large_binary())])
+RECORDS = pa.schema([("text", pa.large_binary()), ("is_start", pa.bool_()), ("is_end", pa.bool_())])
 TOKENS = pa.schema([("tokens", pa.large_list(pa.int32()))])
-NAME = b"name"
-TOKENIZER = b"tokenizer"
-"""Keys of the metadata of the first stream's schema."""
+TOKENIZER, OPTIONS = b"tokenizer", b"options"
+"""Keys of the metadata of the first stream's schema: the tokenizer's file, and the other arguments of HFTokenizer as JSON."""
 
 
 class TokenizerProcesses:
@@ -33,13 +33,16 @@ class TokenizerProcesses:
 
     def __init__(self, hf: HFTokenizer, processes: int) -> None:
         self._hf = hf
-        self.vocab_size, self.end_of_document, self.dtype = hf.vocab_size, hf.end_of_document, hf.dtype
+        self.vocab_size, self.dtype = hf.vocab_size, hf.dtype
+        self.end_of_document, self.begin_of_document = hf.end_of_document, hf.begin_of_document
         self.slices = processes
         self._processes: list[subprocess.Popen] = []
         self._writers: list[pa.RecordBatchStreamWriter] = []
         self._readers: list[pa.RecordBatchReader] = []
 
-    def encode_records(self, text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    def encode_records(
+        self, text: pa.Array, is_start: np.ndarray | None = None, is_end: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See Tokenizer.
 
         Raises:
@@ -49,12 +52,14 @@ class TokenizerProcesses:
             self._start()
         text = text.cast(pa.large_binary())
         ends = offsets(text)
+        marks = [np.ones(len(text), bool) if mark is None else mark for mark in (is_start, is_end)]
         # As many bytes for each, whole records.
         bounds = np.searchsorted(ends, np.linspace(ends[0], ends[-1], self.slices + 1))
         bounds[0], bounds[-1] = 0, len(text)
         try:
             for writer, start, stop in zip(self._writers, bounds, bounds[1:], strict=False):
-                writer.write_batch(pa.record_batch([text.slice(start, stop - start)], schema=RECORDS))
+                columns = [text.slice(start, stop - start), *(pa.array(mark[start:stop], pa.bool_()) for mark in marks)]
+                writer.write_batch(pa.record_batch(columns, schema=RECORDS))
             for process in self._processes:
                 process.stdin.flush()
             if not self._readers:
@@ -73,7 +78,8 @@ class TokenizerProcesses:
         command = [sys.executable, "-m", __name__]
         for _ in range(self.slices):
             self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment))
-        schema = RECORDS.with_metadata({TOKENIZER: self._hf.json.encode(), NAME: self._hf.name.encode()})
+        options = {"name": self._hf.name, "end_token": self._hf.end_token, "begin_token": self._hf.begin_token}
+        schema = RECORDS.with_metadata({TOKENIZER: self._hf.json.encode(), OPTIONS: json.dumps(options).encode()})
         self._writers = [pa.ipc.new_stream(process.stdin, schema) for process in self._processes]
 
     def encode(self, text: str) -> np.ndarray:
@@ -96,8 +102,8 @@ class TokenizerProcesses:
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:
-    """Return the tokenizer of a stream; whoever opens it closes it. Raise DataError as `load_tokenizer` does."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    """Return the tokenizer of a stream; whoever opens it closes it. Raise UserError as `load_tokenizer` does."""
+    tokenizer = load_tokenizer(config)
     return TokenizerProcesses(tokenizer, config.tokenizer_processes) if config.tokenizer_processes > 0 else tokenizer
 
 
@@ -108,9 +114,10 @@ def main() -> None:
     os.dup2(2, 1)
     with pa.ipc.open_stream(sys.stdin.buffer) as reader, pa.ipc.new_stream(answers, TOKENS) as writer:
         metadata = reader.schema.metadata
-        hf = HFTokenizer(tokenizers.Tokenizer.from_str(metadata[TOKENIZER].decode()), name=metadata[NAME].decode())
+        hf = HFTokenizer(tokenizers.Tokenizer.from_str(metadata[TOKENIZER].decode()), **json.loads(metadata[OPTIONS]))
         for batch in reader:
-            tokens, lengths = hf.encode_records(batch.column(0))
+            marks = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("is_start", "is_end"))
+            tokens, lengths = hf.encode_records(batch.column("text"), *marks)
             ends = np.concatenate([[0], np.cumsum(lengths)])
             lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pa.array(tokens, pa.int32()))
             writer.write_batch(pa.record_batch([lists], schema=TOKENS))

@@ -1,11 +1,16 @@
 """Checkpoints and resume: one mechanism, exact to the bit, and never fooled by a torn folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
 
-from nlray.actors.launch import fixed_on_resume, launch, resume_config
+from nlray.actors.launch import check_resume, fixed_on_resume, launch, resolve, resume_config
+from nlray.checkpoint import write_manifest, write_part
+from nlray.config_loading import config_to_yaml
 from nlray.errors import CheckpointError, UserError
 
 from .conftest import message_bytes, run_to_end
@@ -111,6 +116,24 @@ def test_a_resumed_run_keeps_the_mlp_of_its_levels_and_how_they_learn_in_context
     fixed = fixed_on_resume(small("memory.mlp=swiglu", "memory.levels.slow.in_context={chunk_size: 4}"))
     assert fixed["memory.mlp"] == "swiglu" and fixed["memory.levels.fast.in_context"] is None
     assert fixed["memory.levels.slow.in_context"] == {"chunk_size": 4, "lr": 1.0, "objective": "l2"}
+
+
+def test_a_resumed_run_keeps_the_tokens_that_begin_and_end_its_documents(small, tmp_path):
+    names = ["[UNK]", "</s>", "<eos>", "a"]
+    model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "words.json"))
+    config = resolve(small(f"data.tokenizer={tmp_path}/words.json", f"run.dir={tmp_path}/run", "model.vocab_size=4"))
+    assert config.data.end_token == "</s>"
+    checkpoint = f"{tmp_path}/run/checkpoints/step_000000001"
+    write_manifest(checkpoint, 1, [write_part(checkpoint, "a.safetensors", {"param/a": torch.zeros(1)})], {})
+    # A run from before the key has null there.
+    for written in (config, replace(config, data=replace(config.data, end_token=None))):
+        (tmp_path / "run" / "config.yaml").write_text(config_to_yaml(written))
+        check_resume(config, checkpoint)
+    (tmp_path / "run" / "config.yaml").write_text(config_to_yaml(config))
+    for key, before in (("end_token", "</s>"), ("begin_token", None)):
+        with pytest.raises(UserError, match=rf"data.{key} is <eos>; a resumed run keeps {before}"):
+            check_resume(replace(config, data=replace(config.data, **{key: "<eos>"})), checkpoint)
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):

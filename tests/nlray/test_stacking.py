@@ -1,12 +1,10 @@
-"""Level stacking: the logits of small random decoders of each family, as the transformers library computes them, and bad sources."""
+"""Level stacking: the logits of small random decoders of each family, as the transformers library computes them."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.config_loading import config_to_yaml, load_config
@@ -16,40 +14,9 @@ from nlray.initial import check_initial
 from nlray.models.lm import build_model, level_parameters
 from nlray.nested_system import NestedSystem, parameter_shapes
 from nlray.stacking import stack
+from tests.nlray.decoder_folders import SOURCES, save_source
 
 TOLERANCE = 1e-5
-COMMON = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-SOURCES = {
-    "llama": ("Llama", COMMON | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "llama-3": ("Llama", COMMON | {"num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_parameters": LLAMA3, "head_dim": 16}),
-    "llama-biased": ("Llama", COMMON | {"attention_bias": True, "mlp_bias": True}),
-    "qwen2": ("Qwen2", COMMON | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "qwen3": ("Qwen3", COMMON | {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True}),
-    "gpt2": ("GPT2", {"vocab_size": 61, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 48}),
-}
-
-
-def save_source(folder: Path, name: str) -> torch.nn.Module:
-    """Write a random decoder, every one of its parameters other than at a usual start, as transformers does; return it."""
-    kind, options = SOURCES[name]
-    torch.manual_seed(0)
-    model_class = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
-    model = model_class(getattr(transformers, f"{kind}Config")(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
-
-
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 
@@ -129,50 +96,6 @@ def test_a_new_level_that_the_start_does_not_have_is_one_line(tmp_path):
             check_initial(config, parameter_shapes(config, 61))
         with pytest.raises(CheckpointError, match=words):
             build_model(config, 61, seed=0)
-
-
-def broken(change: str, folder: Path) -> None:
-    """Break a source in one way."""
-    settings = json.loads((folder / "config.json").read_text())
-    if change == "pickled":
-        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    elif change == "torn":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
-    elif change == "no config":
-        (folder / "config.json").unlink()
-    elif change == "layers":
-        settings["num_hidden_layers"] = 5
-    elif change == "width":
-        settings["intermediate_size"] = 48
-    elif change == "yarn":
-        settings["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    else:
-        settings[change] = {"model_type": "mamba", "hidden_act": "relu", "quantization_config": {"bits": 4}}[change]
-    if (folder / "config.json").exists():
-        (folder / "config.json").write_text(json.dumps(settings))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("pickled", r"pickled weights \(pytorch_model.bin\); allowed: safetensors"),
-        ("torn", r"model.safetensors: not a safetensors file"),
-        ("no config", r"no config.json"),
-        ("layers", r"have no tensor layers.4"),
-        ("width", r"w_gate would be \[40, 32\]; its configuration makes it \[48, 32\]"),
-        ("yarn", r"rope_type is 'yarn'; allowed: default, linear, llama3"),
-        ("model_type", r"architecture 'mamba'; allowed: llama, qwen2, qwen3, gpt2"),
-        ("hidden_act", r"hidden_act is 'relu'; allowed: 'silu'"),
-        ("quantization_config", r"quantization_config is {'bits': 4}; allowed: None"),
-    ],
-)
-def test_a_source_that_cannot_be_taken_over_is_one_line_and_leaves_nothing(tmp_path, change, words):
-    save_source(tmp_path / "source", "llama")
-    broken(change, tmp_path / "source")
-    with pytest.raises(UserError, match=words) as caught:
-        stack(str(tmp_path / "source"), str(tmp_path / "out"), [])
-    assert "\n" not in str(caught.value)
-    assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
 @pytest.mark.parametrize(
@@ -264,3 +187,19 @@ def test_the_tokenizer_of_a_run_goes_along(tmp_path):
     assert config.model.vocab_size == 257
     assert load_config(None, [f"init={tmp_path}/out"]).data.tokenizer == f"{tmp_path}/out/tokenizer.json"
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_folder_that_looks_like_ours_is_left_alone(tmp_path):
+    save_source(tmp_path / "source", "llama")
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").write_text("x")
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), [])
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out", "out.part"} and (tmp_path / "out.part" / "mine").exists()
+
+
+def test_the_end_and_begin_token_of_a_run_go_along(tmp_path):
+    (tmp_path / "tokens.json").write_text("{}")
+    save_run(tmp_path / "run", f"data.tokenizer={tmp_path}/tokens.json", "data.end_token=<e>", "data.begin_token=<b>")
+    stack(str(tmp_path / "run"), str(tmp_path / "out"), [])
+    data = load_config(None, [f"init={tmp_path}/out"]).data
+    assert (data.end_token, data.begin_token) == ("<e>", "<b>")

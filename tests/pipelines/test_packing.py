@@ -4,23 +4,24 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlray.pipelines.packing import append_ends, block_view, main_records
+from nlray.pipelines.packing import block_view, main_records, mark_documents
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=20)
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.data())
-def test_append_ends_equals_a_loop(lengths: list[int], data: st.DataObject) -> None:
-    is_end = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+@given(LENGTHS, st.sampled_from([None, 888]), st.data())
+def test_mark_documents_equals_a_loop(lengths: list[int], begin: int | None, data: st.DataObject) -> None:
+    marks = st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))
+    is_start, is_end = np.array(data.draw(marks)), np.array(data.draw(marks))
     tokens = np.arange(sum(lengths), dtype=np.uint16)
-    expected, at = [], 0
-    for length, end in zip(lengths, is_end, strict=True):
-        expected += [*tokens[at : at + length].tolist(), *[999] * bool(end)]
+    records, at = [], 0
+    for length, start, end in zip(lengths, is_start, is_end, strict=True):
+        records.append([*[begin] * (bool(start) and begin is not None), *tokens[at : at + length].tolist(), *[999] * bool(end)])
         at += length
-    packed, new_lengths = append_ends(tokens, np.array(lengths), is_end, 999)
-    assert packed.tolist() == expected
-    assert new_lengths.tolist() == [length + bool(end) for length, end in zip(lengths, is_end, strict=True)]
+    packed, new_lengths = mark_documents(tokens, np.array(lengths), is_start, is_end, begin=begin, end=999)
+    assert packed.tolist() == [token for record in records for token in record] and packed.dtype == tokens.dtype
+    assert new_lengths.tolist() == list(map(len, records))
 
 
 @given(st.integers(0, 100), st.integers(1, 12))

@@ -56,7 +56,7 @@ def test_bytes_encode_slices_and_decode_broken_utf8() -> None:
 
 
 def test_hf_round_trip_and_records_equal_single_encodings(hf_file: Path, texts: list[str]) -> None:
-    tokenizer = load_tokenizer(str(hf_file))
+    tokenizer = load_tokenizer(DataConfig(tokenizer=str(hf_file)))
     tokens, lengths = tokenizer.encode_records(pa.array(texts, pa.large_string()))
     assert tokens.dtype == np.uint16 and tokens.max() < tokenizer.vocab_size
     singles = [tokenizer.encode(text) for text in texts]
@@ -68,7 +68,7 @@ def test_hf_round_trip_and_records_equal_single_encodings(hf_file: Path, texts: 
 
 
 def test_hf_end_of_document_never_comes_from_text(hf_file: Path) -> None:
-    tokenizer = load_tokenizer(str(hf_file))
+    tokenizer = load_tokenizer(DataConfig(tokenizer=str(hf_file)))
     tokens, _ = tokenizer.encode_records(pa.array(["a<|endoftext|>b"]))
     assert tokenizer.end_of_document not in tokens
     assert tokenizer.decode(tokens) == "a<|endoftext|>b"
@@ -78,15 +78,17 @@ def test_hf_reads_invalid_utf8_and_ignores_truncation(hf_file: Path) -> None:
     inner = tokenizers.Tokenizer.from_file(str(hf_file))
     inner.enable_truncation(2)
     inner.enable_padding(length=50)
-    tokens, lengths = HFTokenizer(inner, name="x").encode_records(pa.array([b"ok \xff then more"], pa.binary()))
-    assert HFTokenizer(inner, name="x").decode(tokens) == "ok \ufffd then more"
+    tokenizer = HFTokenizer(inner, name="x", end_token="<|endoftext|>")
+    tokens, lengths = tokenizer.encode_records(pa.array([b"ok \xff then more"], pa.binary()))
+    assert tokenizer.decode(tokens) == "ok \ufffd then more"
     assert 2 < lengths[0] < 50
 
 
 @pytest.mark.parametrize("name", ["</s>", "[SEP]", "<eos>"])
-def test_hf_end_of_document_is_the_first_known_name(texts: list[str], name: str) -> None:
+def test_hf_end_of_document_is_the_first_known_name(tmp_path: Path, texts: list[str], name: str) -> None:
     inner = train_tokenizer(texts[:20], ["[UNK]", name])
-    assert HFTokenizer(inner, name="x").end_of_document == inner.token_to_id(name)
+    inner.save(str(tmp_path / "any.json"))
+    assert load_tokenizer(DataConfig(tokenizer=str(tmp_path / "any.json"))).end_of_document == inner.token_to_id(name)
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, texts: list[str]) -> None:
@@ -95,16 +97,16 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, texts: list[str]) -> None
     for name, told in (
         ("missing.json", "no such file"),
         ("bad.json", "not a tokenizers JSON"),
-        ("no_end.json", "no end-of-document"),
+        ("no_end.json", "no known end-of-document"),
         ("", ""),
     ):
-        with pytest.raises(DataError, match=rf"^data.tokenizer: .*{name}.*{told}") as caught:
-            load_tokenizer(str(tmp_path / name))
+        with pytest.raises(DataError, match=rf"^data.(tokenizer|end_token).*{name}.*{told}") as caught:
+            load_tokenizer(DataConfig(tokenizer=str(tmp_path / name)))
         assert "\n" not in str(caught.value)
 
 
 def test_processes_give_the_same_tokens_and_end_when_closed(hf_file: Path, texts: list[str]) -> None:
-    hf = load_tokenizer(str(hf_file))
+    hf = load_tokenizer(DataConfig(tokenizer=str(hf_file)))
     processes = open_tokenizer(DataConfig(tokenizer=str(hf_file), tokenizer_processes=2))
     try:
         # Also fewer records than processes, a slice, nothing, and a record larger than a pipe holds.
@@ -153,5 +155,5 @@ def test_processes_end_with_their_worker(hf_file: Path) -> None:
 
 
 def test_bytes_have_no_processes() -> None:
-    with pytest.raises(UserError, match=r"tokenizer_processes is 2; allowed with data.tokenizer=bytes: 0"):
+    with pytest.raises(UserError, match=r"data.tokenizer_processes is 2; allowed: 0 with data.tokenizer=bytes"):
         DataConfig(tokenizer_processes=2)
