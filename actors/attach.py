@@ -202,7 +202,7 @@ def read_records(run_dir: str) -> Records | None:
         return None
     run_dir = run_dir.rstrip("/")
     # The folder may have been moved.
-    config = parse_config(f"{run_dir}/config.yaml", fs.cat_file(file).decode(), [f"run.dir={json.dumps(run_dir)}"])
+    config = parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), [f"run.dir={json.dumps(run_dir)}"])
     return Records(run_dir, config, read_json(f"{run_dir}/{STATE}"), read_json(f"{run_dir}/{SUMMARY}"))
 
 

@@ -186,8 +186,7 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
     file = posixpath.join(path, "config.yaml")
     if not fs.exists(file):
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
-    text = fs.cat_file(file).decode()
-    return parse_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    return parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
 
 
 def check_resume(config: Config, checkpoint: str) -> None:

@@ -5,11 +5,9 @@ from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import yaml
-
 from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config
-from nlray.config_loading import config_from_dict
+from nlray.config_loading import parse_config
 from nlray.errors import CheckpointError, UserError
 from nlray.storage import locate
 
@@ -56,7 +54,7 @@ def checkpoint_config(checkpoint: str) -> Config:
     url = posixpath.join(run_dir, "config.yaml")
     try:
         fs, path = locate(url)
-        return config_from_dict(yaml.safe_load(fs.cat_file(path)), where=url)
+        return parse_config(url, fs.cat_file(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error
 

@@ -4,16 +4,13 @@ Inside the program only the frozen dataclasses below travel. Nothing here import
 before anything slow starts.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from omegaconf import MISSING
-
+from nlray.config_values import Amount, Count, Decay, Epsilon, Form, Natural, Positive, Range, Seconds, Section, Text, nearest
 from nlray.errors import UserError
 
 _TAKEN_NAMES = ("sequence", "standby", "keeper", "conductor")
@@ -31,133 +28,112 @@ OPTIMIZERS = ("adamw", "muon", "gradient_descent", "adagrad", "momentum", "delta
 """Names of the optimizers of `nlray.optimizers`; its registry has the class of each."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+RunName = Annotated[str, Form(r"[^\s./-][^/\x00-\x1f\x7f]{0,127}", "1 to 128 characters without /, the first one no dot, dash or space")]
+Units = Annotated[float, Range(0, 1e6)]
+"""Of a resource of Ray."""
+Rate = Annotated[float, Range(above=0, most=1000)]
+"""A learning rate; larger ones only overflow."""
+Width = Annotated[int, Range(1, 2**20)]
+Bias = Annotated[float, Range(-80, 80)]
+"""Of a sigmoid in float32."""
 
 
-def _nearest(name: str, known: Iterable[str], quote: str = "'") -> str:
-    """Return a question that names the nearest of the known names, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {quote}{close[0]}{quote}? " if close else ""
-
-
-def _require_name(key: str, name: str, known: tuple[str, ...]) -> None:
+def _require_known(key: str, name: str, known: tuple[str, ...]) -> None:
     """Raise UserError unless the name is known or an import path."""
-    allowed = f"{_nearest(name, known)}allowed: {', '.join(known)}, or package.module:Class"
-    _require(name in known or _IMPORT_PATH.fullmatch(name) is not None, f"{key} is {name!r}; {allowed}")
+    if name not in known and not _IMPORT_PATH.fullmatch(name):
+        raise UserError(f"{key} is {name!r}; {nearest(name, known)}allowed: {', '.join(known)}, or package.module:Class")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Section):
     """What is run, where it is written, and for how long."""
 
-    name: str | None = None
+    name: RunName | None = None
     """Name of the run; null: the preset's or file's name with the date and time."""
-    dir: str | None = None
+    dir: Text | None = None
     """Folder or fsspec URL that the run writes to; null: `runs/NAME`."""
-    steps: int = 300
+    steps: Count = 300
     """Optimizer steps of the sequence model; also the horizon of every learning-rate schedule."""
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     """Seed of the initial parameters and of the order of the data."""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """Stop with a checkpoint after this step; schedules keep their horizon `steps`. null: run to the end."""
     overwrite: bool = False
     """Replace a run that `dir` already holds."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two lines of progress when the output is no terminal."""
-    timeout_s: float = 300.0
+    timeout_s: Seconds = 300.0
     """Limit in seconds of every remote wait; a wait that reaches it is a fault, and says what it waited for."""
-
-    def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"run.steps is {self.steps}; allowed: 1 or more")
-        _require(self.stop_after is None or self.stop_after >= 1, f"run.stop_after is {self.stop_after}; allowed: 1 or more, or null")
-        _require(self.log_every >= 1, f"run.log_every is {self.log_every}; allowed: 1 or more")
-        _require(self.timeout_s > 0, f"run.timeout_s is {self.timeout_s}; allowed: more than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
+class SourceConfig(Section):
     """One source of text: a file, a folder or a glob on any fsspec URL."""
 
-    path: str = MISSING
+    path: Text
     """File, folder, glob or fsspec URL; `stdlib:` is the Python sources and pydoc topics of this interpreter."""
     format: Literal["auto", "parquet", "arrow", "jsonl", "text"] = "auto"
     """File format; `auto` goes by the ending."""
-    weight: float = 1.0
+    weight: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Share of the blocks drawn from this source, relative to the other sources' weights."""
-    text_column: str = "text"
+    text_column: Text = "text"
     """Column that holds the text (parquet, arrow, jsonl)."""
-    tag_columns: list[str] = field(default_factory=list)
+    tag_columns: list[Text] = field(default_factory=list)
     """Columns whose values are kept with each block (for example language, domain)."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.weight > 0 and math.isfinite(self.weight), f"data.sources weight of {self.path!r} is {self.weight}; allowed: more than 0"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
+class StreamConfig(Section):
     """How the blocks of the sources are ordered and read ahead."""
 
     shuffle: bool = True
     """Shuffle files, row groups and records within a row group by `run.seed`; false: the order of the files."""
-    shuffle_tokens: int = 1 << 20
+    shuffle_tokens: Natural = 1 << 20
     """Tokens of a source whose blocks are shuffled together; less than two blocks: blocks of a document stay in order."""
-    prefetch: int = 4
+    prefetch: Annotated[int, Range(0, 10_000)] = 4
     """Batches prepared ahead in the background; 0: none."""
-    lane_blocks: int = 64
+    lane_blocks: Count = 64
     """With model.carry_state: consecutive blocks of a source that a row of the batch goes through before it begins anew elsewhere. The
     blocks of all lanes, lane_blocks times sequence.global_batch, are read together."""
-
-    def __post_init__(self) -> None:
-        _require(self.lane_blocks >= 1, f"data.stream.lane_blocks is {self.lane_blocks}; allowed: 1 or more")
-        _require(self.shuffle_tokens >= 0, f"data.stream.shuffle_tokens is {self.shuffle_tokens}; allowed: 0 or more")
-        _require(self.prefetch >= 0, f"data.stream.prefetch is {self.prefetch}; allowed: 0 or more")
 
 
 MAX_TOKENIZER_PROCESSES = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(Section):
     """The stream of token blocks."""
 
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(path="stdlib:")])
     """Sources, mixed by weight; on the command line a path alone is a source too: `data.sources=[a.parquet,b/]`."""
-    tokenizer: str = "bytes"
+    tokenizer: Text = "bytes"
     """`bytes`, or a Hugging Face tokenizers JSON file."""
-    end_token: str | None = None
+    end_token: Text | None = None
     """Token of a Hugging Face tokenizer that ends each document, never made from text; null: what config.json, generation_config.json or
     tokenizer_config.json beside a tokenizer.json names, else the first known one that the tokenizer has. `bytes` has its own."""
-    begin_token: str | None = None
+    begin_token: Text | None = None
     """Token of a Hugging Face tokenizer that is put before each document and each prompt (BOS), never made from text; null: none."""
-    tokenizer_processes: int = 0
+    tokenizer_processes: Annotated[int, Range(0, MAX_TOKENIZER_PROCESSES)] = 0
     """Processes that each worker starts for a Hugging Face tokenizer; 0: none, it tokenizes in its own, beside the steps."""
-    eval_fraction: float = 0.05
+    eval_fraction: Decay = 0.05
     """Share of the records held out for evaluation, picked by a hash of their text; 0: none."""
     stream: StreamConfig = field(default_factory=StreamConfig)
 
-    def __post_init__(self) -> None:
-        _require(len(self.sources) > 0, "data.sources is empty; allowed: one source or more")
-        for key, token in (("end_token", self.end_token), ("begin_token", self.begin_token)):
-            is_possible = token is None or (token != "" and self.tokenizer != "bytes")
-            allowed = "null" if self.tokenizer == "bytes" else "a token of data.tokenizer, or null"
-            _require(is_possible, f"data.{key} is {token!r}; allowed with data.tokenizer={self.tokenizer}: {allowed}")
-        most = f"0 with data.tokenizer=bytes, else {MAX_TOKENIZER_PROCESSES} at most"
-        is_possible = 0 <= self.tokenizer_processes <= (0 if self.tokenizer == "bytes" else MAX_TOKENIZER_PROCESSES)
-        _require(is_possible, f"data.tokenizer_processes is {self.tokenizer_processes}; allowed: {most}")
-        _require(0 <= self.eval_fraction < 1, f"data.eval_fraction is {self.eval_fraction}; allowed: 0 or more, less than 1")
+    def check(self) -> None:
+        self.require(len(self.sources) > 0, "sources", "one source or more")
+        for key, value in (("end_token", self.end_token), ("begin_token", self.begin_token)):
+            self.require(value is None or self.tokenizer != "bytes", key, "null", "with data.tokenizer=bytes")
+        is_possible = self.tokenizer_processes == 0 or self.tokenizer != "bytes"
+        self.require(is_possible, "tokenizer_processes", "0", "with data.tokenizer=bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionConfig:
+class AttentionConfig(Section):
     """The softmax attention of `hope_attention` and `transformer`; all but the defaults serves pretrained decoders."""
 
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """Heads of keys and values, each shared by heads / kv_heads queries; null: model.heads."""
-    head_dim: int | None = None
+    head_dim: Width | None = None
     """Width of a head; null: dim / heads."""
     qkv_bias: bool = False
     """Whether the projections to q, k and v have a bias."""
@@ -167,62 +143,57 @@ class AttentionConfig:
     """RMSNorm of every head's q and k."""
     positions: Literal["rotary", "learned"] = "rotary"
     """rotary: q and k are rotated. learned: a table of vectors, added to the embedding."""
-    max_positions: int | None = None
+    max_positions: Count | None = None
     """Rows of that table; only with learned positions."""
-    rope_scaling: dict[str, float] = field(default_factory=dict)
+    rope_scaling: dict[str, Annotated[float, Range(1e-6, 1e9)]] = field(default_factory=dict)
     """Longer contexts for rotary positions: `{factor}` divides the frequencies by it; with low_freq_factor, high_freq_factor and
     original_max_positions too, slow ones only, as Llama 3 does."""
 
-    def __post_init__(self) -> None:
-        for key in ("kv_heads", "head_dim", "max_positions"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"model.attention.{key} is {value}; allowed: 1 or more, or null")
+    def check(self) -> None:
         is_learned = self.positions == "learned"
         allowed = "a number" if is_learned else "null"
-        _require(
-            is_learned == (self.max_positions is not None),
-            f"model.attention.max_positions is {self.max_positions}; allowed for {self.positions} positions: {allowed}",
-        )
-        forms = ({"factor"}, {"factor", "low_freq_factor", "high_freq_factor", "original_max_positions"})
-        _require(
-            not self.rope_scaling or (not is_learned and set(self.rope_scaling) in forms),
-            f"model.attention.rope_scaling has {', '.join(self.rope_scaling)}; allowed for rotary positions: factor, or "
-            "factor, low_freq_factor, high_freq_factor, original_max_positions",
-        )
+        self.require(is_learned == (self.max_positions is not None), "max_positions", allowed, f"for {self.positions} positions")
+        scaling, all_keys = self.rope_scaling, ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions")
+        is_complete = set(scaling) in ({"factor"}, set(all_keys))
+        allowed = f"factor, or {', '.join(all_keys)}"
+        self.require(not scaling or (not is_learned and is_complete), "rope_scaling", allowed, "for rotary positions")
+        if len(scaling) > 1:
+            is_ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
+            self.require(is_ordered, "rope_scaling", "low_freq_factor less than high_freq_factor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The sequence model; the memory levels that follow each block are in `memory`."""
 
     kind: Literal["hope", "hope_attention", "titans", "transformer"] = "hope"
     """hope: self-referential Titans + CMS; hope_attention: softmax attention + CMS; titans: Titans + one MLP;
     transformer: softmax attention + SwiGLU MLP (the baseline)."""
-    dim: int = 128
+    dim: Width = 128
     """Model width D."""
-    layers: int = 4
+    layers: Annotated[int, Range(1, 10_000)] = 4
     """Blocks."""
-    heads: int = 4
+    heads: Count = 4
     """Heads H of the memory or the attention; the head width is dim / heads."""
-    seq_len: int = 256
+    seq_len: Count = 256
     """Tokens T of a training sequence."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Range(2)] | None = None
     """Rows of the embedding; null: the tokenizer's."""
-    chunk_size: int = 64
+    chunk_size: Count = 64
     """Tokens C of a chunk of the in-context memories: projections and values come from the chunk's first state."""
-    memory_chunks: dict[str, int] = field(default_factory=dict)
+    memory_chunks: dict[str, Count] = field(default_factory=dict)
     """Chunk sizes of the memories of a head (k, v, q, eta, alpha, mem) that have another one, for example {k: 16} (Eq. 90); every one
     a multiple of the smallest."""
     phase: Literal["static", "adaptive", "self_modifying"] = "self_modifying"
     """What changes in context beside the main memory. static (Eq. 76-78): nothing, keys, values and gates are fixed projections;
     adaptive (Eq. 79-82): they come from memories too, all of which learn the token's value; self_modifying (Eq. 83-88): as
     adaptive, and each memory makes the values that it learns."""
-    memory: str = "matrix"
+    memory: Text = "matrix"
     """What a memory is: a matrix; mlp, z + W_1 silu(W_2 z) (Eq. 89, 91), which is steadier with objective l2; or
     `package.module:Class`, a class of your own (`docs/extending.md`)."""
     memory_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of that class, by name."""
-    memory_hidden: int | None = None
+    memory_hidden: Width | None = None
     """Hidden width of an mlp memory; null: the head width."""
     rule: Literal["dgd", "gd", "hebbian", "delta", "gated_delta"] = "dgd"
     """How a memory is written. dgd: delta gradient descent with decay (Eq. 88); gd: gradient descent with decay (Eq. 77, 82). Those
@@ -238,11 +209,11 @@ class ModelConfig:
     """What the memory's decay leads to: its initial state, or zero (the paper's letter)."""
     read: Literal["token", "chunk_start"] = "token"
     """Whether a token reads the memory after its own update, or at the chunk's start (the paper's letter, Eq. 90)."""
-    inner_lr: float = 1.0
+    inner_lr: Rate = 1.0
     """Largest inner learning rate eta_max."""
-    inner_lr_bias: float = -4.0
+    inner_lr_bias: Bias = -4.0
     """Bias of the inner learning rate's sigmoid at the start."""
-    decay_bias: Any = 5.0
+    decay_bias: Bias | list[Bias] = 5.0
     """Bias of the decay's sigmoid at the start, one number or a list with one for each head: 5 is a half-life of about 100 tokens."""
     carry_state: bool = False
     """Whether a row of a batch goes on, in the text and with the memories' state, where the same row of the batch before ended; gradients
@@ -255,79 +226,65 @@ class ModelConfig:
     intermediate results, for the time of a second forward pass; the same bits. null: with memory=mlp but
     for phase static, or as a class of one's own says. The self-modifying matrix memory with rule dgd keeps little, and always does. A
     resumed run may change it."""
-    conv_width: int = 4
+    conv_width: Annotated[int, Range(0, 1024)] = 4
     """Width of the causal depthwise convolution; 0: none."""
-    mlp_hidden: int | None = None
+    mlp_hidden: Width | None = None
     """Hidden width of the one MLP of `titans` and `transformer`; null: 4 dim and 8/3 dim (in steps of 8)."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Range(1, 1e12)] = 10000.0
     """Base of the rotary position embedding of the attention kinds."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Softmax attention."""
     norm: Literal["rms", "layer"] = "rms"
     """Norm of the attention, of the levels and before the head: RMSNorm, or for hope_attention LayerNorm with a bias."""
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-6
     """Added to the mean square or variance in these norms."""
     tie_head: bool = True
     """Whether the output head is the embedding's transpose."""
 
-    def __post_init__(self) -> None:
-        for key in ("dim", "layers", "heads", "seq_len", "chunk_size"):
-            _require(getattr(self, key) >= 1, f"model.{key} is {getattr(self, key)}; allowed: 1 or more")
-        _require(
-            self.dim % self.heads == 0 or (self.uses_attention and self.attention.head_dim is not None),
-            f"model.heads is {self.heads}; allowed: a divisor of model.dim={self.dim}",
-        )
+    def check(self) -> None:
+        has_own_width = self.uses_attention and self.attention.head_dim is not None
+        self.require(self.dim % self.heads == 0 or has_own_width, "heads", f"a divisor of model.dim={self.dim}")
         if self.uses_attention:
             self._check_attention()
         has_kernels = self.collapses and not self.uses_attention
-        _require(self.kernels != "triton" or has_kernels, "model.kernels is triton; allowed for this memory or attention: auto, torch")
-        _require(self.norm == "rms" or self.kind == "hope_attention", f"model.norm is {self.norm}; allowed for kind {self.kind}: rms")
+        self.require(self.kernels != "triton" or has_kernels, "kernels", "auto, torch", "for this memory or attention")
+        self.require(self.norm == "rms" or self.kind == "hope_attention", "norm", "rms", f"for kind {self.kind}")
         carries = self.carry_state and self.uses_attention
-        _require(not carries, f"model.carry_state is true; allowed for kind {self.kind}, whose state grows with the text: false")
-        _require(self.norm_eps >= 0, f"model.norm_eps is {self.norm_eps}; allowed: 0 or more")
-        _require(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}; allowed: 2 or more, or null")
-        _require(self.inner_lr > 0, f"model.inner_lr is {self.inner_lr}; allowed: more than 0")
-        _require(self.conv_width >= 0, f"model.conv_width is {self.conv_width}; allowed: 0 or more")
-        _require(self.mlp_hidden is None or self.mlp_hidden >= 1, f"model.mlp_hidden is {self.mlp_hidden}; allowed: 1 or more, or null")
+        self.require(not carries, "carry_state", "false", f"for kind {self.kind}, whose state grows with the text")
         self._check_memory()
 
     def _check_memory(self) -> None:
         """Raise UserError where the settings of the memory in context do not go together."""
-        biases = self.decay_bias if isinstance(self.decay_bias, list) else [self.decay_bias] * self.heads
-        _require(
-            len(biases) == self.heads and all(type(b) in (int, float) and math.isfinite(b) for b in biases),
-            f"model.decay_bias is {self.decay_bias!r}; allowed: a number, or a list of model.heads={self.heads} numbers",
-        )
-        _require_name("model.memory", self.memory, MEMORIES)
-        hidden = self.memory_hidden
-        _require(hidden is None or self.memory == "mlp", f"model.memory_hidden is {hidden}; allowed with model.memory={self.memory}: null")
-        _require(hidden is None or hidden >= 1, f"model.memory_hidden is {hidden}; allowed: 1 or more, or null")
+        is_one_each = not isinstance(self.decay_bias, list) or len(self.decay_bias) == self.heads
+        self.require(is_one_each, "decay_bias", f"a number, or a list of model.heads={self.heads} numbers")
+        _require_known("memory", self.memory, MEMORIES)
+        self.require(self.memory_hidden is None or self.memory == "mlp", "memory_hidden", "null", f"with model.memory={self.memory}")
         if self.rule not in ("dgd", "gd"):
             for key, allowed in (("phase", "static"), ("memory", "matrix"), ("objective", "dot")):
                 value = getattr(self, key)
                 # A class of the user's says itself which rules it knows.
                 is_own = key == "memory" and value not in MEMORIES
-                _require(value == allowed or is_own, f"model.{key} is {value}; allowed with model.rule={self.rule}: {allowed}")
-            _require(not self.momentum, f"model.momentum is true; allowed with model.rule={self.rule}: false")
+                self.require(value == allowed or is_own, key, allowed, f"with model.rule={self.rule}")
+            self.require(not self.momentum, "momentum", "false", f"with model.rule={self.rule}")
         # Plain gradient descent on a dot product has no minimum: with values that the memory makes, or layers that amplify each other,
         # the state grows exponentially.
         grows = "model.phase=self_modifying" if self.phase == "self_modifying" else "model.memory=mlp" if self.memory == "mlp" else None
         if self.rule == "gd" and grows:
-            _require(self.objective == "l2", f"model.objective is {self.objective}; allowed with model.rule=gd and {grows}: l2")
-        _require(not self.momentum or self.phase == "static", f"model.momentum is true; allowed with model.phase={self.phase}: false")
-        _require(not self.adapt_q or self.phase == "adaptive", f"model.adapt_q is true; allowed with model.phase={self.phase}: false")
+            self.require(self.objective == "l2", "objective", "l2", f"with model.rule=gd and {grows}")
+        self.require(not self.momentum or self.phase == "static", "momentum", "false", f"with model.phase={self.phase}")
+        self.require(not self.adapt_q or self.phase == "adaptive", "adapt_q", "false", f"with model.phase={self.phase}")
         self._check_chunks()
 
     def _check_chunks(self) -> None:
         """Raise UserError where the chunk sizes of the memories do not go together."""
-        for box, size in self.memory_chunks.items():
-            boxes = f"{_nearest(box, self.boxes, '')}allowed with model.phase={self.phase}: {', '.join(self.boxes)}"
-            _require(box in self.boxes, f"model.memory_chunks.{box}: no such memory; {boxes}")
-            _require(size >= 1, f"model.memory_chunks.{box} is {size}; allowed: 1 or more")
+        for box in self.memory_chunks:
+            if box not in self.boxes:
+                boxes = f"{nearest(box, self.boxes, '')}allowed with model.phase={self.phase}: {', '.join(self.boxes)}"
+                raise UserError(f"memory_chunks.{box}: no such memory; {boxes}")
         least, smallest = min(self.chunk_sizes.items(), key=lambda item: item[1])
         for box, size in self.chunk_sizes.items():
-            key = f"model.memory_chunks.{box}" if box in self.memory_chunks else "model.chunk_size"
-            _require(size % smallest == 0, f"{key} is {size}; allowed: a multiple of {smallest}, the smallest chunk size, of {least}")
+            key = f"memory_chunks.{box}" if box in self.memory_chunks else "chunk_size"
+            self.require(size % smallest == 0, key, f"a multiple of {smallest}, the smallest chunk size, of {least}")
 
     @property
     def boxes(self) -> tuple[str, ...]:
@@ -374,16 +331,13 @@ class ModelConfig:
         return tuple(map(float, self.decay_bias)) if isinstance(self.decay_bias, list) else (float(self.decay_bias),) * self.heads
 
     def _check_attention(self) -> None:
-        attention, width = self.attention, self.head_dim
-        key = "model.dim / model.heads" if attention.head_dim is None else "model.attention.head_dim"
-        is_even = attention.positions == "learned" or width % 2 == 0
-        _require(is_even, f"{key} is {width}; allowed for {self.kind}: an even number")
-        _require(
-            self.heads % self.kv_heads == 0,
-            f"model.attention.kv_heads is {self.kv_heads}; allowed: a divisor of model.heads={self.heads}, or null",
-        )
+        attention = self.attention
+        key = "heads" if attention.head_dim is None else "attention.head_dim"
+        is_even = attention.positions == "learned" or self.head_dim % 2 == 0
+        self.require(is_even, key, f"a number that gives heads an even width, not {self.head_dim}", f"for {self.kind}")
+        self.require(self.heads % self.kv_heads == 0, "attention.kv_heads", f"a divisor of model.heads={self.heads}, or null")
         longest = attention.max_positions
-        _require(longest is None or self.seq_len <= longest, f"model.seq_len is {self.seq_len}; allowed: at most max_positions={longest}")
+        self.require(longest is None or self.seq_len <= longest, "seq_len", f"at most model.attention.max_positions={longest}")
 
     @property
     def head_dim(self) -> int:
@@ -405,77 +359,68 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Learning rate over the steps of the run: a linear warm-up, then `kind` down to `final` times the peak."""
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the way from the peak to `final`; constant stays at the peak."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Steps (not updates) of the linear warm-up."""
-    final: float = 0.1
+    final: Annotated[float, Range(0, 1)] = 0.1
     """Learning rate at the last step, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        _require(self.warmup >= 0, f"warmup is {self.warmup}; allowed: 0 or more")
-        _require(0 <= self.final <= 1, f"final is {self.final}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """An outer optimizer. One that works on matrices only takes the weight matrices, and AdamW the rest."""
 
-    name: str = "adamw"
+    name: Text = "adamw"
     """One of OPTIMIZERS, or `package.module:Class`, a class of your own (`docs/extending.md`)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer's class, by name, for example {slow_every: 32}; `nlray/optimizers/` says which there are."""
-    lr: float = 3e-3
+    lr: Rate = 3e-3
     """Peak learning rate (for Muon's matrices scaled to AdamW's update size, so one number serves both)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[Decay] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: Epsilon = 1e-8
     """Added to the root of AdamW's second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.1
     """Decoupled weight decay of the matrices; vectors have none."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Muon's momentum."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes the step: auto takes the Triton kernels on GPUs where they can run, torch and triton insist. A resumed run may change
     it; the two differ by rounding, in the Newton-Schulz of M3 by that of bfloat16."""
-    clip: float = 1.0
+    clip: Amount = 1.0
     """Largest norm of the gradient of the whole level (or of all sequence parameters); 0: no clipping."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
-    def __post_init__(self) -> None:
-        _require_name("name", self.name, OPTIMIZERS)
-        _require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}; allowed: more than 0")
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            f"betas is {list(self.betas)}; allowed: two numbers from 0 to below 1",
-        )
-        _require(self.clip >= 0, f"clip is {self.clip}; allowed: 0 or more")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; allowed: 0 or more")
+    def check(self) -> None:
+        _require_known("name", self.name, OPTIMIZERS)
+        self.require(len(self.betas) == 2, "betas", "two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ResourcesConfig:
+class ResourcesConfig(Section):
     """What one actor (a sequence worker or a level rank) asks of Ray."""
 
-    cpus: float = 1.0
+    cpus: Units = 1.0
     """Logical CPUs; also sets the actor's torch threads (at least one) unless `threads` does."""
-    gpus: str | int | float = "auto"
+    gpus: Literal["auto"] | Units = "auto"
     """GPUs; `auto`: one if the cluster has any, else none."""
-    threads: int | None = None
+    threads: Annotated[int, Range(1, 1024)] | None = None
     """torch threads; null: `cpus` rounded down, at least 1."""
-    custom: dict[str, float] = field(default_factory=dict)
+    custom: dict[str, Units] = field(default_factory=dict)
     """Custom Ray resources, for example `{far_pool: 1}`."""
     labels: dict[str, str] = field(default_factory=dict)
     """Ray node labels the actor's node must carry, for example `{region: west}`."""
 
-    def __post_init__(self) -> None:
-        _require(self.cpus >= 0, f"cpus is {self.cpus}; allowed: 0 or more")
-        gpus_ok = self.gpus == "auto" if isinstance(self.gpus, str) else self.gpus >= 0
-        _require(gpus_ok, f"gpus is {self.gpus!r}; allowed: auto, or 0 or more")
-        _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; allowed: 1 or more, or null")
+    def check(self) -> None:
+        gpus = 0.0 if self.gpus == "auto" else self.gpus
+        self.require(gpus < 1 or gpus % 1 == 0, "gpus", "auto, a whole number, or a share of one")
+        for key, amount in {"cpus": self.cpus, "gpus": gpus, **{f"custom.{name}": amount for name, amount in self.custom.items()}}.items():
+            if 0 < amount < 1e-4:
+                raise UserError(f"{key} is {amount}; allowed: 0, or the 0.0001 that Ray counts by, or more")
 
     @property
     def num_threads(self) -> int:
@@ -483,47 +428,42 @@ class ResourcesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AutoscaleConfig:
+class AutoscaleConfig(Section):
     """How many ranks a level has while the run goes on."""
 
-    min: int = 1
+    min: Count = 1
     """Fewest ranks."""
-    max: int = MISSING
+    max: Count
     """Most ranks."""
-    target_lag: float = MISSING
+    target_lag: Positive
     """Steps' time that a version may take from its last gradient to its arrival: above it the level grows by a rank, and it
     shrinks by one where half of it would still be kept."""
 
-    def __post_init__(self) -> None:
-        _require(1 <= self.min <= self.max, f"autoscale is min={self.min}, max={self.max}; allowed: 1 <= min <= max")
-        _require(self.target_lag > 0, f"autoscale.target_lag is {self.target_lag}; allowed: more than 0")
+    def check(self) -> None:
+        self.require(self.min <= self.max, "max", f"at least min={self.min}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InContextConfig:
+class InContextConfig(Section):
     """How a level learns within a sequence: it starts from the weights that all sequences share, and returns to them at the end."""
 
-    chunk_size: int = MISSING
+    chunk_size: Count
     """Tokens C between two updates within a sequence (Eq. 71 in token time); less than model.seq_len."""
-    lr: float = 1.0
+    lr: Rate = 1.0
     """Largest step: the share of its error that a token's own update takes away from a linear layer; the level learns how much of it."""
     objective: Literal["l2", "dot"] = "l2"
     """Inner objective, Eq. 93 (l2) or, with rule dgd, Eq. 92 (dot)."""
 
-    def __post_init__(self) -> None:
-        _require(self.chunk_size >= 1, f"in_context.chunk_size is {self.chunk_size}; allowed: 1 or more")
-        _require(self.lr > 0 and math.isfinite(self.lr), f"in_context.lr is {self.lr}; allowed: more than 0")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LevelConfig:
+class LevelConfig(Section):
     """One CMS level: its update period, its delay and the actor group that owns it."""
 
-    update_period: int = MISSING
+    update_period: Count
     """Steps C between two updates of the level (Eq. 71)."""
-    delay: int | None = None
+    delay: Natural | None = None
     """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
-    predict: float = 0.0
+    predict: Annotated[float, Range(0, 10)] = 0.0
     """With a delay, while an update is under way: the share of the level's last change that the sequence workers add to the version
     that they have; 0: none. 1 is a guess at that update; 2 looks further ahead, which took most of a delay's cost away, and 3 too far
     (docs/lab_notes.md). Not of a level of variant nested that is set back."""
@@ -532,14 +472,14 @@ class LevelConfig:
     itself of its own part of the batch, an estimate. summed: that of the whole batch, for which the workers add the period's gradients up
     among themselves, so that the delay costs nothing but that traffic. With one worker the two are the same. Not with predict, with
     exchange.mode=eager, or of a level of variant nested that is set back."""
-    ranks: int = 1
+    ranks: Count = 1
     """Actors that share the level's tensors."""
-    grad_every: int = 1
+    grad_every: Count = 1
     """Take the level's gradient in every so many steps of a period only, and save its computation in the others; a divisor of
     update_period. The mean of the period is then over fewer steps."""
     rule: Literal["gd", "dgd"] = "gd"
     """Update rule: gradient descent, or delta gradient descent (Eq. 56-57)."""
-    dgd_lambda: float = 1.0
+    dgd_lambda: Annotated[float, Range(0, 1000)] = 1.0
     """Weight of the layer's own output in the delta rule's error; 1 is the paper."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the level; its clipping is over the whole level."""
@@ -550,22 +490,14 @@ class LevelConfig:
     in_context: InContextConfig | None = None
     """Lets the level also learn within each sequence, by `rule`; null: it changes once in `update_period` steps only."""
 
-    def __post_init__(self) -> None:
-        _require(self.update_period >= 1, f"update_period is {self.update_period}; allowed: 1 or more")
-        _require(
-            self.delay is None or 0 <= self.delay <= self.update_period,
-            f"delay is {self.delay}; allowed: 0 to update_period={self.update_period}, or null",
-        )
-        _require(0 <= self.predict <= 10, f"predict is {self.predict}; allowed: 0 to 10")
-        _require(not self.has_local_update or self.predict == 0, f"predict is {self.predict}; allowed with local_update: 0")
-        _require(self.ranks >= 1, f"ranks is {self.ranks}; allowed: 1 or more")
-        _require(
-            self.grad_every >= 1 and self.update_period % self.grad_every == 0,
-            f"grad_every is {self.grad_every}; allowed: a divisor of update_period={self.update_period}",
-        )
+    def check(self) -> None:
+        period = self.update_period
+        self.require(self.delay is None or self.delay <= period, "delay", f"0 to update_period={period}, or null")
+        self.require(not self.has_local_update or self.predict == 0, "predict", "0", "with local_update")
+        self.require(period % self.grad_every == 0, "grad_every", f"a divisor of update_period={period}")
         # Plain gradient descent on a dot product has no minimum: the level would grow along the sequence.
         if self.in_context is not None and self.rule == "gd":
-            _require(self.in_context.objective == "l2", "in_context.objective is dot; allowed with rule=gd: l2")
+            self.require(self.in_context.objective == "l2", "in_context.objective", "l2", "with rule=gd")
 
     @property
     def has_local_update(self) -> bool:
@@ -580,7 +512,7 @@ class LevelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryConfig:
+class MemoryConfig(Section):
     """The continuum memory system: residual MLPs in every layer, one per level (Eq. 70)."""
 
     variant: Literal["sequential", "nested", "independent"] = "sequential"
@@ -589,48 +521,40 @@ class MemoryConfig:
     independent: side by side on the same input, their outputs added with learned weights (Eq. 74)."""
     layout: Literal["chain", "by_layer"] = "chain"
     """chain: every layer has all levels. by_layer: every layer has one, the fastest in the first layers, the slowest in the last."""
-    hidden: int | None = None
+    hidden: Width | None = None
     """Hidden width of each level's MLP; null: 2 dim."""
-    mlp: str = "silu"
+    mlp: Text = "silu"
     """A level's MLP. One of LEVEL_FORMS: W_out silu(W_in x), W_out (silu(W_gate x) * W_in x), or W_out gelu(W_in x) with the tanh form
     of gelu; or `package.module:Class`, a class of your own (`docs/extending.md`)."""
     mlp_options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of that class, by name; the forms of nlray have none."""
     mlp_bias: bool = False
     """Whether the MLP's matrices have biases."""
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: Annotated[dict[str, Any], LevelConfig] = field(default_factory=dict)
     """Keys of a level that hold for every level that does not set them itself."""
     levels: dict[str, LevelConfig] = field(default_factory=dict)
     """Levels by name; `memory.levels.NAME=null` on the command line removes one."""
 
-    def __post_init__(self) -> None:
-        _require_name("memory.mlp", self.mlp, LEVEL_FORMS)
-        _require(self.hidden is None or self.hidden >= 1, f"memory.hidden is {self.hidden}; allowed: 1 or more, or null")
-        _require(
-            self.variant != "independent" or self.layout == "chain",
-            f"memory.layout is {self.layout}; allowed for variant independent: chain, since a layer of one level has nothing to join",
-        )
+    def check(self) -> None:
+        _require_known("mlp", self.mlp, LEVEL_FORMS)
+        goes_together = self.variant != "independent" or self.layout == "chain"
+        self.require(goes_together, "layout", "chain, since a layer of one level has nothing to join", "for variant independent")
+        for name in self.levels:
+            if _NAME.fullmatch(name) is None or name in _TAKEN_NAMES:
+                raise UserError(f"levels.{name}: a level's name is letters, digits and _, and not one of {', '.join(_TAKEN_NAMES)}")
         if self.variant == "nested":
             self._check_nested()
-        for name in self.levels:
-            _require(
-                _NAME.fullmatch(name) is not None and name not in _TAKEN_NAMES,
-                f"memory.levels.{name}: a level's name is letters, digits and _, and not one of {', '.join(_TAKEN_NAMES)}",
-            )
 
     def _check_nested(self) -> None:
-        levels = list(self.ordered_levels.items())
+        levels, given = list(self.ordered_levels.items()), "for variant nested"
         for (_, faster), (name, level) in pairwise(levels):
-            _require(
-                level.update_period % faster.update_period == 0 and level.update_period > faster.update_period,
-                f"memory.levels.{name}.update_period is {level.update_period}; allowed for variant nested: a multiple, 2 or more, of the "
-                f"next faster level's {faster.update_period}",
-            )
+            is_multiple = level.update_period % faster.update_period == 0 and level.update_period > faster.update_period
+            allowed = f"a multiple, 2 or more, of the next faster level's {faster.update_period}"
+            self.require(is_multiple, f"levels.{name}.update_period", allowed, given)
         # A level that is set back does not move on as it moved before, and to what it is set back is with its ranks.
         for name, level in levels[:-1]:
-            key, allowed = f"memory.levels.{name}", "allowed for variant nested: {} but in the slowest level"
-            _require(level.predict == 0, f"{key}.predict is {level.predict}; {allowed.format(0)}")
-            _require(not level.has_local_update, f"{key}.local_update is {level.local_update}; {allowed.format('none')}")
+            self.require(level.predict == 0, f"levels.{name}.predict", "0 but in the slowest level", given)
+            self.require(not level.has_local_update, f"levels.{name}.local_update", "none but in the slowest level", given)
 
     @property
     def ordered_levels(self) -> dict[str, LevelConfig]:
@@ -652,14 +576,14 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceConfig:
+class SequenceConfig(Section):
     """The data-parallel sequence workers."""
 
-    workers: int = 1
+    workers: Count = 1
     """Data-parallel workers W."""
-    global_batch: int = 8
+    global_batch: Count = 8
     """Sequences of one step, over all workers."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Sequences of one forward and backward pass in a worker; null: the worker's whole share."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the sequence parameters: all that is not a level's."""
@@ -676,17 +600,10 @@ class SequenceConfig:
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     """Of each worker."""
 
-    def __post_init__(self) -> None:
-        _require(self.workers >= 1, f"sequence.workers is {self.workers}; allowed: 1 or more")
-        _require(self.global_batch >= 1, f"sequence.global_batch is {self.global_batch}; allowed: 1 or more")
-        _require(
-            self.global_batch % self.workers == 0,
-            f"sequence.global_batch is {self.global_batch}; allowed: a multiple of sequence.workers={self.workers}",
-        )
-        _require(
-            self.micro_batch is None or (self.micro_batch >= 1 and self.worker_batch % self.micro_batch == 0),
-            f"sequence.micro_batch is {self.micro_batch}; allowed: a divisor of global_batch / workers = {self.worker_batch}, or null",
-        )
+    def check(self) -> None:
+        self.require(self.global_batch % self.workers == 0, "global_batch", f"a multiple of sequence.workers={self.workers}")
+        is_divisor = self.micro_batch is None or self.worker_batch % self.micro_batch == 0
+        self.require(is_divisor, "micro_batch", f"a divisor of global_batch / workers = {self.worker_batch}, or null")
 
     @property
     def is_sharded(self) -> bool:
@@ -704,7 +621,7 @@ class SequenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExchangeConfig:
+class ExchangeConfig(Section):
     """How level versions reach the sequence workers."""
 
     mode: Literal["delayed", "eager"] = "delayed"
@@ -719,45 +636,34 @@ class ExchangeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RecoveryConfig:
+class RecoveryConfig(Section):
     """Recovery points in memory, checkpoints on storage, and how faults are met."""
 
-    window: int = 64
+    window: Natural = 64
     """Steps between two recovery points in memory; 0: only at the start, at checkpoints, at commands and at the end."""
-    checkpoint_every: int = 0
+    checkpoint_every: Natural = 0
     """Steps between two checkpoints on storage; 0: only at the end."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
-    standbys: int = 0
+    standbys: Natural = 0
     """Warm actors without a role, each with the CPUs and GPUs of the run's largest actor, that take a lost one's place at once."""
-    hang_timeout_s: float = 30.0
+    hang_timeout_s: Seconds = 30.0
     """Limit in seconds of an actor's silence: one that answers nothing for so long is taken for hung, killed and replaced; the
     conductor, which writes to storage, for three times as long."""
 
-    def __post_init__(self) -> None:
-        _require(self.window >= 0, f"recovery.window is {self.window}; allowed: 0 or more")
-        _require(self.checkpoint_every >= 0, f"recovery.checkpoint_every is {self.checkpoint_every}; allowed: 0 or more")
-        _require(self.keep >= 1, f"recovery.keep is {self.keep}; allowed: 1 or more")
-        _require(self.standbys >= 0, f"recovery.standbys is {self.standbys}; allowed: 0 or more")
-        _require(self.hang_timeout_s > 0, f"recovery.hang_timeout_s is {self.hang_timeout_s}; allowed: more than 0")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(Section):
     """Evaluation on the held-out records."""
 
-    every: int = 0
+    every: Natural = 0
     """Steps between two evaluations during the run; 0: only at the end."""
-    sequences: int = 64
+    sequences: Natural = 64
     """Held-out sequences of seq_len tokens; the same ones every time. 0: no evaluation."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, f"eval.every is {self.every}; allowed: 0 or more")
-        _require(self.sequences >= 0, f"eval.sequences is {self.sequences}; allowed: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(Section):
     """The whole configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -768,35 +674,25 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    init: str | None = None
+    init: Text | None = None
     """Folder or URL of a run, a checkpoint, or what `nlray stack` wrote, whose parameters the training starts from; null: random ones.
     Where no preset or file is given, its model, levels, optimizers and tokenizer hold too."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.model.uses_cms:
-            _require(len(self.memory.levels) > 0, f"memory.levels is empty; model.kind={self.model.kind} needs one level or more")
-            _require(
-                self.memory.layout == "chain" or self.model.layers >= len(self.memory.levels),
-                f"model.layers is {self.model.layers}; allowed for memory.layout=by_layer: at least the {len(self.memory.levels)} levels",
-            )
-        _require(
-            not (self.sequence.compile and self.sequence.is_sharded), "sequence.compile is true; allowed with sequence.shard=full: false"
-        )
+            count = len(self.memory.levels)
+            self.require(count > 0, "memory.levels", "one level or more", f"with model.kind={self.model.kind}")
+            has_enough = self.memory.layout == "chain" or self.model.layers >= count
+            self.require(has_enough, "model.layers", f"at least the {count} levels", "for memory.layout=by_layer")
+        compiles = self.sequence.compile
+        self.require(not (compiles and self.sequence.is_sharded), "sequence.compile", "false", "with sequence.shard=full")
         for name, level in self.levels.items():
-            _require(
-                not level.has_local_update or self.exchange.mode == "delayed",
-                f"memory.levels.{name}.local_update is {level.local_update}; allowed with exchange.mode={self.exchange.mode}: none",
-            )
-            is_in_context = level.in_context is not None
-            _require(
-                not (self.sequence.compile and is_in_context),
-                f"sequence.compile is true; allowed with memory.levels.{name}.in_context: false",
-            )
-            size = None if level.in_context is None else level.in_context.chunk_size
-            _require(
-                size is None or size < self.model.seq_len,
-                f"memory.levels.{name}.in_context.chunk_size is {size}; allowed: less than model.seq_len={self.model.seq_len}",
-            )
+            key, mode = f"memory.levels.{name}", self.exchange.mode
+            self.require(not level.has_local_update or mode == "delayed", f"{key}.local_update", "none", f"with exchange.mode={mode}")
+            self.require(not compiles or level.in_context is None, "sequence.compile", "false", f"with {key}.in_context")
+            if level.in_context is not None:
+                is_within = level.in_context.chunk_size < self.model.seq_len
+                self.require(is_within, f"{key}.in_context.chunk_size", f"less than model.seq_len={self.model.seq_len}")
 
     @property
     def levels(self) -> dict[str, LevelConfig]:

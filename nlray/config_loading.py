@@ -5,19 +5,19 @@ Nothing here imports torch or ray, so that a mistake is told before anything slo
 
 import difflib
 import re
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from importlib import resources as package_files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from nlray.config import Config, DataConfig, LevelConfig, MemoryConfig, OptimizerConfig, SourceConfig
+from nlray.config import Config, OptimizerConfig
+from nlray.config_values import Scalar, build, shown
+from nlray.config_yaml import dump_yaml, load_yaml
 from nlray.errors import UserError
 
 PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
+
+_KEY = re.compile(r"[^.\[\]\s]+(?:\.[^.\[\]\s]+|\[[^\[\]]+\])*")
 
 
 def load_config(source: str | None, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
@@ -32,63 +32,54 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
         UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
     """
     init = _init_of(overrides or [])
-    found = _read_init(init) if source is None and init else _read_source(source)
-    return parse_config(*found, overrides, default_name=default_name)
+    plain = _read_init(init) if source is None and init else _read_source(source)
+    return _parse(plain, overrides, default_name)
 
 
-def parse_config(name: str, text: str, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
+def parse_config(name: str, text: str | bytes, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
     """Return the checked configuration of a YAML text with overrides; `name` is for messages. Raises as `load_config`."""
-    try:
-        raw = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-    except YAMLError as error:
-        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, DictConfig):
-        raise UserError(f"{name}: not a mapping of keys")
+    return _parse(_load_mapping(name, text), overrides, default_name)
+
+
+def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str | None) -> Config:
     for override in overrides or []:
-        key, equals, _ = override.partition("=")
-        if not equals or not key.strip():
+        key, equals, value = override.partition("=")
+        if not equals or not _KEY.fullmatch(key):
             raise UserError(f"argument {override!r}: not of the form key=value")
-        try:
-            raw = OmegaConf.merge(raw, OmegaConf.from_dotlist([override]))
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{key}: cannot read the value in {override!r}: {_first_line(error)}") from error
-    plain = OmegaConf.to_container(raw)
-    _expand_shorthands(plain)
+        _expand_sources(plain)
+        parts = [part.strip("[]") for part in re.findall(r"\[[^\[\]]+\]|[^.\[\]]+", key)]
+        plain = _changed(plain, parts, _read_value(key, value), key)
+    _expand_sources(plain)
+    _expand_levels(plain)
     if default_name is not None:
         run = plain.setdefault("run", {})
         if isinstance(run, dict):
             run["name"] = run.get("name") or default_name
             run["dir"] = run.get("dir") or f"runs/{run['name']}"
-    return config_from_dict(plain, where=name)
+    return config_from_dict(plain)
 
 
-def config_from_dict(plain: dict[str, Any], *, where: str = "config") -> Config:
+def config_from_dict(plain: dict[str, Any]) -> Config:
     """Return the checked configuration of a plain mapping; raise UserError in one line."""
-    _check_keys(plain, Config, prefix="")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(plain))
-        return OmegaConf.to_object(merged)
-    except UserError as error:
-        raise UserError(_locate(str(error), plain)) from error
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or where
-        raise UserError(f"{key}: {_first_line(error)}") from error
+    return build(Config, plain)
 
 
 def config_to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML; `load_config` of it gives an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return dump_yaml(asdict(config))
 
 
 def default_run_name(source: str | None, overrides: list[str], stamp: str) -> str:
     """Return `<preset or file>-<stamp>`, or that of the folder that `init` names where there is neither."""
     if source is None:
-        return f"{Path(_init_of(overrides) or 'tiny').name}-{stamp}"
+        init = _init_of(overrides)
+        return f"{Path(init).resolve().name if init else 'tiny'}-{stamp}"
     return f"{source if source in PRESETS else Path(source).stem}-{stamp}"
 
 
 def _init_of(overrides: list[str]) -> str | None:
-    return next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("init=")), None)
+    value = next((_read_value("init", o.partition("=")[2]) for o in reversed(overrides) if o.startswith("init=")), None)
+    return value if isinstance(value, str) else None
 
 
 def with_run(config: Config, **changes: Any) -> Config:
@@ -96,13 +87,18 @@ def with_run(config: Config, **changes: Any) -> Config:
     return replace(config, run=replace(config.run, **changes))
 
 
-def _read_source(source: str | None) -> tuple[str, str]:
+def _read_source(source: str | None) -> dict[str, Any]:
     name = source or "tiny"
     if name in PRESETS:
-        return name, (package_files.files("nlray") / "presets" / f"{name}.yaml").read_text()
+        return _load_mapping(name, (package_files.files("nlray") / "presets" / f"{name}.yaml").read_bytes())
     path = Path(name)
-    if path.is_file():
-        return name, path.read_text()
+    try:
+        if path.is_file():
+            return _load_mapping(name, path.read_bytes())
+        if path.exists():
+            raise UserError(f"{name}: {'a folder' if path.is_dir() else 'no regular file'}; allowed: a preset, or a YAML file")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"{name}: no such file")
     close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -110,35 +106,79 @@ def _read_source(source: str | None) -> tuple[str, str]:
     raise UserError(f"{name!r}: no such preset or file; {hint}presets: {', '.join(PRESETS)}")
 
 
-def _read_init(init: str) -> tuple[str, str]:
-    """Return name and text of the configuration that belongs to a run's folder or one of its checkpoints: what the parameters need."""
+def _read_init(init: str) -> dict[str, Any]:
+    """Return what the parameters need of the configuration that belongs to a run's folder or one of its checkpoints."""
     from nlray.storage import locate
 
     run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
     name = f"{run_dir}/config.yaml"
     try:
         fs, path = locate(name)
-        plain = OmegaConf.to_container(OmegaConf.create(fs.cat_file(path).decode()))
-    except (OSError, ValueError, ImportError, YAMLError) as error:
+        content = fs.cat_file(path)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`") from error
+    plain = _load_mapping(name, content)
     kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}
-    data = plain.get("data", {})
-    kept["data"] = {"tokenizer": "bytes"} | {key: data[key] for key in ("tokenizer", "end_token", "begin_token") if key in data}
-    return name, OmegaConf.to_yaml(OmegaConf.create(kept))
+    data = plain.get("data")
+    taken = {key: data[key] for key in ("tokenizer", "end_token", "begin_token") if key in data} if isinstance(data, dict) else {}
+    return kept | ({"data": taken} if taken else {})
 
 
-def _expand_shorthands(plain: dict[str, Any]) -> None:
-    """Turn path strings into sources, drop removed levels, and give every level the defaults."""
-    data, memory = plain.get("data"), plain.get("memory")
+def _load_mapping(name: str, content: str | bytes) -> dict[str, Any]:
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    plain = load_yaml(name, text)
+    if not isinstance(plain, dict | None):
+        raise UserError(f"{name}: is {shown(plain)}; allowed: a mapping of keys")
+    return plain or {}
+
+
+def _read_value(key: str, text: str) -> Any:
+    """Return the value of an override: YAML where brackets, braces or quotes begin it, else the characters as they are."""
+    text = text.strip()
+    return load_yaml(key, text) if text[:1] in ("[", "{", '"', "'") or text in ("", "~", "null") else Scalar(text)
+
+
+def _changed(tree: Any, parts: list[str], value: Any, key: str) -> Any:
+    """Return what `tree` is with one entry of it, named by the parts of a key, set or, where both are mappings, merged."""
+    if not parts:
+        return _merged(tree, value)
+    part, *rest = parts
+    if isinstance(tree, list):
+        if not (part.isdecimal() and int(part) < len(tree)):
+            allowed = f"0 to {len(tree) - 1}" if tree else "a whole list"
+            raise UserError(f"{key}: no entry {part} in a list of {len(tree)}; allowed: {allowed}")
+        return [_changed(one, rest, value, key) if index == int(part) else one for index, one in enumerate(tree)]
+    tree = tree if isinstance(tree, dict) else {}
+    return tree | {part: _changed(tree.get(part), rest, value, key)}
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Return `new`, or two mappings as one; `new` wins."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+def _expand_sources(plain: dict[str, Any]) -> None:
+    """Turn path strings into sources."""
+    data = plain.get("data")
     if isinstance(data, dict) and isinstance(data.get("sources"), str):
         data["sources"] = [data["sources"]]
     if isinstance(data, dict) and isinstance(data.get("sources"), list):
         data["sources"] = [{"path": s} if isinstance(s, str) else s for s in data["sources"]]
+
+
+def _expand_levels(plain: dict[str, Any]) -> None:
+    """Drop removed levels, and give every level the defaults."""
+    memory = plain.get("memory")
     if isinstance(memory, dict) and isinstance(memory.get("levels"), dict):
-        defaults = memory.get("defaults") or {}
-        _check_keys(defaults, LevelConfig, prefix="memory.defaults.")
+        # Defaults that are no mapping are told where they are read.
+        defaults = memory.get("defaults") if isinstance(memory.get("defaults"), dict) else {}
         memory["levels"] = {
-            name: OmegaConf.to_container(OmegaConf.merge(_defaults_of(level, defaults), level)) if isinstance(level, dict) else level
+            name: _merged(_defaults_of(level, defaults), level) if isinstance(level, dict) else level
             for name, level in memory["levels"].items()
             if level is not None
         }
@@ -153,57 +193,3 @@ def _defaults_of(level: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     if own.get("name", name) == name:
         return defaults
     return defaults | {"optimizer": {key: value for key, value in optimizer.items() if key != "options"}}
-
-
-def _check_keys(value: Any, schema: type, *, prefix: str) -> None:
-    """Raise UserError for the first key that the schema does not have, with the nearest one."""
-    if not isinstance(value, dict):
-        raise UserError(f"{prefix.rstrip('.')}: is {value!r}; allowed: keys {', '.join(f.name for f in fields(schema))}")
-    known = {f.name: f for f in fields(schema)}
-    for key, item in value.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise UserError(f"unknown key {prefix}{key}; {hint}allowed here: {', '.join(known)}")
-        if schema is MemoryConfig and key == "levels" and isinstance(item, dict):
-            for name, level in item.items():
-                _check_keys(level, LevelConfig, prefix=f"{prefix}levels.{name}.")
-        elif schema is DataConfig and key == "sources" and isinstance(item, list):
-            for index, source in enumerate(item):
-                _check_keys(source, SourceConfig, prefix=f"{prefix}sources[{index}].")
-        elif (section := _section(known[key].type)) is not None and (item is not None or section is known[key].type):
-            _check_keys(item, section, prefix=f"{prefix}{key}.")
-
-
-def _section(kind: Any) -> type | None:
-    """Return the schema of a field that is a section of its own, or may be one or null; None: it is no section."""
-    return next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), None)
-
-
-def _locate(message: str, plain: dict[str, Any]) -> str:
-    """Prefix the message of a nested section, such as an optimizer's, with the key of that section."""
-    if message.startswith(tuple(f"{f.name}." for f in fields(Config))):
-        return message
-    return f"{_section_of(message, plain, Config, '')}{message}"
-
-
-def _section_of(message: str, plain: Any, schema: type, prefix: str) -> str:
-    """Return the key, with a dot, of the deepest section whose own check gives `message`."""
-    for f in fields(schema):
-        value = plain.get(f.name) if isinstance(plain, dict) else None
-        sections = {f.name: (f.type, value)} if is_dataclass(f.type) else {}
-        if schema is MemoryConfig and f.name == "levels" and isinstance(value, dict):
-            sections = {f"levels.{name}": (LevelConfig, level) for name, level in value.items()}
-        for name, (section, content) in sections.items():
-            try:
-                OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), OmegaConf.create(content or {})))
-            except UserError as error:
-                if str(error) == message:
-                    return _section_of(message, content, section, f"{prefix}{name}.")
-            except OmegaConfBaseException:
-                continue
-    return prefix
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -7,13 +7,12 @@
 Every mistake is a UserError of one line that names the key; nothing is built here. See `docs/extending.md`.
 """
 
-import difflib
 import importlib
 import inspect
-import types
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Mapping
+from typing import Any, get_type_hints
 
+from nlray.config_values import nearest, read
 from nlray.errors import UserError
 
 
@@ -45,8 +44,9 @@ def resolve_class(key: str, name: str, names: Mapping[str, type], base: type) ->
 def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, taken: Collection[str] = ()) -> dict[str, Any]:
     """Return every option of a class in force: the defaults of its constructor, then what is given.
 
-    Options are what the constructor takes by name, beside its first argument and those in `taken`. A value whose type is not the
-    annotated one is refused; without an annotation, or with one beyond the plain types, it is left to the constructor.
+    Options are what the constructor takes by name, beside its first argument and those in `taken`. A value is read by its annotation as
+    a key of the configuration is, ranges of `nlray.config_values` included; without one, or with one beyond the plain types, it is left
+    to the constructor.
 
     Args:
         key: of the options in the configuration, for messages.
@@ -59,17 +59,15 @@ def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, tak
     parameters = _keywords(cls)
     allowed = [name for name in parameters if name not in taken]
     kinds = _type_hints(cls)
-    for name, value in given.items():
+    for name in given:
         if name not in allowed and (name in taken or not takes(cls, name)):
-            close = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{key}.{name}: {owner} has no such option; {hint}allowed: {', '.join(allowed) or 'none'}")
-        if name in kinds and not _fits(value, kinds[name]):
-            raise UserError(f"{key}.{name} is {value!r}; allowed: {_describe(kinds[name])}")
+            hint = f"{nearest(name, allowed, '')}allowed: {', '.join(allowed) or 'none'}"
+            raise UserError(f"{key}.{name}: {owner} has no such option; {hint}")
     missing = [name for name in allowed if parameters[name].default is inspect.Parameter.empty and name not in given]
     if missing:
         raise UserError(f"{key}.{missing[0]}: {owner} needs a value")
-    return {name: parameters[name].default for name in allowed if name not in given} | dict(given)
+    read_ones = {name: read(f"{key}.{name}", value, kinds.get(name, Any)) for name, value in given.items()}
+    return {name: parameters[name].default for name in allowed if name not in given} | read_ones
 
 
 def takes(cls: type, name: str) -> bool:
@@ -92,34 +90,7 @@ def _keywords(cls: type) -> dict[str, inspect.Parameter]:
 
 def _type_hints(cls: type) -> dict[str, Any]:
     try:
-        return get_type_hints(cls.__init__)
+        return get_type_hints(cls.__init__, include_extras=True)
     except NameError:
         # Names that only a type checker sees: such options are left to the constructor.
         return {}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value from YAML is of an annotated type; types beyond the plain ones are left to the constructor."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, k) for k in inner)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, list | tuple) and all(_fits(v, inner[0] if inner else Any) for v in value)
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    return not isinstance(kind, type) or isinstance(value, kind)
-
-
-def _describe(kind: Any) -> str:
-    """Return a type in words."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return ", ".join(map(str, inner))
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_describe, inner))
-    if origin in (list, tuple, Sequence):
-        return f"a list of {_describe(inner[0]) if inner else 'values'}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
-    return words.get(kind, getattr(kind, "__name__", str(kind)))

@@ -68,10 +68,10 @@ def test_pipelines_never_import_torch_distributed():
     [
         ("nlray.config", {"torch", "ray", "numpy", "pyarrow"}),
         ("nlray.config_loading", {"torch", "ray", "numpy", "pyarrow"}),
-        ("nlray.errors", {"torch", "ray", "omegaconf"}),
+        ("nlray.errors", {"torch", "ray", "yaml"}),
         ("nlray.levels", {"torch", "ray"}),
         ("nlray.metrics", {"torch", "ray", "tensorflow"}),
-        ("nlray.clusters.cli", {"torch", "ray", "pyarrow", "omegaconf"}),
+        ("nlray.clusters.cli", {"torch", "ray", "pyarrow", "yaml"}),
         ("nlray.nested_system", {"ray"}),
         ("nlray.pipelines.stream", {"ray", "torch"}),
         ("nlray.actors.conductor", {"torch"}),

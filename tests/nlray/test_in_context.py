@@ -327,9 +327,9 @@ def test_a_state_goes_round_through_named_tensors(config, vocab_size, random_blo
         (["memory.levels.fast.in_context={chunk_size: 256}"], ["memory.levels.fast.in_context.chunk_size is 256", "model.seq_len=256"]),
         (["memory.levels.slow.in_context={chunk_size: 0}"], ["memory.levels.slow.in_context.chunk_size is 0", "1 or more"]),
         (["memory.levels.slow.in_context={chunk_size: 8, lr: 0}"], ["memory.levels.slow.in_context.lr is 0", "more than 0"]),
-        (["memory.levels.slow.in_context={lr: 0.5}"], ["memory.levels.slow.in_context.chunk_size", "missing"]),
-        (["memory.levels.slow.in_context.chunk_siz=8"], ["memory.levels.slow.in_context.chunk_siz;", "did you mean", "chunk_size?"]),
-        (["memory.defaults.in_context.rate=1"], ["memory.defaults.in_context.rate;", "chunk_size, lr, objective"]),
+        (["memory.levels.slow.in_context={lr: 0.5}"], ["memory.levels.slow.in_context.chunk_size: has no value"]),
+        (["memory.levels.slow.in_context.chunk_siz=8"], ["memory.levels.slow.in_context.chunk_siz: unknown key; did you mean chunk_size?"]),
+        (["memory.defaults.in_context.rate=1"], ["memory.defaults.in_context.rate: unknown key", "chunk_size, lr, objective"]),
         (["memory.levels.slow.in_context=8"], ["memory.levels.slow.in_context", "8", "chunk_size"]),
         (["memory.levels.slow.in_context={chunk_size: 8, objective: cosine}"], ["memory.levels.slow.in_context.objective", "cosine"]),
         (

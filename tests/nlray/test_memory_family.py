@@ -223,11 +223,11 @@ def test_a_chunk_size_of_its_own_changes_what_its_memory_answers(memory):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"memory_chunks": {"q": 8}}, ["model.memory_chunks.q: no such memory", "model.phase=self_modifying: k, v, eta, alpha, mem"]),
-        ({"phase": "static", "memory_chunks": {"k": 8}}, ["model.memory_chunks.k", "model.phase=static: mem"]),
-        ({"memory_chunks": {"k": 0}}, ["model.memory_chunks.k is 0", "1 or more"]),
-        ({"chunk_size": 64, "memory_chunks": {"k": 12}}, ["model.chunk_size is 64", "a multiple of 12", "of k"]),
-        ({"memory_chunks": {"k": 8, "v": 6}}, ["model.memory_chunks.v is 6", "a multiple of 4", "of eta"]),
+        ({"memory_chunks": {"q": 8}}, ["memory_chunks.q: no such memory", "model.phase=self_modifying: k, v, eta, alpha, mem"]),
+        ({"phase": "static", "memory_chunks": {"k": 8}}, ["memory_chunks.k", "model.phase=static: mem"]),
+        ({"memory_chunks": {"k": 0}}, ["memory_chunks.k is 0", "1 or more"]),
+        ({"chunk_size": 64, "memory_chunks": {"k": 12}}, ["chunk_size is 64", "a multiple of 12", "of k"]),
+        ({"memory_chunks": {"k": 8, "v": 6}}, ["memory_chunks.v is 6", "a multiple of 4", "of eta"]),
     ],
 )
 def test_chunk_sizes_that_do_not_go_together_are_refused(settings, words):

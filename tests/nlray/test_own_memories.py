@@ -86,8 +86,8 @@ def test_a_class_of_the_users_gets_its_options_and_does_not_collapse(own_module)
             {"memory": "own_memories:OneSize", "memory_chunks": {"k": 4}},
             ["'own_memories:OneSize'", "model.memory_chunks", "4, 64", "one size"],
         ),
-        ({"memory": "own_memories.Wide"}, ["model.memory is 'own_memories.Wide'", "matrix, mlp, or package.module:Class"]),
-        ({"memory": "matrx"}, ["model.memory is 'matrx'", "did you mean 'matrix'?"]),
+        ({"memory": "own_memories.Wide"}, ["memory is 'own_memories.Wide'", "matrix, mlp, or package.module:Class"]),
+        ({"memory": "matrx"}, ["memory is 'matrx'", "did you mean 'matrix'?"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(own_module, settings, words):

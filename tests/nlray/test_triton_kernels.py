@@ -163,7 +163,7 @@ def test_on_a_gpu_the_precision_the_width_and_the_capability_decide(monkeypatch)
 def test_a_memory_without_kernels_refuses_to_insist_on_them():
     assert ModelConfig(kernels="triton").kernels == "triton"
     for other in ({"phase": "static"}, {"memory": "mlp"}, {"kind": "transformer"}):
-        with pytest.raises(UserError, match=r"model\.kernels is triton; allowed for this memory or attention: auto, torch"):
+        with pytest.raises(UserError, match=r"kernels is triton; allowed for this memory or attention: auto, torch"):
             ModelConfig(kernels="triton", **other)
 
 

@@ -155,5 +155,5 @@ def test_processes_end_with_their_worker(hf_file: Path) -> None:
 
 
 def test_bytes_have_no_processes() -> None:
-    with pytest.raises(UserError, match=r"data.tokenizer_processes is 2; allowed: 0 with data.tokenizer=bytes"):
+    with pytest.raises(UserError, match=r"tokenizer_processes is 2; allowed with data.tokenizer=bytes: 0"):
         DataConfig(tokenizer_processes=2)
