@@ -26,7 +26,7 @@ from nlray.actors.types import ENDED, RunDescription, RunState, RunStatus
 from nlray.config import Config, RunConfig
 from nlray.config_loading import parse_config
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
-from nlray.metrics import SUMMARY, read_events, read_json, read_rows
+from nlray.metrics import SUMMARY, read_events, read_json, read_rows, warn_once
 from nlray.storage import locate
 
 CONNECT_S = 10.0
@@ -165,7 +165,7 @@ class Follower:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What a run's folder says. state: of `state.json`, None before the actors stand; summary: None before the end."""
+    """What a run's folder says. state: of `state.json`, None before the actors stand, empty if damaged; summary: None before the end."""
 
     run_dir: str
     config: Config
@@ -203,7 +203,21 @@ def read_records(run_dir: str) -> Records | None:
     run_dir = run_dir.rstrip("/")
     # The folder may have been moved.
     config = parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), [f"run.dir={json.dumps(run_dir)}"])
-    return Records(run_dir, config, read_json(f"{run_dir}/{STATE}"), read_json(f"{run_dir}/{SUMMARY}"))
+    state = _read_or_empty(f"{run_dir}/{STATE}", status=str, address=str)
+    summary = _read_or_empty(f"{run_dir}/{SUMMARY}", status=str, steps=int)
+    if summary == {} and state and state["status"] in ENDED:
+        # An ended run's state has its summary too.
+        summary = state.get("summary")
+    return Records(run_dir, config, state, summary or None)
+
+
+def _read_or_empty(url: str, **needed: type) -> dict[str, Any] | None:
+    """Return what a file of a run says; None: there is none; empty: it is damaged, which is said once."""
+    try:
+        return read_json(url, **needed)
+    except UserError as error:
+        warn_once(str(error))
+        return {}
 
 
 def _read_there(conductor: Any, read: Callable[[str], Any]) -> Any:
@@ -272,6 +286,8 @@ def _address_of(records: Records) -> str:
             raise RunGoneError(f"run {records.config.run.name} is not going on: {records.run_dir} has no {STATE} after {START_S:g} s")
         time.sleep(RETRY_S)
         records = read_records(records.run_dir) or records
+    if not records.state:
+        raise RunGoneError(f"run {records.config.run.name} cannot be asked: {STATE} is damaged, and --address not given")
     return records.state["address"]
 
 

@@ -191,6 +191,7 @@ class Conductor(VaultHolder):
                 self._set_state(state["status"])
             else:
                 if state is None:
+                    self.checkpoints.start()
                     # From here on a conductor that is started again looks for what there is.
                     self._save_state()
                     for note in self.notes:
@@ -363,7 +364,7 @@ class Conductor(VaultHolder):
         self._is_stop_requested, self._started_at = state["stop"], state["started_at"]
         self.watch.step = self.journal.last_step
         seen_at = time.time()
-        self.checkpoints.look()
+        self.checkpoints.stored()
         self.members.find(self.lineup.plan_of)
         lost = [self.watch.at_step(fault) for fault in self.members.hear_all()]
         fault = Fault("conductor", CONDUCTOR, self.watch.step, "the conductor was killed and started again")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import posixpath
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,18 +21,20 @@ from nlray.actors.rescale import check_workers
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
-from nlray.checkpoint import latest_checkpoint, read_manifest
+from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, read_manifest
 from nlray.config import Config
 from nlray.config_loading import config_to_yaml, parse_config, with_run
 from nlray.errors import UserError
 from nlray.initial import INITIAL, check_initial, keep_initial
 from nlray.levels import LevelPlan
-from nlray.metrics import MetricsWriter, read_events
+from nlray.metrics import MetricsWriter, read_events, read_rows
 from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import with_vocabulary
 from nlray.storage import absolute, is_local, locate, write_file
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints", INITIAL)
+# What a checkpoint's state has that a run continues from; a start that `nlray stack` wrote has none of it.
+RUN_STATE = {"workers", "stream", "open_steps", "totals", "visible", "levels"}
 # How the pages begin that Ray prints of deaths.
 DEATHS = ("A worker died or was killed while executing a task", "The node with node id: ", "Raylet is terminated.")
 
@@ -98,13 +101,16 @@ class RunHandle:
                 ray.shutdown()
 
 
-def launch(config: Config, *, address: str | None = None, resume: bool = False, behaviours: Behaviours | None = None) -> RunHandle:
+def launch(
+    config: Config, *, address: str | None = None, resume: bool = False, step: int | None = None, behaviours: Behaviours | None = None
+) -> RunHandle:
     """Start a run and return its handle at once.
 
     Args:
         config: with `run.name` set.
         address: of a Ray cluster; None: the one this process is in, else one is started here, for this run.
         resume: go on from the newest whole checkpoint in `run.dir`.
+        step: of the checkpoint to go on from instead.
         behaviours: other classes for the actors; None: the product's.
 
     Raises:
@@ -119,7 +125,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
     notes: list[str] = []
     checkpoint = None
     if resume:
-        checkpoint = latest_checkpoint(config.run.dir, warn=notes.append)
+        checkpoint = find_checkpoint(config.run.dir, step, notes.append)
         check_resume(config, checkpoint)
     else:
         config = replace(config, init=check_initial(config, parameter_shapes(config, config.model.vocab_size)))
@@ -139,7 +145,7 @@ def launch(config: Config, *, address: str | None = None, resume: bool = False, 
         if not resume:
             config = keep_initial(config)
         prepare_dir(config, checkpoint)
-        num_events = len(read_events(config.run.dir))
+        num_events = len(read_events(config.run.dir, warn=lambda _: None))
         # On the head node: without that Ray's own state is lost too, so no other node takes the conductor with it.
         actor = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001}, max_concurrency=16)(Conductor)
         conductor = actor.options(name=CONDUCTOR, namespace=namespace_of(config.run.name), lifetime="detached", max_restarts=-1).remote(
@@ -185,8 +191,24 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
     fs, path = locate(run_dir)
     file = posixpath.join(path, "config.yaml")
     if not fs.exists(file):
+        if fs.exists(posixpath.join(path, MANIFEST)):
+            raise UserError(f"{run_dir}: allowed: a run's folder, or that of a checkpoint, named RUN_DIR/checkpoints/step_XXXXXXXXX")
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
     return parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+
+
+def find_checkpoint(run_dir: str, step: int | None, note: Callable[[str], None]) -> str:
+    """Return the URL of the checkpoint to resume from: that of a step, or the newest; `note` is told of damage to the run's records.
+
+    Raises:
+        UserError: there is none, or it has no state of a run.
+    """
+    found = latest_checkpoint(run_dir, warn=note) if step is None else checkpoint_of_step(run_dir, step)
+    if not RUN_STATE.issubset(read_manifest(found, verify=False).state):
+        raise UserError(f"{found}: holds no state of a run, only parameters; allowed: `nlray train init={run_dir}`")
+    for read in (read_rows, read_events):
+        read(run_dir, warn=note)
+    return found
 
 
 def check_resume(config: Config, checkpoint: str) -> None:

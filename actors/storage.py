@@ -13,8 +13,9 @@ from nlray.actors.lineup import Lineup
 from nlray.actors.members import CONDUCTOR, SeatLostError
 from nlray.actors.points import Point, whole_points
 from nlray.actors.types import SEQUENCE, PartWritten, PieceKey, Role
-from nlray.checkpoint import checkpoint_dir, delete_old_checkpoints, latest_checkpoint, read_manifest, write_manifest
+from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
 from nlray.errors import CheckpointError
+from nlray.rotation import delete_old_checkpoints, put_aside_after
 
 
 @dataclass
@@ -42,14 +43,16 @@ class Checkpoints:
         self.newest: str | None = first
         self.written_step = 0 if first is None else read_manifest(first, verify=False).step
         self.digest: str | None = None
+        self._known = set() if first is None else {first}
         self._writing: dict[int, Writing] = {}
 
-    def look(self) -> None:
-        """Take note of what is on storage, after the conductor was started again."""
-        stored = self.stored()
-        if stored is not None:
-            self.written_step, self.newest = stored
-            self.digest = read_manifest(self.newest, verify=False).digest
+    def start(self) -> None:
+        """Put aside what the run does not continue from: checkpoints that are newer than its first, damaged or not."""
+        self._put_aside_after(-1 if self.first is None else self.written_step)
+
+    def _put_aside_after(self, step: int) -> None:
+        for renamed in put_aside_after(self.run_dir, step):
+            self.note(f"put aside {renamed}: it is not what the run continues from")
 
     @property
     def steps_under_way(self) -> tuple[int, ...]:
@@ -71,18 +74,20 @@ class Checkpoints:
             self._writing[point.step] = Writing(checkpoint_dir(self.run_dir, point.step), calls)
 
     def advance(self) -> None:
-        """Write the manifest of each checkpoint whose parts are all on storage.
+        """Write the manifest of each checkpoint whose parts are all on storage, in the order of their steps.
 
         Raises:
             SeatLostError: a role died while it wrote.
         """
-        for step, writing in list(self._writing.items()):
+        for step, writing in sorted(self._writing.items()):
             ready, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=0)
             for ref in ready:
                 self._part(ref, writing.parts[ref], step)
-            if not late:
-                del self._writing[step]
-                self._complete(step, writing)
+            if late:
+                # What is older than a complete checkpoint is deleted.
+                return
+            del self._writing[step]
+            self._complete(step, writing)
 
     def abandon(self) -> None:
         """Let the parts that are being written end; the folder stays without a manifest and is written again."""
@@ -93,12 +98,21 @@ class Checkpoints:
         self._writing = {}
 
     def stored(self) -> tuple[int, str] | None:
-        """Return step and URL of the newest whole checkpoint, or None."""
+        """Return step and URL of the newest complete checkpoint on storage, or None; a damaged one that is newer is put aside."""
         try:
             url = latest_checkpoint(self.run_dir, warn=self.note)
-        except CheckpointError:
-            url = self.first
-        return None if url is None else (read_manifest(url, verify=False).step, url)
+        except CheckpointError as error:
+            if self.newest is not None:
+                self.note(f"{error}; the next one is the first")
+                self._put_aside_after(-1)
+            self.newest, self.written_step, self.digest = None, 0, None
+            return None
+        manifest = read_manifest(url, verify=False)
+        if url != self.newest:
+            self._put_aside_after(manifest.step)
+        self.newest, self.written_step, self.digest = url, manifest.step, manifest.digest
+        self._known.add(url)
+        return manifest.step, url
 
     def rescue(self) -> None:
         """Write the best recovery point in memory, from whoever holds its pieces, before the run is given up."""
@@ -127,9 +141,17 @@ class Checkpoints:
         self.flush()
         self.digest = write_manifest(writing.url, step, [w.part for w in written], state).digest
         self.newest, self.written_step = writing.url, step
-        delete_old_checkpoints(self.run_dir, self.recovery.keep)
+        self._known.add(writing.url)
+        self._delete_old()
         size = sum(w.part.size_bytes for w in written)
         self.note(f"step {step}: checkpoint {posixpath.basename(writing.url)} written, {size / 1e6:.1f} MB")
+
+    def _delete_old(self) -> None:
+        protected = {self.newest, self.first}
+        try:
+            delete_old_checkpoints(self.run_dir, self.recovery.keep, known=self._known, protected=protected, warn=self.note)
+        except OSError as error:
+            self.note(f"an old checkpoint could not be deleted: {error}")
 
 
 def whole_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:

@@ -122,15 +122,21 @@ def train(arguments: _Arguments = None, address: _Address = None, debug: _Debug 
 
 @app.command()
 def resume(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of the run.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR | CHECKPOINT", help="Folder or URL of the run, or of one of its checkpoints.")],
     overrides: _Overrides = None,
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Continue from the checkpoint of this step.")] = None,
     address: _Address = None,
     debug: _Debug = False,
 ) -> int:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint; later ones than a chosen one are put aside."""
+    from nlray.checkpoint import run_of
     from nlray.clusters.train import resume_run
 
-    return resume_run(run_dir, overrides or [], address=address, debug=debug)
+    run_dir, own_step = run_of(run_dir)
+    if None not in (step, own_step) and step != own_step:
+        raise UserError(f"--step {step}: {run_dir} was named with its checkpoint of step {own_step}; allowed: one of the two")
+    step = own_step if step is None else step
+    return resume_run(run_dir, overrides or [], step=step, address=address, debug=debug)
 
 
 @app.command()

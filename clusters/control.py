@@ -216,7 +216,7 @@ def _ended_as_dict(records: "Records") -> dict[str, Any]:
         "sizes": sizes_of(config),
         "wanted": {},
         "members": [],
-        "recoveries": summary["recovery_log"],
+        "recoveries": summary.get("recovery_log", []),
         "row": rows[-1] if rows else None,
         "conductor": None,
         "summary": summary,

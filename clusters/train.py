@@ -24,14 +24,14 @@ def train_run(config: Config, *, address: str | None, debug: bool = False) -> in
     return _run(config, address=address, resume=False, debug=debug)
 
 
-def resume_run(run_dir: str, overrides: list[str], *, address: str | None, debug: bool = False) -> int:
-    """Go on with the run in `run_dir` from its newest checkpoint; return the exit status."""
+def resume_run(run_dir: str, overrides: list[str], *, step: int | None = None, address: str | None, debug: bool = False) -> int:
+    """Go on with the run in `run_dir` from its checkpoint of a step, or its newest; return the exit status."""
     from nlray.actors.launch import resume_config
 
-    return _run(resume_config(run_dir, overrides), address=address, resume=True, debug=debug)
+    return _run(resume_config(run_dir, overrides), address=address, resume=True, step=step, debug=debug)
 
 
-def _run(config: Config, *, address: str | None, resume: bool, debug: bool) -> int:
+def _run(config: Config, *, address: str | None, resume: bool, step: int | None = None, debug: bool) -> int:
     print(describe_run(config, resume=resume), flush=True)
     if config.levels:
         print(describe_levels(config), flush=True)
@@ -50,7 +50,7 @@ def _run(config: Config, *, address: str | None, resume: bool, debug: bool) -> i
 
     from nlray.actors.launch import launch
 
-    handle = launch(config, address=address, resume=resume)
+    handle = launch(config, address=address, resume=resume, step=step)
     try:
         with StopSignals() as signals, open_view(config) as view:
             status = follow(handle, view, signals)

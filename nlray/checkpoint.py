@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON under `RUN_DIR/checkpoints/step_XXXXXXXXX/`, on any fsspec URL; no pickle.
 
-Every actor writes the part it owns (`write_part`); the manifest with sizes and hashes is written last (`write_manifest`),
-so a folder without a manifest, or whose files differ from it, is torn and `latest_checkpoint` goes on to the one before.
+Every actor writes the part it owns (`write_part`); the manifest with sizes and hashes, its own among them, is written last
+(`write_manifest`). A folder without a manifest, or whose files differ from it, is torn, and `latest_checkpoint` uses the one before.
+Only folders named `step_` and nine digits count: a copy `step_000000010_best` is neither used nor deleted.
 Tensor names: `param/NAME`, `optimizer/NAME/KEY`, `visible/NAME` (the version still in use where the newest is not visible
 yet), `before/NAME` (the one before that, where the newest is predicted), `accumulator/WORKER/NAME` (the open period's gradients),
 `lanes/WORKER/NAME` (with model.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own updates, see
@@ -12,18 +13,28 @@ yet), `before/NAME` (the one before that, where the newest is predicted), `accum
 import hashlib
 import json
 import logging
+import math
 import posixpath
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from nlray.errors import CheckpointError
-from nlray.storage import locate, write_file
+from nlray.storage import absolute, locate, sync_folder, write_file
 
-FORMAT = 2
+FORMAT = 3  # has `sha256`, the hash of the manifest's own content; format 2, which has none, is read too
+FORMATS = (2, 3)
 MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(\d{9})", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What contents that are not as they should be raise, whatever reads them.
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 logger = logging.getLogger(__name__)
 
 
@@ -80,74 +91,193 @@ def write_part(url: str, file: str, tensors: Mapping[str, Any]) -> FilePart:
 
 
 def write_manifest(url: str, step: int, parts: list[FilePart], state: Mapping[str, Any]) -> Manifest:
-    """Write the manifest that makes a checkpoint whole; call it after every part is written."""
+    """Write the manifest that completes a checkpoint; call it after every part is written. All of it is on a local disk on return."""
     parameters = {name: what for part in parts for name, what in part.parameters.items()}
     files = {p.file: {"size_bytes": p.size_bytes, "sha256": p.sha256, "tensors": p.tensors} for p in parts}
-    manifest = Manifest(step, parameter_digest(parameters), files, dict(state))
-    write_file(posixpath.join(url, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
-    return manifest
+    # As a reader gets it: tuples are lists, and keys are strings.
+    plain = json.loads(json.dumps(asdict(Manifest(step, parameter_digest(parameters), files, dict(state)))))
+    write_file(posixpath.join(url, MANIFEST), json.dumps(plain | {"sha256": _content_hash(plain)}, indent=1).encode())
+    sync_parents(url)
+    return Manifest(**plain)
 
 
 def read_manifest(url: str, *, verify: bool = True) -> Manifest:
-    """Read a checkpoint's manifest and (`verify`) compare the size and hash of every file with it.
+    """Read a checkpoint's manifest and (`verify`) compare the size, hash and tensors of every file with it.
 
     Raises:
-        CheckpointError: no manifest, another format, or a file that is missing or differs; says which.
+        CheckpointError: no manifest, a damaged one, another format, or a file that is missing or differs; says which.
     """
     fs, path = locate(url)
     try:
-        plain = json.loads(fs.cat_file(posixpath.join(path, MANIFEST)))
-        manifest = Manifest(**plain)
+        manifest = _parse_manifest(fs.cat_file(posixpath.join(path, MANIFEST)))
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: torn checkpoint: no {MANIFEST}") from error
-    except (ValueError, TypeError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(f"{url}: torn checkpoint: {MANIFEST} cannot be read: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{url}: checkpoint format {manifest.format}; this version reads {FORMAT}")
+    if (step := step_of(url)) is not None and step != manifest.step:
+        raise CheckpointError(f"{url}: torn checkpoint: {MANIFEST} is of step {manifest.step}")
     for file, what in manifest.files.items() if verify else ():
-        _verify_file(url, fs, posixpath.join(path, file), file, what)
+        with _naming(url, file):
+            _verify_file(fs, posixpath.join(path, file), what)
     return manifest
 
 
-def _verify_file(url: str, fs: fsspec.AbstractFileSystem, path: str, file: str, what: Mapping[str, Any]) -> None:
+def _content_hash(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _parse_manifest(data: bytes) -> Manifest:
+    """Return the manifest of a file's bytes; raise one of `_DAMAGED` where its hash or its shape is wrong."""
+    plain = json.loads(data)
+    if not isinstance(plain, dict):
+        raise TypeError("not an object")
+    if type(plain.get("format")) is not int or plain["format"] not in FORMATS:
+        raise ValueError(f"checkpoint format {plain.get('format')!r}; this version reads {' and '.join(map(str, FORMATS))}")
+    if plain["format"] != 2 and plain.pop("sha256", None) != _content_hash(plain):
+        raise ValueError("its content does not match its hash")
+    kinds = {"step": int, "digest": str, "files": dict, "state": dict, "format": int}
+    if plain.keys() != kinds.keys():
+        raise ValueError(f"its keys are {', '.join(plain)}")
+    for key, kind in kinds.items():
+        if type(plain[key]) is not kind:
+            raise TypeError(f"{key} is {type(plain[key]).__name__}")
+    if plain["step"] < 0 or not _SHA256.fullmatch(plain["digest"]) or not plain["files"]:
+        raise ValueError("no step, digest or files")
+    for file, what in plain["files"].items():
+        _check_file_entry(file, what)
+    return Manifest(**plain)
+
+
+def _check_file_entry(file: str, what: Mapping[str, Any]) -> None:
+    if "/" in file or file in ("", ".", "..", MANIFEST):
+        raise ValueError(f"files: {file!r} is no name of a part")
+    names = what["tensors"]
+    is_size = type(what["size_bytes"]) is int and what["size_bytes"] >= 0
+    if len(what) != 3 or not is_size or not _SHA256.fullmatch(what["sha256"]) or not isinstance(names, list):
+        raise ValueError(f"files: {file}: no size, hash or tensors")
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"files: {file}: a tensor's name is no string")
+
+
+@contextmanager
+def _naming(url: str, file: str) -> Iterator[None]:
+    """Raise CheckpointError, which names the checkpoint and the file, for a file that is missing or whose contents are wrong."""
     try:
-        size = fs.size(path)
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: torn checkpoint: {file} is missing") from error
+    except _DAMAGED as error:
+        raise CheckpointError(f"{url}: corrupted checkpoint: {file} {error}") from error
+
+
+def _verify_file(fs: fsspec.AbstractFileSystem, path: str, what: Mapping[str, Any]) -> None:
+    size, digest = fs.size(path), hashlib.sha256()
     if size != what["size_bytes"]:
-        raise CheckpointError(f"{url}: torn checkpoint: {file} has {size} bytes, the manifest says {what['size_bytes']}")
-    digest = hashlib.sha256()
+        raise ValueError(f"has {size} bytes, the manifest says {what['size_bytes']}")
     with fs.open(path, "rb") as stream:
         while block := stream.read(1 << 24):
             digest.update(block)
-    if digest.hexdigest() != what["sha256"]:
-        raise CheckpointError(f"{url}: corrupted checkpoint: {file} does not match the manifest's hash")
+        if digest.hexdigest() != what["sha256"]:
+            raise ValueError("does not match the manifest's hash")
+        stream.seek(0)
+        if _header_shapes(stream, size).keys() != set(what["tensors"]):
+            raise ValueError("has other tensors than the manifest says")
+
+
+def _header_shapes(stream: BinaryIO, size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a safetensors file's tensors; raise one of `_DAMAGED` where its header does not describe the file.
+
+    size: of the file, in bytes.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    if length > size - 8:
+        raise ValueError(f"is of {size} bytes, and its header should be of {length}")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    end, shapes = 0, {}
+    for name, what in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (first, last) = what["shape"], what["data_offsets"]
+        # The types are named by their bits: F32, BF16, F8_E4M3.
+        bits = 8 if what["dtype"] == "BOOL" else int(re.search(r"\d+", what["dtype"])[0])
+        if first != end or 8 * (last - first) != math.prod(shape) * bits or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"has a wrong header: {name}: {what['dtype']} {shape} in the bytes {first} to {last}")
+        end, shapes[name] = last, tuple(shape)
+    if end != size - 8 - length:
+        raise ValueError(f"has a wrong header: its tensors end at byte {end} of {size - 8 - length}")
+    return shapes
+
+
+def step_of(url: str) -> int | None:
+    """Return the step that a checkpoint's folder is named by; None: it has another name."""
+    match = _STEP.fullmatch(posixpath.basename(url.rstrip("/")))
+    return int(match[1]) if match else None
 
 
 def list_checkpoints(run_dir: str) -> list[str]:
-    """Return the URLs of a run's checkpoint folders, newest first, whole or torn."""
+    """Return the URLs of a run's checkpoint folders, newest first, complete or torn."""
+    return [url for url in named_as_checkpoints(run_dir) if is_folder(url)]
+
+
+def named_as_checkpoints(run_dir: str) -> list[str]:
+    """Return the URLs of whatever is named as a checkpoint of a run, newest first: folders, and files that are none."""
     fs, path = locate(run_dir)
     folder = posixpath.join(path, "checkpoints")
+    fs.invalidate_cache(folder)
     if not fs.exists(folder):
         return []
     names = [posixpath.basename(p.rstrip("/")) for p in fs.ls(folder, detail=False)]
-    return [posixpath.join(run_dir, "checkpoints", n) for n in sorted(names, reverse=True) if n.startswith("step_")]
+    return [posixpath.join(run_dir, "checkpoints", n) for n in sorted(names, reverse=True) if _STEP.fullmatch(n)]
+
+
+def is_folder(url: str) -> bool:
+    """Return whether a URL is a folder, or a link to one."""
+    fs, path = locate(url)
+    return fs.isdir(path)
+
+
+def has_manifest(url: str) -> bool:
+    """Return whether a folder has a manifest, of whatever kind: a link to nowhere too."""
+    fs, path = locate(url)
+    return any(posixpath.basename(p.rstrip("/")) == MANIFEST for p in fs.ls(path, detail=False))
+
+
+def run_of(url: str) -> tuple[str, int | None]:
+    """Return a run's folder and a step where `url` is the own folder of one of its checkpoints; else `url` and None."""
+    folder, _ = posixpath.split(whole := absolute(url).rstrip("/"))
+    step = step_of(whole)
+    return (url, None) if step is None or posixpath.basename(folder) != "checkpoints" else (posixpath.dirname(folder), step)
+
+
+def verify_checkpoint(url: str) -> Manifest:
+    """Read and verify a checkpoint: whatever goes wrong while it is read means that it is torn.
+
+    Raises:
+        CheckpointError: it is torn; says why.
+    """
+    try:
+        return read_manifest(url)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{url}: torn checkpoint: it cannot be read: {type(error).__name__}: {error}") from error
 
 
 def latest_checkpoint(run_dir: str, *, warn: Callable[[str], None] = logger.warning) -> str:
-    """Return the URL of a run's newest whole checkpoint; `warn` names each torn one passed over.
+    """Return the URL of a run's newest complete checkpoint; `warn` names each torn one passed over.
 
     `run_dir` may also be a checkpoint's own folder.
 
     Raises:
         CheckpointError: there is none.
     """
+    run_dir = absolute(run_dir)
     fs, path = locate(run_dir)
-    candidates = [run_dir] if fs.exists(posixpath.join(path, MANIFEST)) else list_checkpoints(run_dir)
+    is_run = fs.exists(posixpath.join(path, "checkpoints"))
+    is_own = not is_run and (step_of(path) is not None or fs.exists(posixpath.join(path, MANIFEST)))
     torn = []
-    for url in candidates:
+    for url in [run_dir] if is_own else list_checkpoints(run_dir):
         try:
-            read_manifest(url)
+            verify_checkpoint(url)
         except CheckpointError as error:
             torn.append(str(error))
             continue
@@ -157,6 +287,20 @@ def latest_checkpoint(run_dir: str, *, warn: Callable[[str], None] = logger.warn
     raise CheckpointError("; ".join([f"{run_dir}: no usable checkpoint", *torn]))
 
 
+def checkpoint_of_step(run_dir: str, step: int) -> str:
+    """Return the URL of a run's checkpoint of one step.
+
+    Raises:
+        CheckpointError: there is none, or it is torn.
+    """
+    there = {step_of(url): url for url in list_checkpoints(absolute(run_dir))}
+    if step not in there:
+        steps = ", ".join(map(str, sorted(there))) or "none"
+        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {steps}")
+    verify_checkpoint(there[step])
+    return there[step]
+
+
 def load_tensors(url: str, wanted: Callable[[str], bool], manifest: Manifest | None = None) -> dict[str, Any]:
     """Return the tensors of a checkpoint whose names `wanted` takes, from whichever files hold them."""
     from safetensors import safe_open
@@ -164,19 +308,19 @@ def load_tensors(url: str, wanted: Callable[[str], bool], manifest: Manifest | N
 
     manifest = manifest or read_manifest(url)
     fs, path = locate(url)
-    local = getattr(fs, "protocol", "") in ("file", ("file", "local"))
     found: dict[str, Any] = {}
     for file, what in manifest.files.items():
         names = [n for n in what["tensors"] if wanted(n)]
         if not names:
             continue
         full = posixpath.join(path, file)
-        if local:
-            with safe_open(full, framework="pt") as handle:
-                found.update({n: handle.get_tensor(n) for n in names})
-        else:
-            data = load(fs.cat_file(full))
-            found.update({n: data[n] for n in names})
+        with _naming(url, file):
+            if isinstance(fs, LocalFileSystem):
+                with safe_open(full, framework="pt") as handle:
+                    found.update({n: handle.get_tensor(n) for n in names})
+            else:
+                data = load(fs.cat_file(full))
+                found.update({n: data[n] for n in names})
     return found
 
 
@@ -185,9 +329,9 @@ def read_shapes(url: str, manifest: Manifest) -> dict[str, tuple[int, ...]]:
     fs, path = locate(url)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest.files:
-        with fs.open(posixpath.join(path, file), "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes |= {name: tuple(what["shape"]) for name, what in header.items() if name != "__metadata__"}
+        full = posixpath.join(path, file)
+        with _naming(url, file), fs.open(full, "rb") as stream:
+            shapes |= _header_shapes(stream, fs.size(full))
     return shapes
 
 
@@ -200,18 +344,9 @@ def load_parameters(url: str, manifest: Manifest | None = None) -> dict[str, Any
     return {name.removeprefix("param/"): tensor for name, tensor in tensors.items()}
 
 
-def delete_old_checkpoints(run_dir: str, keep: int) -> list[str]:
-    """Delete all but the newest `keep` whole checkpoints and any torn one older than those; return what went."""
-    fs, _ = locate(run_dir)
-    whole, gone = 0, []
-    for url in list_checkpoints(run_dir):
-        path = locate(url)[1]
-        if whole >= keep:
-            # The manifest goes first, so that a deletion cut short leaves a torn folder, not a false one.
-            if fs.exists(posixpath.join(path, MANIFEST)):
-                fs.rm(posixpath.join(path, MANIFEST))
-            fs.rm(path, recursive=True)
-            gone.append(url)
-        elif fs.exists(posixpath.join(path, MANIFEST)):
-            whole += 1
-    return gone
+def sync_parents(url: str) -> None:
+    """Bring the names of a run's checkpoints, and of the folder that they are in, to a local disk."""
+    fs, path = locate(url)
+    if isinstance(fs, LocalFileSystem):
+        for folder in (parent := posixpath.dirname(path), posixpath.dirname(parent)):
+            sync_folder(folder)

@@ -11,10 +11,12 @@ sums since the start. `points`: bytes_held, bytes_copied of the recovery points.
 """
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
@@ -22,12 +24,21 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from nlray.errors import UserError
 from nlray.storage import locate, write_file
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 SUMMARY = "summary.json"
 TENSORBOARD = "tensorboard"
+Warn = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the same one only once in a process: files are read again and again while a run is followed."""
+    logger.warning("%s", message)
 
 
 class MetricsWriter:
@@ -70,8 +81,9 @@ class MetricsWriter:
         self._log.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Remove the rows after `step` and what a crash left of a half-written one; TensorBoard hides its own from there."""
-        kept = [row for row in read_rows(self._run_dir) if row["step"] <= step]
+        """Remove the rows after `step` and damaged ones; TensorBoard hides its own from there."""
+        # Damaged rows: whoever resumes a run reads them before, and is told then.
+        kept = [row for row in read_rows(self._run_dir, warn=_say_nothing) if row["step"] <= step]
         self._rows.close()
         write_file(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._rows = _open_log(_join(self._run_dir, METRICS), self._interval_s)
@@ -106,28 +118,61 @@ class MetricsWriter:
         return log
 
 
-def read_rows(run_dir: str) -> list[dict[str, Any]]:
-    """Return the rows of a run's `metrics.jsonl`, none if there is no such file; a half-written last line is left out."""
-    return _read_lines(_join(run_dir, METRICS))
+def _say_nothing(_: str) -> None: ...
 
 
-def read_events(run_dir: str) -> list[dict[str, Any]]:
-    """Return the lines of a run's `events.jsonl`: time (seconds since 1970), step, text, and what an event has besides."""
-    return _read_lines(_join(run_dir, EVENTS))
+def read_rows(run_dir: str, *, warn: Warn = warn_once) -> list[dict[str, Any]]:
+    """Return the rows of a run's `metrics.jsonl`, none if there is no such file; a half-written last line is left out.
+
+    warn: is told in one line of damaged lines, which are left out too.
+    """
+    return _read_lines(_join(run_dir, METRICS), {"step": int}, warn)
 
 
-def read_json(url: str) -> Any | None:
-    """Return what a JSON file holds; None if there is no such file."""
+def read_events(run_dir: str, *, warn: Warn = warn_once) -> list[dict[str, Any]]:
+    """Return the lines of a run's `events.jsonl`: time (seconds since 1970), step, text, and what an event has besides.
+
+    warn: as of `read_rows`.
+    """
+    return _read_lines(_join(run_dir, EVENTS), {"time": int | float, "text": str}, warn)
+
+
+def read_json(url: str, **needed: type) -> dict[str, Any] | None:
+    """Return the object that a JSON file holds; None if there is no such file.
+
+    needed: keys that it must have, and of which type.
+
+    Raises:
+        UserError: it holds something else.
+    """
     fs, path = locate(url)
-    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+    if not fs.exists(path):
+        return None
+    if (found := _parse(fs.cat_file(path), needed)) is None:
+        raise UserError(f"{url}: damaged: not the JSON that a run writes there")
+    return found
 
 
-def _read_lines(url: str) -> list[dict[str, Any]]:
+def _parse(data: bytes, needed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a JSON object; None: the bytes hold none, or a needed key is missing or of another type."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    is_complete = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in needed.items())
+    return found if is_complete else None
+
+
+def _read_lines(url: str, needed: Mapping[str, Any], warn: Warn) -> list[dict[str, Any]]:
     fs, path = locate(url)
     if not fs.exists(path):
         return []
     *lines, _ = fs.cat_file(path).split(b"\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    parsed = [(number, _parse(line, needed)) for number, line in enumerate(lines, 1) if line.strip()]
+    damaged = [number for number, found in parsed if found is None]
+    if damaged:
+        warn(f"{url}: {len(damaged)} of {len(parsed)} lines are damaged and left out, the first is line {damaged[0]}")
+    return [found for _, found in parsed if found is not None]
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 import torch
 
-from nlray.actors.launch import check_resume, fixed_on_resume, launch, resolve, resume_config
-from nlray.checkpoint import write_manifest, write_part
+from nlray.actors.launch import RUN_STATE, check_resume, find_checkpoint, fixed_on_resume, launch, resolve, resume_config
+from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.config_loading import config_to_yaml
 from nlray.errors import CheckpointError, UserError
 
@@ -41,10 +41,57 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, cluster):
     newest = Path(whole.summary["checkpoint"])
     part = newest / "sequence_0.safetensors"
     part.write_bytes(part.read_bytes()[:-7])
+    run_dir = Path(config.run.dir)
+    metrics = (run_dir / "metrics.jsonl").read_text().splitlines()
+    (run_dir / "metrics.jsonl").write_text("\n".join([*metrics[:3], metrics[3][:40], "\0" * 50, *metrics[4:], ""]))
+    for name in ("state.json", "summary.json"):
+        (run_dir / name).write_text("{")
     status, rows, events = run_to_end(resume_config(config.run.dir, []), resume=True)
-    assert any("step_000000020: torn checkpoint: sequence_0.safetensors" in e and "step_000000015" in e for e in events)
+    assert any("step_000000020: corrupted checkpoint: sequence_0.safetensors" in e and "step_000000015" in e for e in events)
+    assert "put aside step_000000020 as step_000000020.aside: it is not what the run continues from" in events
+    assert f"{run_dir}/metrics.jsonl: 2 of 21 lines are damaged and left out, the first is line 4" in events
     assert [r["step"] for r in rows] == [16, 17, 18, 19, 20]
     assert status.summary["digest"] == whole.summary["digest"]
+    written = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert written == [n for n in range(1, 21) if n != 4]
+    # From the step before, although it is not the newest; keep is smaller now.
+    status, rows, events = run_to_end(resume_config(config.run.dir, ["recovery.keep=1"]), resume=True, step=15)
+    assert [r["step"] for r in rows] == [16, 17, 18, 19, 20] and status.summary["digest"] == whole.summary["digest"]
+    names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert names == ["step_000000015", "step_000000020", "step_000000020.aside", "step_000000020.aside-2"]
+
+
+def test_damaged_records_do_not_keep_a_checkpoint_from_being_found(tmp_path):
+    run_dir = str(tmp_path)
+    part = write_part(checkpoint_dir(run_dir, 3), "a.safetensors", {})
+    write_manifest(checkpoint_dir(run_dir, 3), 3, [part], dict.fromkeys(RUN_STATE))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    (tmp_path / "events.jsonl").write_bytes(b"\xff\n")
+    notes = []
+    assert find_checkpoint(run_dir, None, notes.append) == checkpoint_dir(run_dir, 3) == find_checkpoint(run_dir, 3, notes.append)
+    assert notes[:2] == [
+        f"{run_dir}/metrics.jsonl: 1 of 2 lines are damaged and left out, the first is line 2",
+        f"{run_dir}/events.jsonl: 1 of 1 lines are damaged and left out, the first is line 1",
+    ]
+
+
+def test_a_start_without_a_runs_state_is_not_resumed(tmp_path):
+    url = checkpoint_dir(str(tmp_path), 0)
+    write_manifest(url, 0, [write_part(url, "a.safetensors", {})], {})
+    with pytest.raises(UserError, match=r"step_000000000: holds no state of a run, only parameters; allowed: `nlray train init="):
+        find_checkpoint(str(tmp_path), None, print)
+
+
+def test_a_checkpoint_under_another_name_and_a_configuration_that_is_no_text_are_told(small, tmp_path):
+    config = small()
+    url = checkpoint_dir(config.run.dir, 3)
+    write_manifest(url, 3, [write_part(url, "a.safetensors", {})], {})
+    copy = Path(url).rename(f"{url}_best")
+    with pytest.raises(UserError, match=r"step_000000003_best: allowed: .* named RUN_DIR/checkpoints/step_XXXXXXXXX"):
+        resume_config(str(copy), [])
+    (Path(config.run.dir) / "config.yaml").write_bytes(config_to_yaml(config).encode() + b"# \xff\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not UTF-8 text"):
+        resume_config(config.run.dir, [])
 
 
 @pytest.mark.slow

@@ -138,6 +138,40 @@ def test_a_run_that_has_ended_is_read_from_its_folder(folder, capsys):
     assert capsys.readouterr().err == f"nlray: error: the run in {run} has ended: completed\n"
 
 
+def test_a_damaged_summary_is_told_and_the_state_says_how_the_run_ended(folder, capsys, caplog):
+    run = str(folder(state={"status": "completed", "address": "127.0.0.1:9", "summary": SUMMARY}))
+    (Path(run) / "summary.json").write_text('{"status": "comp')
+    assert main(["status", run]) == 0
+    assert capsys.readouterr().out.startswith("completed after 100 of 100 steps")
+    assert caplog.messages == [f"{run}/summary.json: damaged: not the JSON that a run writes there"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"status": "running"}'])
+def test_a_damaged_state_is_told_with_the_way_out_and_not_waited_for(folder, content, capsys, caplog):
+    run = str(folder())
+    (Path(run) / "state.json").write_text(content)
+    assert main(["status", run]) == 2
+    err = capsys.readouterr().err
+    assert "run r cannot be asked: state.json is damaged, and --address not given" in err and f"`nlray resume {run}`" in err
+    assert caplog.messages == [f"{run}/state.json: damaged: not the JSON that a run writes there"]
+
+
+def test_damaged_lines_are_told_once_and_the_others_shown(folder, capsys, caplog):
+    run = str(folder(summary=SUMMARY, state={"status": "completed", "address": "127.0.0.1:9"}))
+    for name in ("events.jsonl", "metrics.jsonl"):
+        lines = (Path(run) / name).read_text().splitlines()
+        (Path(run) / name).write_text("\n".join([lines[0], '{"step": 8, "te', *lines[1:], ""]))
+    assert main(["logs", run, "--follow"]) == 0
+    out = capsys.readouterr().out
+    assert "recovered in 1.0 s" in out and "the end" in out and "completed after 100" in out
+    assert main(["status", run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["row"] == {"step": 100, "loss": 5.0}
+    assert sorted(caplog.messages) == [
+        f"{run}/events.jsonl: 1 of 3 lines are damaged and left out, the first is line 2",
+        f"{run}/metrics.jsonl: 1 of 2 lines are damaged and left out, the first is line 2",
+    ]
+
+
 def test_the_end_of_a_failed_run_has_its_reason(folder, capsys):
     run = str(folder(summary=SUMMARY | {"status": "failed", "error": "worker 0:\nbroken", "eval_loss": None}))
     assert main(["status", run]) == 0

@@ -35,6 +35,31 @@ def test_run_and_checkpoint_give_the_same_text(run_dir, capsys):
     assert first == second and len(first) > 1
 
 
+def test_a_checkpoints_own_folder_may_be_the_current_one(run_dir, capsys, monkeypatch):
+    monkeypatch.chdir(run_dir / "checkpoints" / "step_000000003")
+    assert main(["generate", ".", "ab", "--tokens", "3"]) == 0
+    monkeypatch.chdir(run_dir / "checkpoints")
+    assert main(["generate", "step_000000003/", "ab", "--tokens", "3"]) == 0
+    first, second = capsys.readouterr().out.split("ab")[1:]
+    assert first == second
+
+
+def test_resume_takes_a_step_or_a_checkpoints_own_folder(run_dir, capsys):
+    """Up to the checks before anything is started: this checkpoint has parameters only."""
+    run, own = str(run_dir), str(run_dir / "checkpoints" / "step_000000003")
+    for arguments, message in {
+        (run, "--step", "7"): f"{run}: no checkpoint of step 7; there are: 3",
+        (run, "--step", "3"): "step_000000003: holds no state of a run",
+        (f"{own}/",): "step_000000003: holds no state of a run",
+        (own, "--step", "3"): "step_000000003: holds no state of a run",
+        (own, "--step", "7"): "--step 7: ",
+        (run, "--step", "-1"): "--step",
+    }.items():
+        assert main(["resume", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
 def test_seed_and_temperature_matter(run_dir, capsys):
     texts = []
     for options in (["--seed", "1"], ["--seed", "2"], ["--temperature", "0", "--seed", "1"], ["--top-k", "1", "--seed", "2"]):

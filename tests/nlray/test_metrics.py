@@ -10,7 +10,8 @@ import fsspec
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nlray.metrics import MetricsWriter, read_rows, scalars
+from nlray.errors import UserError
+from nlray.metrics import MetricsWriter, read_events, read_json, read_rows, scalars
 
 
 def row(step, **more):
@@ -104,6 +105,46 @@ def test_truncate_removes_half_a_line(tmp_path):
         metrics.write_rows([row(2)])
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row(s)) + "\n" for s in (1, 2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "metrics.jsonl", "tensorboard"]
+
+
+DAMAGED = [b"{", b"\x00" * 60, b'{"step": 2, \xff', b"[2]", b'{"stop": 2}', b'{"step": "2", "time": "now", "text": 7}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+@pytest.mark.parametrize("file", ["metrics.jsonl", "events.jsonl"])
+def test_damaged_lines_are_left_out_and_told_in_one_line(tmp_path, file, line):
+    good = [{"step": n, "time": 1.7e9, "text": f"event {n}"} for n in (1, 2, 3)]
+    lines = [json.dumps(record).encode() for record in good]
+    (tmp_path / file).write_bytes(b"\n".join([lines[0], line, line, *lines[1:], b""]))
+    told = []
+    read = read_rows if file == "metrics.jsonl" else read_events
+    assert read(str(tmp_path), warn=told.append) == good
+    assert told == [f"{tmp_path}/{file}: 2 of 5 lines are damaged and left out, the first is line 2"]
+
+
+def test_a_writer_takes_up_a_file_with_a_damaged_line_and_leaves_it_without(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row(1))}\ndamaged\n{json.dumps(row(2))}\n{json.dumps(row(3))}\n")
+    with MetricsWriter(str(tmp_path)) as metrics:
+        metrics.truncate_after(2)
+        metrics.write_rows([row(3)])
+    told = []
+    assert read_rows(str(tmp_path), warn=told.append) == [row(1), row(2), row(3)] and told == []
+
+
+def test_the_same_damage_is_logged_once(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text("damaged\n")
+    for _ in range(3):
+        assert read_rows(str(tmp_path)) == []
+    assert len(caplog.records) == 1 and str(tmp_path) in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}", '{"status": 1, "steps": 2}', '{"status": "completed"}'])
+def test_a_damaged_json_file_is_named(tmp_path, content):
+    url = str(tmp_path / "summary.json")
+    assert read_json(url, status=str, steps=int) is None
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=f"^{url}: damaged"):
+        read_json(url, status=str, steps=int)
 
 
 def test_summary_is_replaced_whole(run_dir):
