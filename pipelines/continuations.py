@@ -6,6 +6,7 @@ Many tokenizers put a space before a text (Llama 2), and some strip its ends. Do
 
 import json
 import logging
+from functools import cache
 from typing import Any
 
 import tokenizers
@@ -34,8 +35,14 @@ def part_tokenizers(tokenizer: tokenizers.Tokenizer, *, name: str) -> dict[Part,
     parts = {PARTS[0]: tokenizer} | {part: _copy(changed, tokenizer) if changed != text else tokenizer for part, changed in found.items()}
     better = _good_cuts(parts)
     if max(good, better) < len(_CUTS):
-        logger.warning("%s: where a text file is cut into pieces, its text changes a little with this tokenizer", name)
+        _warn(name)
     return parts if better > good else whole
+
+
+@cache
+def _warn(name: str) -> None:
+    """Say once in a process that a tokenizer is not exact at cuts; a launch loads it several times."""
+    logger.warning("%s: where a text file is cut into pieces, its text changes a little with this tokenizer", name)
 
 
 def _good_cuts(parts: dict[Part, tokenizers.Tokenizer]) -> int:
