@@ -52,8 +52,8 @@ class RunConfig(Section):
     """Name of the run; null: the preset's or file's name with the date and time."""
     dir: Text | None = None
     """Folder or fsspec URL that the run writes to; null: `runs/NAME`."""
-    steps: Count = 300
-    """Optimizer steps of the sequence model; also the horizon of every learning-rate schedule."""
+    steps: Annotated[int, Range(1, 999_999_999)] = 300
+    """Optimizer steps of the sequence model; also the horizon of every learning-rate schedule. Checkpoints are named by nine digits."""
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     """Seed of the initial parameters and of the order of the data."""
     stop_after: Count | None = None

@@ -29,7 +29,7 @@ from nlray.checkpoint import (
     write_part,
 )
 from nlray.config_loading import load_config
-from nlray.errors import CheckpointError
+from nlray.errors import CheckpointError, UserError
 from nlray.initial import check_initial
 
 
@@ -275,6 +275,13 @@ def test_only_folders_named_step_and_nine_digits_are_checkpoints(tmp_path, name,
         other.write_text("x")
     (tmp_path / "checkpoints" / "step_000000030").write_text("a file")
     assert list_checkpoints(str(tmp_path)) == [url] and latest_checkpoint(str(tmp_path)) == url
+
+
+def test_a_run_has_no_more_steps_than_a_checkpoints_name_can_say():
+    steps = load_config("tiny", ["run.steps=999999999"]).run.steps
+    assert nlray.checkpoint.step_of(checkpoint_dir("run", steps)) == steps
+    with pytest.raises(UserError, match=r"run\.steps"):
+        load_config("tiny", ["run.steps=1000000000"])
 
 
 def test_the_checkpoint_of_a_step_is_taken_or_refused_and_no_other_one(run_dir):
