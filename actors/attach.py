@@ -1,17 +1,18 @@
 """Reach a run that another process started: its conductor in its cluster, or, when it has ended, what it left in its folder.
 
-client = attach("runs/demo")                            # a folder says which cluster the run is in
-client = attach("demo", address="10.0.0.5:6379")        # a name does not
+client = attach("runs/demo")                            # in a cluster of this user on this machine, or that of RAY_ADDRESS
+client = attach("demo", address="10.0.0.5:6379")        # in any other
 client.request_scale({"slow": 2})
+
+Whoever joins a Ray cluster runs what its processes send: answers of actors are unpickled. So a folder never decides which cluster is
+joined (`docs/trust.md`).
 """
 
-import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,14 +21,14 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTa
 from nlray.actors.conductor import namespace_of
 from nlray.actors.faults import explain
 from nlray.actors.journal import STATE
+from nlray.actors.local_clusters import own_raylet, take_token
 from nlray.actors.members import CONDUCTOR
+from nlray.actors.records import Records, find_records, read_records
 from nlray.actors.transports import describe_death
-from nlray.actors.types import ENDED, RunDescription, RunState, RunStatus
-from nlray.config import Config, RunConfig
-from nlray.config_loading import parse_config
+from nlray.actors.types import RunDescription, RunStatus
+from nlray.config import RunConfig
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
-from nlray.metrics import SUMMARY, read_events, read_json, read_rows, warn_once
-from nlray.storage import locate
+from nlray.storage import is_local, lies_in
 
 CONNECT_S = 10.0
 START_S = 30.0  # from config.yaml, which the launch writes, to state.json, which the conductor does
@@ -89,13 +90,13 @@ class RunClient:
         self._lost_s = None
         return status
 
-    def records(self) -> "Records":
+    def records(self) -> Records:
         """Return what the run's folder says."""
         return self._read(read_records)
 
     def events(self) -> list[dict[str, Any]]:
         """Return the lines of `events.jsonl`."""
-        return self._read(read_events)
+        return self._read(_read_events)
 
     def _read(self, read: Callable[[str], Any]) -> Any:
         """Read the run's folder as this machine sees it, or, where it sees none or another run's, as the conductor does."""
@@ -163,77 +164,12 @@ class Follower:
         return status
 
 
-@dataclass(frozen=True, slots=True)
-class Records:
-    """What a run's folder says. state: of `state.json`, None before the actors stand, empty if damaged; summary: None before the end."""
-
-    run_dir: str
-    config: Config
-    state: dict[str, Any] | None
-    summary: dict[str, Any] | None
-
-    @property
-    def ended(self) -> RunState | None:
-        """How the run ended; None: it is going on, or was cut off."""
-        return self.summary["status"] if self.summary is not None and self.summary["status"] in ENDED else None
-
-    def status(self, rows_after: int, events_from: int) -> RunStatus:
-        """Return what the conductor of the ended run would tell."""
-        rows = [row for row in read_rows(self.run_dir) if row["step"] > rows_after]
-        events = [event["text"] for event in read_events(self.run_dir)]
-        error = self.summary.get("error")
-        failed = self.ended == "failed"
-        return RunStatus(
-            self.ended,
-            rows,
-            events[events_from:],
-            message=error,
-            exit_code=1 if failed else 0,
-            summary=self.summary,
-            next_event=len(events),
-        )
-
-
-def read_records(run_dir: str) -> Records | None:
-    """Return what a run's folder or URL says; None if it holds no run."""
-    fs, path = locate(run_dir)
-    file = f"{path.rstrip('/')}/config.yaml"
-    if not fs.exists(file):
-        return None
-    run_dir = run_dir.rstrip("/")
-    # The folder may have been moved.
-    config = parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), [f"run.dir={json.dumps(run_dir)}"])
-    state = _read_or_empty(f"{run_dir}/{STATE}", status=str, address=str)
-    summary = _read_or_empty(f"{run_dir}/{SUMMARY}", status=str, steps=int)
-    if summary == {} and state and state["status"] in ENDED:
-        # An ended run's state has its summary too.
-        summary = state.get("summary")
-    return Records(run_dir, config, state, summary or None)
-
-
-def _read_or_empty(url: str, **needed: type) -> dict[str, Any] | None:
-    """Return what a file of a run says; None: there is none; empty: it is damaged, which is said once."""
-    try:
-        return read_json(url, **needed)
-    except UserError as error:
-        warn_once(str(error))
-        return {}
+def _read_events(run_dir: str) -> list[dict[str, Any]]:
+    return read_records(run_dir).events()
 
 
 def _read_there(conductor: Any, read: Callable[[str], Any]) -> Any:
     return read(conductor.run.dir)
-
-
-def find_records(run: str, address: str | None = None) -> Records | None:
-    """Return what the folder of RUN says; None if RUN is a name: without an address `runs/NAME` is looked at too.
-
-    Raises:
-        UserError: RUN is a path or URL, and no run is there.
-    """
-    found = read_records(run)
-    if found is None and ("/" in run or os.path.isdir(run)):
-        raise UserError(f"{run}: holds no run (no config.yaml)")
-    return read_records(f"runs/{run}") if found is None and address is None else found
 
 
 def attach(run: str, address: str | None = None, *, limit_s: float | None = None) -> RunClient:
@@ -241,7 +177,7 @@ def attach(run: str, address: str | None = None, *, limit_s: float | None = None
 
     Args:
         run: its folder or URL, or its name.
-        address: HOST:PORT of its cluster, or `auto`; None: what its folder says, or RAY_ADDRESS.
+        address: HOST:PORT of its cluster, or `auto`; None: a cluster of this user on this machine, or RAY_ADDRESS.
         limit_s: of each wait; None: the run's `run.timeout_s`.
 
     Raises:
@@ -267,19 +203,20 @@ def attach(run: str, address: str | None = None, *, limit_s: float | None = None
     if address is not None:
         join(address)
     else:
-        address = _address_of(records)
-        try:
-            join(address)
-        except UserError as error:
-            raise RunGoneError(f"run {name} is not going on: {str(error).removeprefix('--address ')}") from error
+        _join_own(_started(records))
     conductor = _conductor(name)
     if conductor is None:
-        raise RunGoneError(f"run {name} is not going on: the cluster at {address} does not know it")
-    return RunClient(name, conductor, run_dir=records.run_dir, timeout_s=limit_s or records.config.run.timeout_s)
+        raise RunGoneError(f"run {name} is not going on: the cluster at {ray.get_runtime_context().gcs_address} does not know it")
+    client = RunClient(name, conductor, run_dir=records.run_dir, timeout_s=limit_s or records.config.run.timeout_s)
+    # By its configuration a folder could be taken for another run of this user.
+    there = client.describe().dir
+    if not _is_same(there, records.run_dir):
+        raise UserError(f"{records.run_dir}: run {name} of the cluster is the one in {there}, not this")
+    return client
 
 
-def _address_of(records: Records) -> str:
-    """Return the address of the run's cluster; waits a little for a run that has only just been started."""
+def _started(records: Records) -> Records:
+    """Return what a run's folder says once its actors stand; waits a little for a run that has only just been started."""
     deadline = time.monotonic() + START_S
     while records.state is None:
         if time.monotonic() > deadline:
@@ -288,7 +225,38 @@ def _address_of(records: Records) -> str:
         records = read_records(records.run_dir) or records
     if not records.state:
         raise RunGoneError(f"run {records.config.run.name} cannot be asked: {STATE} is damaged, and --address not given")
-    return records.state["address"]
+    return records
+
+
+def _join_own(records: Records) -> None:
+    """Join the cluster that a run's folder names, if it is one of this user on this machine, else that of RAY_ADDRESS.
+
+    Raises:
+        RunGoneError: there is neither. Nothing is contacted then.
+    """
+    address, named = records.address, os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        return
+    raylet = own_raylet(address)
+    if raylet is not None:
+        take_token(raylet)
+    elif named is None:
+        raise RunGoneError(
+            f"run {records.config.run.name} is not going on in a Ray cluster of yours on this machine; its {STATE} says {address}, "
+            f"which --address {address} joins where you trust it"
+        )
+    try:
+        join(named if raylet is None else address)
+    except UserError as error:
+        raise RunGoneError(f"run {records.config.run.name} is not going on: {str(error).removeprefix('--address ')}") from error
+
+
+def _is_same(there: str, here: str) -> bool:
+    """Return whether the folder that a conductor writes to is the one here; one that this machine does not see may be it."""
+    if is_local(there) != is_local(here):
+        return False
+    is_equal = lies_in(there, here) and lies_in(here, there)
+    return is_equal or (is_local(there) and not os.path.isdir(there))
 
 
 def _conductor(name: str) -> Any | None:

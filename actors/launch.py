@@ -31,6 +31,7 @@ from nlray.metrics import MetricsWriter, read_events, read_rows
 from nlray.nested_system import level_plans, parameter_shapes
 from nlray.pipelines.tokenizers import with_vocabulary
 from nlray.storage import absolute, is_local, locate, write_file
+from nlray.trust import read_bounded
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints", INITIAL)
 # What a checkpoint's state has that a run continues from; a start that `nlray stack` wrote has none of it.
@@ -188,13 +189,13 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
     Raises:
         UserError: `run_dir` holds no run.
     """
-    fs, path = locate(run_dir)
-    file = posixpath.join(path, "config.yaml")
-    if not fs.exists(file):
+    text = read_bounded(posixpath.join(run_dir, "config.yaml"))
+    if text is None:
+        fs, path = locate(run_dir)
         if fs.exists(posixpath.join(path, MANIFEST)):
             raise UserError(f"{run_dir}: allowed: a run's folder, or that of a checkpoint, named RUN_DIR/checkpoints/step_XXXXXXXXX")
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
-    return parse_config(f"{run_dir}/config.yaml", fs.cat_file(file), ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    return parse_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
 
 
 def find_checkpoint(run_dir: str, step: int | None, note: Callable[[str], None]) -> str:

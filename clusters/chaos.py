@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from nlray.errors import UserError
+from nlray.terminal import clean
 
 if TYPE_CHECKING:
     from nlray.actors.chaos import ChaosKind, GoodputReport
@@ -33,7 +34,7 @@ def chaos_run(
         kinds=chosen,
         every_s=every_s,
         seed=seed,
-        say=lambda line: print(f"{datetime.now():%H:%M:%S} {line}", file=sys.stderr if as_json else sys.stdout, flush=True),
+        say=lambda line: print(f"{datetime.now():%H:%M:%S} {clean(line)}", file=sys.stderr if as_json else sys.stdout, flush=True),
         max_faults=faults,
         duration_s=duration_s,
     )
@@ -48,7 +49,7 @@ def chaos_run(
     else:
         print("\n".join([f"the run is {status.state}", *report_lines(report)]))
     if status.state == "failed":
-        print(f"nlray: error: the run failed: {' '.join((status.message or '').split())}", file=sys.stderr)
+        print(f"nlray: error: the run failed: {clean(' '.join((status.message or '').split()))}", file=sys.stderr)
         return 1
     return 0
 

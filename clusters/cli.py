@@ -6,7 +6,6 @@ failures are one line on stderr; `--debug` adds the traceback. Everything slow t
 so that `nlray --help` is instant.
 """
 
-import os
 import sys
 import traceback
 from datetime import datetime
@@ -16,6 +15,7 @@ from typing import Annotated
 import typer
 
 from nlray.errors import NlrayError, UserError
+from nlray.terminal import clean
 
 # Typer's own class in newer releases, click's in older ones.
 _UsageError = typer.BadParameter.__base__
@@ -33,9 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     session = SimpleNamespace(debug=False)
-    # A command's path lacks the folder it is run in, which a user's own optimizer is imported from; Ray's actors have it.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
         # Not `app()`: it has its own ways with Ctrl-C and errors.
         command = typer.main.get_command(app)
@@ -62,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _report(message: str, status: int, *, debug: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    print(f"nlray: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nlray: error: {clean(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 
@@ -96,7 +93,10 @@ _Overrides = Annotated[
 ]
 _Address = Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to run on; without it Ray starts here.")]
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run, or its name.", show_default=False)]
-_RunAddress = Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="The run's cluster; its folder knows it.")]
+_RunAddress = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT", help="The run's cluster; else one of yours on this machine, or RAY_ADDRESS.")
+]
+_Trust = Annotated[bool, typer.Option("--trust", help="Import the classes and contact the addresses that the folder of a run names.")]
 _NoWait = Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait until it has happened.")]
 _Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, is_eager=True, help="Show the traceback of an error.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -110,14 +110,14 @@ def root(
 
 
 @app.command()
-def train(arguments: _Arguments = None, address: _Address = None, debug: _Debug = False) -> int:
+def train(arguments: _Arguments = None, address: _Address = None, trust: _Trust = False, debug: _Debug = False) -> int:
     """Train a model, here or on a Ray cluster, to the end."""
     from nlray.clusters.train import train_run
     from nlray.config_loading import default_run_name, load_config
 
     source, overrides = split_arguments(arguments or [])
     name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
-    return train_run(load_config(source, overrides, default_name=name), address=address, debug=debug)
+    return train_run(load_config(source, overrides, default_name=name, trust=trust), address=address, debug=debug)
 
 
 @app.command()
@@ -126,6 +126,7 @@ def resume(
     overrides: _Overrides = None,
     step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Continue from the checkpoint of this step.")] = None,
     address: _Address = None,
+    trust: _Trust = False,
     debug: _Debug = False,
 ) -> int:
     """Go on with a run from its newest checkpoint; later ones than a chosen one are put aside."""
@@ -136,7 +137,7 @@ def resume(
     if None not in (step, own_step) and step != own_step:
         raise UserError(f"--step {step}: {run_dir} was named with its checkpoint of step {own_step}; allowed: one of the two")
     step = own_step if step is None else step
-    return resume_run(run_dir, overrides or [], step=step, address=address, debug=debug)
+    return resume_run(run_dir, overrides or [], step=step, address=address, trust=trust, debug=debug)
 
 
 @app.command()
@@ -203,13 +204,13 @@ def chaos(
 
 
 @app.command()
-def levels(arguments: _Arguments = None, as_json: _Json = False, debug: _Debug = False) -> None:
+def levels(arguments: _Arguments = None, as_json: _Json = False, trust: _Trust = False, debug: _Debug = False) -> None:
     """List every optimization problem of a model, where it runs and what it costs."""
     from nlray.clusters.levels import print_levels
     from nlray.config_loading import load_config
 
     source, overrides = split_arguments(arguments or [])
-    print_levels(load_config(source, overrides), title=source or "tiny", as_json=as_json)
+    print_levels(load_config(source, overrides, trust=trust), title=source or "tiny", as_json=as_json)
 
 
 @app.command()
@@ -220,13 +221,16 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Sample from the K likeliest tokens only.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    trust: _Trust = False,
     debug: _Debug = False,
 ) -> None:
     """Write on from a prompt with a trained model."""
     from nlray.clusters.generate import stream_text
+    from nlray.terminal import clean_lines
 
-    for piece in stream_text(path, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed):
-        print(piece, end="", flush=True)
+    is_shown = sys.stdout.isatty()
+    for piece in stream_text(path, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, trust=trust):
+        print(clean_lines(piece) if is_shown else piece, end="", flush=True)
     print()
 
 
@@ -235,12 +239,13 @@ def stack(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Local folder of a pretrained decoder, or a run of kind transformer.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="New folder, for `nlray train init=DIR`.")],
     overrides: _Overrides = None,
+    trust: _Trust = False,
     debug: _Debug = False,
 ) -> None:
     """Turn a pretrained decoder into Hope-Attention whose levels start from its MLP blocks."""
     from nlray.clusters.stack import stack_model
 
-    stack_model(source, out, overrides or [])
+    stack_model(source, out, overrides or [], trust=trust)
 
 
 @app.command()

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from nlray.clusters.progress import PlainView, Progress, format_count, format_number, plural, summary_lines
 from nlray.clusters.train import follow, print_end, report_failure
 from nlray.errors import NlrayError, UserError
+from nlray.terminal import clean
 
 if TYPE_CHECKING:
-    from nlray.actors.attach import Records, RunClient
+    from nlray.actors.attach import RunClient
+    from nlray.actors.records import Records
     from nlray.actors.types import RunDescription
 
 STATUS_LIMIT_S = 30.0
@@ -25,7 +27,7 @@ SETTLE_S = 5.0  # sizes that are neither wanted nor in force for so long will no
 
 def print_status(run: str, *, address: str | None, as_json: bool) -> int:
     """Print where a run is; of one that has ended, how."""
-    from nlray.actors.attach import find_records
+    from nlray.actors.records import find_records
 
     records = find_records(run, address)
     if records is not None and records.ended is not None:
@@ -34,7 +36,7 @@ def print_status(run: str, *, address: str | None, as_json: bool) -> int:
         else:
             print("\n".join(summary_lines(records.ended, records.summary, records.config)))
             if records.summary.get("error"):
-                print(f"error    {' '.join(records.summary['error'].split())}")
+                print(f"error    {clean(' '.join(records.summary['error'].split()))}")
         return 0
     description = _reach(run, address, records, limit_s=STATUS_LIMIT_S).describe()
     if as_json:
@@ -48,12 +50,12 @@ def print_status(run: str, *, address: str | None, as_json: bool) -> int:
 
 def print_logs(run: str, *, address: str | None, following: bool) -> int:
     """Print a run's events, and, following, what comes until its end."""
-    from nlray.actors.attach import Follower, find_records
-    from nlray.metrics import read_events
+    from nlray.actors.attach import Follower
+    from nlray.actors.records import find_records
 
     records = find_records(run, address)
     client = _reach(run, address, None) if records is None else None
-    events = read_events(records.run_dir) if client is None else client.events()
+    events = records.events() if client is None else client.events()
     config = (records or client.records()).config
     view = PlainView(Progress(config), with_time=True)
     for event in events:
@@ -76,7 +78,8 @@ def print_logs(run: str, *, address: str | None, following: bool) -> int:
 
 def stop_run(run: str, *, address: str | None, waiting: bool) -> int:
     """Have a run stop with a checkpoint, and wait until it has."""
-    from nlray.actors.attach import Follower, find_records
+    from nlray.actors.attach import Follower
+    from nlray.actors.records import find_records
 
     records = find_records(run, address)
     if records is not None and records.ended is not None:
@@ -99,7 +102,8 @@ def stop_run(run: str, *, address: str | None, waiting: bool) -> int:
 
 def scale_run(run: str, arguments: list[str], *, address: str | None, waiting: bool) -> int:
     """Have groups of a run change their sizes, and wait until they have."""
-    from nlray.actors.attach import Follower, find_records
+    from nlray.actors.attach import Follower
+    from nlray.actors.records import find_records
 
     sizes = parse_sizes(arguments)
     records = find_records(run, address)
@@ -118,7 +122,7 @@ def scale_run(run: str, arguments: list[str], *, address: str | None, waiting: b
         return 130
     if watch.found is None:
         raise NlrayError(f"the run ended before {text} was in force: {status.state}")
-    print(f"groups   {_groups_text(watch.found)}")
+    print(f"groups   {clean(_groups_text(watch.found))}")
     if not watch.is_in_force:
         raise NlrayError(f"{text} is not in force: another request, or the end of the conductor's process, came in between")
     return 0
@@ -182,7 +186,8 @@ def status_lines(run: "RunDescription") -> list[str]:
     members = [(m.role, m.actor, str(m.pid or "-"), m.node[:8] or "not yet ready") for m in run.members]
     table = [("role", "actor", "pid", "node"), ("conductor", "conductor", str(run.pid), run.node[:8]), *members]
     widths = [max(len(line[column]) for line in table) for column in range(3)]
-    return lines + [f"{role:<{widths[0]}}  {actor:<{widths[1]}}  {pid:>{widths[2]}}  {node}" for role, actor, pid, node in table]
+    lines += [f"{role:<{widths[0]}}  {actor:<{widths[1]}}  {pid:>{widths[2]}}  {node}" for role, actor, pid, node in table]
+    return [clean(line) for line in lines]
 
 
 def _groups_text(run: "RunDescription") -> str:
@@ -202,9 +207,8 @@ def _faults_text(recoveries: tuple[dict[str, Any], ...]) -> str:
 def _ended_as_dict(records: "Records") -> dict[str, Any]:
     """Return what `nlray status --json` prints of a run that has ended."""
     from nlray.actors.rescale import sizes_of
-    from nlray.metrics import read_rows
 
-    rows, config, summary = read_rows(records.run_dir), records.config, records.summary
+    rows, config, summary = records.rows(), records.config, records.summary
     return {
         "schema": 1,
         "name": config.run.name,
@@ -226,7 +230,6 @@ def _ended_as_dict(records: "Records") -> dict[str, Any]:
 def _reach(run: str, address: str | None, records: "Records | None", **options: Any) -> "RunClient":
     """Attach to a run; of one that was cut off, say where it was and how it goes on."""
     from nlray.actors.attach import RunGoneError, attach
-    from nlray.metrics import read_rows
 
     if records is not None and records.ended is None and records.state is None and address is None:
         print("nlray: the run has not started yet; waiting for it", file=sys.stderr)
@@ -235,7 +238,7 @@ def _reach(run: str, address: str | None, records: "Records | None", **options: 
     except RunGoneError as error:
         if records is None:
             raise
-        rows = read_rows(records.run_dir)
+        rows = records.rows()
         step = f"its last step was {rows[-1]['step'] if rows else 0} of {records.config.run.steps}"
         resume = f"`nlray resume {shlex.quote(records.run_dir)}` goes on from its newest checkpoint"
         raise UserError(f"{error}; {step}; if its cluster is gone, {resume}") from error

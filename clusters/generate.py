@@ -9,22 +9,25 @@ from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config
 from nlray.config_loading import parse_config
 from nlray.errors import CheckpointError, UserError
-from nlray.storage import locate
+from nlray.trust import confirm, read_bounded
 
 if TYPE_CHECKING:
     from nlray.pipelines.tokenizers import Tokenizer
 
 
-def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[str]:
+def stream_text(
+    path: str, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int, trust: bool = False
+) -> Iterator[str]:
     """Give the prompt and then the text that the model writes after it, up to the end of a document.
 
     Args:
         path: folder or URL of a run, or of one of its checkpoints.
         tokens: tokens to generate at most.
+        trust: what the configuration of the run names may be imported and contacted (`nlray.trust`).
 
     Raises:
         CheckpointError: no whole checkpoint there, or no configuration beside it.
-        UserError: an empty prompt.
+        UserError: an empty prompt, or what the run names is not confirmed.
     """
     import torch
 
@@ -34,6 +37,7 @@ def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_
 
     checkpoint = latest_checkpoint(path)
     config = checkpoint_config(checkpoint)
+    confirm(config, run_dir_of(checkpoint), trust=trust)
     parameters = load_parameters(checkpoint, read_manifest(checkpoint, verify=False))
     tokenizer = load_tokenizer(config.data)
     begin = tokenizer.begin_of_document
@@ -50,13 +54,16 @@ def stream_text(path: str, prompt: str, *, tokens: int, temperature: float, top_
 
 def checkpoint_config(checkpoint: str) -> Config:
     """Return the configuration of the run that a checkpoint belongs to: RUN_DIR/checkpoints/step_X -> RUN_DIR/config.yaml."""
-    run_dir = posixpath.dirname(posixpath.dirname(checkpoint.rstrip("/")))
-    url = posixpath.join(run_dir, "config.yaml")
-    try:
-        fs, path = locate(url)
-        return parse_config(url, fs.cat_file(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder") from error
+    url = posixpath.join(run_dir_of(checkpoint), "config.yaml")
+    text = read_bounded(url)
+    if text is None:
+        raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder")
+    return parse_config(url, text)
+
+
+def run_dir_of(checkpoint: str) -> str:
+    """Return the folder of the run that a checkpoint belongs to."""
+    return posixpath.dirname(posixpath.dirname(checkpoint.rstrip("/")))
 
 
 def decode_pieces(tokenizer: "Tokenizer", prompt: list[int], generated: Iterable[int]) -> Iterator[str]:

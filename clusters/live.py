@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nlray.clusters.progress import Progress, format_bytes, format_count, format_seconds
+from nlray.terminal import clean
 
 _STYLES = {"recovering": "bold yellow", "failed": "bold red"}
 
@@ -38,7 +39,7 @@ class LiveView:
 
     def event(self, text: str) -> None:
         """Show one event above the live lines."""
-        self._live.console.print(Text(text))
+        self._live.console.print(Text(clean(text)))
 
     def render(self) -> Group:
         """Return the lines as they are now."""

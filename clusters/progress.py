@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from nlray.config import Config
+from nlray.terminal import clean
 
 _SMOOTHING = 0.9
 
@@ -23,10 +24,10 @@ def describe_run(config: Config, *, resume: bool) -> str:
     sources = ", ".join(source.path for source in config.data.sources)
     return "\n".join(
         [
-            f"run      {config.run.name}{' (resumed)' if resume else ''} in {config.run.dir}",
+            f"run      {clean(config.run.name)}{' (resumed)' if resume else ''} in {clean(config.run.dir)}",
             f"model    {model.kind}, dim {model.dim}, {model.layers} layers, {model.heads} heads, {sequence.precision}",
             f"steps    {config.run.steps} of {format_count(tokens)} tokens ({sequence.global_batch} x {model.seq_len}), {workers}",
-            f"data     {sources} ({config.data.tokenizer})",
+            f"data     {clean(sources)} ({clean(config.data.tokenizer)})",
         ]
     )
 
@@ -50,10 +51,10 @@ def summary_lines(state: str, summary: dict[str, Any] | None, config: Config) ->
             again = plural(summary.get("replayed_steps") or 0, "step")
             lines.append(f"faults   {plural(summary['recoveries'], 'recovery', 'recoveries')}, {again} run again")
         if summary.get("digest"):
-            lines.append(f"digest   {summary['digest']}")
+            lines.append(f"digest   {clean(summary['digest'])}")
     else:
         lines.append(state)
-    run_dir = config.run.dir
+    run_dir = clean(config.run.dir)
     folder = shlex.quote(run_dir)
     lines.append(f"run      {run_dir}")
     if state != "completed" and (summary is None or summary.get("checkpoint")):
@@ -202,6 +203,7 @@ class PlainView:
 
     def event(self, text: str, *, at: float | None = None) -> None:
         """Show one event; `at` in seconds since 1970, None: now."""
+        text = clean(text)
         print(f"{format_time(time.time() if at is None else at)}  {text}" if self._with_time else text, flush=True)
 
 

@@ -11,13 +11,13 @@ from nlray.pipelines.tokenizers import HFTokenizer, checked_vocab_size, load_tok
 from nlray.stacking import check_free, stacked_config, write_stacked
 
 
-def stack_model(source: str, out: str, overrides: list[str]) -> None:
+def stack_model(source: str, out: str, overrides: list[str], *, trust: bool = False) -> None:
     """Write the decoder at `source` to the new folder `out`, and print what it is.
 
     Raises:
         UserError: it cannot be taken over, or its tokenizer does not say how a text ends. Nothing is written then.
     """
-    decoder = open_source(source)
+    decoder = open_source(source, trust=trust)
     check_free(out)
     config = stacked_config(decoder, source, overrides)
     config, notes = _with_end_token(config, has_tokenizer="tokenizer" in decoder.data)
@@ -46,6 +46,6 @@ def _with_end_token(config: Config, *, has_tokenizer: bool) -> tuple[Config, lis
     elif usual is None:
         lines.append("nothing is put before a document or a prompt (data.begin_token)")
     else:
-        advice = f"if the model was trained with it, stack with \"data.begin_token={usual!r}\""
+        advice = f'if the model was trained with it, stack with "data.begin_token={usual!r}"'
         lines.append(f"nothing is put before a document or a prompt, but the tokenizer's own default is {usual}: {advice}")
     return replace(config, data=replace(config.data, end_token=tokenizer.end_token)), lines

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from nlray.clusters.progress import View, describe_levels, describe_run, format_count, open_view, summary_lines
 from nlray.config import Config
+from nlray.config_loading import values_of
+from nlray.terminal import clean, clean_lines
+from nlray.trust import confirm
 
 if TYPE_CHECKING:
     from nlray.actors.attach import Follower
@@ -24,11 +27,15 @@ def train_run(config: Config, *, address: str | None, debug: bool = False) -> in
     return _run(config, address=address, resume=False, debug=debug)
 
 
-def resume_run(run_dir: str, overrides: list[str], *, step: int | None = None, address: str | None, debug: bool = False) -> int:
+def resume_run(
+    run_dir: str, overrides: list[str], *, step: int | None = None, address: str | None, trust: bool = False, debug: bool = False
+) -> int:
     """Go on with the run in `run_dir` from its checkpoint of a step, or its newest; return the exit status."""
     from nlray.actors.launch import resume_config
 
-    return _run(resume_config(run_dir, overrides), address=address, resume=True, step=step, debug=debug)
+    config = resume_config(run_dir, overrides)
+    confirm(config, run_dir, trust=trust, typed=values_of(overrides), is_resumed=True)
+    return _run(config, address=address, resume=True, step=step, debug=debug)
 
 
 def _run(config: Config, *, address: str | None, resume: bool, step: int | None = None, debug: bool) -> int:
@@ -72,8 +79,8 @@ def report_failure(status: "RunStatus", *, debug: bool = False) -> int:
     if status.state != "failed":
         return status.exit_code
     if debug and status.traceback:
-        print(status.traceback, file=sys.stderr)
-    print(f"nlray: error: {' '.join((status.message or 'the run failed').split())}", file=sys.stderr)
+        print(clean_lines(status.traceback), file=sys.stderr)
+    print(f"nlray: error: {clean(' '.join((status.message or 'the run failed').split()))}", file=sys.stderr)
     return status.exit_code or 1
 
 

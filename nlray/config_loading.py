@@ -5,6 +5,7 @@ Nothing here imports torch or ray, so that a mistake is told before anything slo
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import resources as package_files
 from pathlib import Path
@@ -14,26 +15,32 @@ from nlray.config import Config, OptimizerConfig
 from nlray.config_values import Scalar, build, shown
 from nlray.config_yaml import dump_yaml, load_yaml
 from nlray.errors import UserError
+from nlray.trust import confirm, read_bounded
 
 PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
 
 _KEY = re.compile(r"[^.\[\]\s]+(?:\.[^.\[\]\s]+|\[[^\[\]]+\])*")
 
 
-def load_config(source: str | None, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
+def load_config(source: str | None, overrides: list[str] | None = None, *, default_name: str | None = None, trust: bool = False) -> Config:
     """Read a preset or YAML file, apply `key=value` overrides, and return the checked configuration.
 
     Args:
         source: a preset's name, a path of a YAML file, or None: what `init` says, if it is among the overrides, else the preset `tiny`.
         overrides: `key=value` strings with dotted keys; values are YAML.
         default_name: `run.name` where neither file nor overrides set it; `run.dir` is then filled in too.
+        trust: what the configuration in the folder `init` names may be imported and contacted (`nlray.trust`).
 
     Raises:
         UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
     """
     init = _init_of(overrides or [])
-    plain = _read_init(init) if source is None and init else _read_source(source)
-    return _parse(plain, overrides, default_name)
+    if source is not None or not init:
+        return _parse(_read_source(source), overrides, default_name)
+    run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
+    config = _parse(_read_init(init, run_dir), overrides, default_name)
+    confirm(config, run_dir, trust=trust, typed=values_of(overrides or []))
+    return config
 
 
 def parse_config(name: str, text: str | bytes, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
@@ -106,17 +113,15 @@ def _read_source(source: str | None) -> dict[str, Any]:
     raise UserError(f"{name!r}: no such preset or file; {hint}presets: {', '.join(PRESETS)}")
 
 
-def _read_init(init: str) -> dict[str, Any]:
+def _read_init(init: str, run_dir: str) -> dict[str, Any]:
     """Return what the parameters need of the configuration that belongs to a run's folder or one of its checkpoints."""
-    from nlray.storage import locate
-
-    run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
     name = f"{run_dir}/config.yaml"
     try:
-        fs, path = locate(name)
-        content = fs.cat_file(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`") from error
+        content = read_bounded(name)
+    except (OSError, ImportError) as error:
+        raise UserError(f"init: {init}: {name} cannot be read: {error}") from error
+    if content is None:
+        raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`")
     plain = _load_mapping(name, content)
     kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}
     data = plain.get("data")
@@ -139,6 +144,18 @@ def _read_value(key: str, text: str) -> Any:
     """Return the value of an override: YAML where brackets, braces or quotes begin it, else the characters as they are."""
     text = text.strip()
     return load_yaml(key, text) if text[:1] in ("[", "{", '"', "'") or text in ("", "~", "null") else Scalar(text)
+
+
+def values_of(overrides: Sequence[str]) -> set[str]:
+    """Return every string that `key=value` arguments set."""
+    left, found = [_read_value(key, value) for key, _, value in (override.partition("=") for override in overrides)], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, str):
+            found.add(str(value))
+    return found
 
 
 def _changed(tree: Any, parts: list[str], value: Any, key: str) -> Any:

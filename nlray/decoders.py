@@ -54,11 +54,11 @@ class Source(ABC):
         """Raise UserError where the source has a tensor that was not asked for: its configuration says less than its weights."""
 
 
-def open_source(source: str) -> Source:
+def open_source(source: str, *, trust: bool = False) -> Source:
     """Return the decoder at `source`, a local folder or a run's URL; raise UserError where it is none that can be taken over."""
     config_json = Path(source) / "config.json"
     if not config_json.is_file():
-        return TransformerRun(source)
+        return TransformerRun(source, trust=trust)
     hf = JsonObject.read(config_json)
     model_type = hf.get("model_type", str)
     if model_type not in HUGGING_FACE:
@@ -69,9 +69,9 @@ def open_source(source: str) -> Source:
 class TransformerRun(Source):
     """A run of nlray of kind transformer, or one of its checkpoints: as Llama, with its own names."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, trust: bool) -> None:
         try:
-            config = load_config(None, [f"init={source}"])
+            config = load_config(None, [f"init={source}"], trust=trust)
         except UserError as error:
             raise UserError(f"{source}: no config.json of a pretrained decoder; as a run: {error}") from error
         refuse_unless(source, "model.kind", config.model.kind, "transformer")

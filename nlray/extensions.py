@@ -8,9 +8,17 @@ Every mistake is a UserError of one line that names the key; nothing is built he
 """
 
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Collection, Mapping
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from nlray.config_values import nearest, read
 from nlray.errors import UserError
@@ -32,6 +40,7 @@ def resolve_class(key: str, name: str, names: Mapping[str, type], base: type) ->
         return names[name]
     module_name, _, class_name = name.partition(":")
     try:
+        _look_in_current_folder(module_name)
         found = getattr(importlib.import_module(module_name), class_name)
     # Whatever a module of the user's raises while it is imported.
     except Exception as error:
@@ -39,6 +48,43 @@ def resolve_class(key: str, name: str, names: Mapping[str, type], base: type) ->
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(f"{key} is {name!r}: not a subclass of {base.__module__}.{base.__qualname__}")
     return found
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module is nlray's own, or of a package that was installed: in site-packages, or editable from its own folder.
+
+    Nothing of it is imported. A module of the current folder is not installed, whatever the folder says of itself.
+    """
+    top = module.partition(".")[0]
+    # A package's `__main__` is a program, which would run.
+    if top == "nlray" or "__main__" in module.split("."):
+        return top == "nlray"
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    if spec is None or not (spec.has_location or spec.submodule_search_locations):
+        return False
+    here = os.path.realpath(os.curdir)
+    sites = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and os.path.realpath(path) != here]
+    allowed = [*sites, *_editable_folders(top, sites)]
+    return all(any(Path(place).is_relative_to(root) for root in allowed) for place in spec.submodule_search_locations or [spec.origin])
+
+
+def _editable_folders(top: str, sites: list[str]) -> Iterator[str]:
+    """Give the folders from which packages that have the top module were installed with `pip install -e`."""
+    for distribution in metadata.distributions(path=sites):
+        if top in (distribution.read_text("top_level.txt") or "").split():
+            origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+            if origin.get("dir_info", {}).get("editable"):
+                yield url2pathname(urlsplit(origin["url"]).path)
+
+
+def _look_in_current_folder(module: str) -> None:
+    """Have a module that is nowhere else be found in the current folder, which the path of a command lacks; Ray's actors have it."""
+    top, here = module.partition(".")[0], os.getcwd()
+    if top not in sys.modules and importlib.util.find_spec(top) is None and here not in sys.path:
+        sys.path.append(here)
 
 
 def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, taken: Collection[str] = ()) -> dict[str, Any]:

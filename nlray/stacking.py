@@ -38,19 +38,20 @@ DEFAULTS = {
 }
 
 
-def stack(source: str, out: str, overrides: list[str]) -> Config:
+def stack(source: str, out: str, overrides: list[str], *, trust: bool = False) -> Config:
     """Write the decoder at `source` as a start for `nlray train init=OUT`; return the configuration written.
 
     Args:
         source: a folder with a pretrained decoder, or a run of kind transformer or one of its checkpoints.
         out: a new folder: config.yaml, a checkpoint of step 0, and the tokenizer where there is one.
         overrides: `key=value`, for example other levels.
+        trust: what the configuration of a run may be imported and contacted (`nlray.trust`).
 
     Raises:
         UserError: an architecture, a setting or a file that cannot be taken over, or `out` holds something. Nothing is written then.
         CheckpointError: a run without a whole checkpoint.
     """
-    decoder = open_source(source)
+    decoder = open_source(source, trust=trust)
     check_free(out)
     return write_stacked(decoder, stacked_config(decoder, source, overrides), source, out)
 

@@ -180,12 +180,14 @@ def test_the_end_of_a_failed_run_has_its_reason(folder, capsys):
     assert capsys.readouterr().err == "nlray: error: worker 0: broken\n"
 
 
-def test_a_run_whose_cluster_is_gone_is_told_with_the_way_out(folder, capsys):
+def test_a_run_whose_cluster_is_gone_is_told_with_the_way_out(folder, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = str(folder(state={"status": "running", "address": "127.0.0.1:9"}))
     for command in (["status", run], ["stop", run], ["scale", run, "slow=2"]):
         assert main(command) == 2
         err = capsys.readouterr().err
-        assert err.startswith("nlray: error: run r is not going on: 127.0.0.1:9: no Ray cluster answers there") and err.count("\n") == 1
+        assert err.startswith("nlray: error: run r is not going on in a Ray cluster of yours on this machine")
+        assert "which --address 127.0.0.1:9 joins where you trust it" in err and err.count("\n") == 1
         assert f"its last step was 100 of 100; if its cluster is gone, `nlray resume {run}`" in err
 
 
@@ -294,6 +296,14 @@ def test_a_run_outlives_its_driver_and_is_found_by_folder_and_by_name(live, ask)
     assert second["state"] == "running" and second["sizes"] == {"sequence": 1, "fast": 1, "slow": 1}
     assert {m["role"] for m in second["members"]} == {"sequence-0", "fast-0", "slow-0"}
     assert psutil.pid_exists(second["conductor"]["pid"]) and second["point"] >= (first["point"] or 0)
+
+
+def test_a_folder_that_names_another_run_does_not_reach_it(live, ask, tmp_path):
+    for name in ("config.yaml", "state.json"):
+        (tmp_path / name).write_text(Path(live.dir, name).read_text())
+    for command in (["status"], ["logs", "--follow"], ["stop"], ["scale", "slow=3"], ["chaos"]):
+        err = ask(command[0], str(tmp_path), *command[1:], status=2)
+        assert err == f"nlray: error: {tmp_path}: run live of the cluster is the one in {live.dir}, not this\n"
 
 
 def test_scale_waits_until_the_sizes_are_in_force(live, ask):
