@@ -103,8 +103,8 @@ class Checkpoints:
             url = latest_checkpoint(self.run_dir, warn=self.note)
         except CheckpointError as error:
             if self.newest is not None:
+                # Not put aside: where it is the storage that fails, they are good again later.
                 self.note(f"{error}; the next one is the first")
-                self._put_aside_after(-1)
             self.newest, self.written_step, self.digest = None, 0, None
             return None
         manifest = read_manifest(url, verify=False)

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_damaged_while_the_run_goes_on_is_put_aside_and_wri
     assert run.names == ["02", "04", "04.aside"] and read_manifest(run.url(4)).step == 4
 
 
-def test_where_all_are_damaged_the_run_begins_at_the_start_and_writes_them_again(tmp_path):
+def test_where_none_can_be_read_none_is_put_aside_and_all_are_written_again(tmp_path):
     run = Run(tmp_path, [], first=None, keep=2)
     run.write(2, 4)
     run.damage(2)
@@ -156,7 +156,18 @@ def test_where_all_are_damaged_the_run_begins_at_the_start_and_writes_them_again
     assert run.checkpoints.stored() is None
     assert any("no usable checkpoint" in e and "step_000000002" in e and "step_000000004" in e for e in run.events)
     run.write(2)
-    assert run.names == ["02", "02.aside", "04.aside"] and run.checkpoints.newest == run.url(2)
+    assert run.names == ["02", "04"] and run.checkpoints.newest == run.url(2)
+    run.write(4)
+    assert run.names == ["02", "04"] and run.checkpoints.stored() == (4, run.url(4))
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, [], first=None, keep=2)
+    run.write(2, 4)
+    with monkeypatch.context() as failing:
+        failing.setattr("nlray.checkpoint._verify_file", lambda *_: (_ for _ in ()).throw(OSError(110, "Connection timed out")))
+        assert run.checkpoints.stored() is None
+    assert run.names == ["02", "04"] and run.checkpoints.stored() == (4, run.url(4))
 
 
 def test_checkpoints_are_completed_in_the_order_of_their_steps(tmp_path):
