@@ -72,14 +72,16 @@ class SourceConfig(Section):
 
     path: Text
     """File, folder, glob or fsspec URL; `stdlib:` is the Python sources and pydoc topics of this interpreter."""
-    format: Literal["auto", "parquet", "arrow", "jsonl", "text"] = "auto"
+    format: Literal["auto", "parquet", "arrow", "jsonl", "csv", "tsv", "text"] = "auto"
     """File format; `auto` goes by the ending."""
     weight: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Share of the blocks drawn from this source, relative to the other sources' weights."""
-    text_column: Text = "text"
-    """Column that holds the text (parquet, arrow, jsonl)."""
+    text_column: Text | None = None
+    """Column that holds the text (parquet, arrow, jsonl, csv, tsv); null: `text`."""
     tag_columns: list[Text] = field(default_factory=list)
     """Columns whose values are kept with each block (for example language, domain)."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A record that cannot be read (a line that is not JSON, text that is not UTF-8) ends the run, or is left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

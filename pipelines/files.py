@@ -22,8 +22,10 @@ ENDINGS = {
     "parquet": (".parquet", ".pq"),
     "arrow": (".arrow", ".ipc", ".feather"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
     "text": (
-        *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".yaml", ".yml", ".toml"),
+        *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".log", ".yaml", ".yml", ".toml"),
         *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh", ".sql", ".tcl"),
     ),
 }
@@ -41,7 +43,7 @@ class File:
     size: int
     """Bytes of the text, of a compressed file after decompression."""
     format: str
-    """parquet, arrow, jsonl or text."""
+    """parquet, arrow, jsonl, csv, tsv or text."""
     compression: str | None = None
     """gzip, zstd, bz2 or xz; None: not compressed."""
 
@@ -88,7 +90,8 @@ def list_files(config: SourceConfig, *, where: str) -> list[File]:
     """Return the files of a source, sorted by path.
 
     A folder gives its files with known endings, at any depth, hidden ones left out. With format `auto` it gives its text
-    files only where it has no Parquet, Arrow or JSON-lines file (the README beside a table is not data), and no `.json` file.
+    files only where it has no table (the README beside a table is not data), CSV and TSV only where it has no Parquet, Arrow or
+    JSON-lines file, and no `.json` file.
 
     Args:
         where: the key that messages name, for example `data.sources[0]`.
@@ -161,7 +164,7 @@ def _in_folder(found: dict[str, dict], prefix: int, wanted: str) -> dict[str, di
     if wanted != "auto":
         return having(ENDINGS[wanted])
     tables = having((*ENDINGS["parquet"], *ENDINGS["arrow"], ".jsonl", ".ndjson"))
-    chosen = tables or having(ENDINGS["text"])
+    chosen = tables or having((*ENDINGS["csv"], *ENDINGS["tsv"])) or having(ENDINGS["text"])
     if len(chosen) < len(visible):
         logger.info("%d of %d files have an ending that is read; the others are left out", len(chosen), len(visible))
     return chosen

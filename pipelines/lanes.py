@@ -51,7 +51,8 @@ class LaneStream:
         if self._round is None:
             self._round = self._stream.take_runs(self._lanes, self._length, start=start, stop=stop)
         mine = slice(self._next, None, self._length)
-        batch = Batch(self._round.blocks[mine], self._round.tags[mine], self._round.sources[mine], is_start=self._next == 0)
+        rows = self._round.blocks[mine], self._round.tags[mine], self._round.sources[mine]
+        batch = Batch(*rows, is_start=self._next == 0, skipped=self._round.skipped)
         self._next += 1
         if self._next == self._length:
             self._start, self._next, self._round = self._stream.state_dict(), 0, None

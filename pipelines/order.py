@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -66,10 +67,12 @@ def block_order(count: int, *, seed: int, source: int, window: int) -> np.ndarra
     return np.argsort(_hash_counters((seed, _BLOCKS, source, window), count), kind="stable")
 
 
-def is_held_out(text: pa.LargeBinaryArray, fraction: float) -> np.ndarray:
-    """Return bool [records]: whether the 8-byte blake2b of a record's text is below fraction * 2^64."""
+def is_held_out(text: pa.Array, fraction: float) -> np.ndarray:
+    """Return bool [records]: whether the 8-byte blake2b of a record's text, large binary or a dictionary of it, is below fraction * 2^64."""
     if fraction == 0:
         return np.zeros(len(text), bool)
+    if pa.types.is_dictionary(text.type):
+        return is_held_out(text.dictionary, fraction)[text.indices.to_numpy()]
     data, ends = memoryview(text.buffers()[2] or b""), offsets(text).tolist()
     digests = b"".join(blake2b(data[a:b], digest_size=8).digest() for a, b in pairwise(ends))
     return np.frombuffer(digests, ">u8") < np.uint64(fraction * 2.0**64)
@@ -80,3 +83,10 @@ def offsets(text: pa.LargeBinaryArray) -> np.ndarray:
     if len(text) == 0:
         return np.zeros(1, np.int64)
     return np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
+
+
+def text_lengths(text: pa.Array) -> np.ndarray:
+    """Return the bytes of each record of (a dictionary of) large binary, int64 [records]; 0 for null."""
+    if pa.types.is_dictionary(text.type):
+        return np.append(text_lengths(text.dictionary), 0)[text.indices.fill_null(-1).to_numpy()]
+    return pc.fill_null(pc.binary_length(text), 0).to_numpy()

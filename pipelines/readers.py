@@ -1,32 +1,31 @@
 """Readers: each cuts one file into units of bounded size and reads any of them. One class per format, one shape for all.
 
-A unit is a row group (Parquet), a record batch (Arrow) or a byte range (JSON lines, text); row groups and local record batches
-that are very large are several units. Opening a reader reads the file's schema and index and checks the columns.
+A unit is a row group (Parquet: `parquet_reader.py`), a record batch (Arrow: `arrow_reader.py`) or a byte range (JSON lines, CSV, text);
+a row group or a local record batch that is very large is several units. Opening a reader reads the file's schema and index and checks
+the columns. This module holds what the readers share.
 """
 
 import difflib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.json as pajson
-import pyarrow.parquet as pq
 
 from nlray.config import SourceConfig
 from nlray.errors import DataError
 from nlray.pipelines.files import File, one_line
+from nlray.pipelines.order import text_lengths
 
 RANGE_BYTES = 8 << 20
-"""Size of a byte range of JSON lines or text."""
+"""Size of a byte range of JSON lines, CSV or text."""
 MAX_UNIT_BYTES = 16 << 20
-"""Row groups and record batches above this are read as several units."""
-_BOM = b"\xef\xbb\xbf"
-_SAMPLE_BYTES = 1 << 16
-"""Bytes read to learn the columns of a JSON-lines file."""
+"""Row groups and record batches above this are read as several units; text above this stays encoded by a dictionary where it repeats."""
+BOM = b"\xef\xbb\xbf"
+SAMPLE_BYTES = 1 << 16
+"""Bytes read to learn the columns of a file without a schema."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,13 @@ class Records:
     """Records of a unit, in the order of the file."""
 
     text: pa.Array
-    """(Large) string or (large) binary, [records]; may hold nulls."""
+    """(Large) string or (large) binary, or a dictionary of them, [records]; may hold nulls."""
     tags: dict[str, pa.Array] = field(default_factory=dict)
-    """String arrays by tag column, [records] each."""
+    """String arrays by tag column, or dictionaries of strings, [records] each."""
+    num_skipped: int = 0
+    """Records of the unit that cannot be read and are left out (`on_error: skip`)."""
+    skipped: str = ""
+    """Which one is the first of them, and why."""
 
 
 class Reader(Protocol):
@@ -65,13 +68,35 @@ def reading(file: File) -> Iterator[None]:
         raise DataError(f"{file.name}: cannot be read as {file.format}: {one_line(error)}") from error
 
 
+class BadRecords:
+    """The records of one unit that cannot be read: the first one raises (`on_error: stop`), or all are counted (`skip`)."""
+
+    def __init__(self, file: File, config: SourceConfig, *, where: str) -> None:
+        self._file, self._where, self._stops = file, where, config.on_error == "stop"
+        self.count, self.first = 0, ""
+
+    def add(self, place: Callable[[], str], reason: str) -> None:
+        """Note a record; `place` says where in the file it is, which may take time.
+
+        Raises:
+            DataError: the configuration says to stop.
+        """
+        if self._stops:
+            told = f"{self._file.name}: cannot be read as {self._file.format}: {place()} {reason}"
+            raise DataError(f"{told}; mend it, or leave out such records with {self._where}.on_error=skip")
+        if self.count == 0:
+            self.first = f"{self._file.name}: {place()} {reason}"
+        self.count += 1
+
+
 def check_columns(schema: pa.Schema, config: SourceConfig, *, file_name: str, where: str) -> list[str]:
     """Return the names of the text and tag columns, text first.
 
     Raises:
         DataError: a column that is missing, a text column that is no string, or a tag column that has no plain values.
     """
-    columns = list(dict.fromkeys([config.text_column, *config.tag_columns]))
+    text = text_column(config)
+    columns = list(dict.fromkeys([text, *config.tag_columns]))
     for key, name in zip(["text_column", *["tag_columns"] * len(columns)], columns, strict=False):
         if name not in schema.names:
             close = difflib.get_close_matches(name, schema.names, n=1)
@@ -79,193 +104,119 @@ def check_columns(schema: pa.Schema, config: SourceConfig, *, file_name: str, wh
             raise DataError(f"{where}.{key}: {file_name} has no column {name!r}; {hint}columns: {', '.join(schema.names)}")
         if schema.names.count(name) > 1:
             raise DataError(f"{where}.{key}: {file_name} has {schema.names.count(name)} columns {name!r}; allowed: one")
-    types = {name: _value_type(schema.field(name).type) for name in columns}
-    if not _is_string(types[config.text_column]):
-        strings = [f.name for f in schema if _is_string(_value_type(f.type))]
+    types = {name: value_type(schema.field(name).type) for name in columns}
+    if not is_text(types[text]):
+        strings = [f.name for f in schema if is_text(value_type(f.type))]
         raise DataError(
-            f"{where}.text_column: column {config.text_column!r} of {file_name} is {types[config.text_column]}; "
+            f"{where}.text_column: column {text!r} of {file_name} is {types[text]}; "
             f"allowed: a string column ({', '.join(strings) or 'it has none'})"
         )
     for name in columns[1:]:
-        if pa.types.is_nested(types[name]) or pa.types.is_binary(types[name]) or pa.types.is_large_binary(types[name]):
+        if pa.types.is_nested(types[name]):
             raise DataError(
                 f"{where}.tag_columns: column {name!r} of {file_name} is {types[name]}; allowed: strings, numbers, booleans, dates"
             )
     return columns
 
 
-def _value_type(kind: pa.DataType) -> pa.DataType:
+def text_column(config: SourceConfig) -> str:
+    """Return the name of the column that holds the text of a table."""
+    return "text" if config.text_column is None else config.text_column
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether values of a type are strings, or bytes that may be UTF-8: some writers leave out the mark that they are."""
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_string or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _records(table: pa.Table | pa.RecordBatch, config: SourceConfig) -> Records:
-    def column(name: str, kind: pa.DataType) -> pa.Array:
-        values = table.column(name).cast(kind)
-        return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+def table_records(
+    table: pa.Table | pa.RecordBatch, config: SourceConfig, *, bad: BadRecords, place: Callable[[int], str]
+) -> Records:
+    """Return a table's records; those whose text or tags are not UTF-8 are bad ones.
 
-    return Records(column(config.text_column, pa.large_string()), {name: column(name, pa.string()) for name in config.tag_columns})
+    Args:
+        place: says where in the file a row of the table is.
+
+    Raises:
+        pa.ArrowInvalid: a column is damaged: offsets or places in a dictionary that point outside.
+        DataError: a bad record, where the configuration says to stop.
+    """
+    columns = {name: _bytes_of(table.column(name)) for name in (text_column(config), *config.tag_columns)}
+    is_good = np.ones(table.num_rows, bool)
+    for name, values in columns.items():
+        for row in _not_utf8(values).tolist():
+            if is_good[row]:
+                bad.add(lambda row=row: place(row), f"holds text that is not UTF-8 (column {name!r})")
+                is_good[row] = False
+    if not is_good.all():
+        columns = {name: values.filter(pa.array(is_good)) for name, values in columns.items()}
+    text = columns[text_column(config)]
+    if pa.types.is_dictionary(text.type) and text_lengths(text).sum() <= MAX_UNIT_BYTES:
+        text = text.dictionary_decode()
+    return Records(text, {name: _as_strings(columns[name]) for name in config.tag_columns}, bad.count, bad.first)
 
 
-def _num_parts(num_bytes: float) -> int:
+def _bytes_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return a column as (a dictionary of) large binary with every offset checked; numbers, booleans and dates as what they print as."""
+    # Neither the offsets nor the UTF-8 of what is in a file are checked before this; string to binary looks at no data.
+    chunks = [_checked(chunk) for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])]
+    if not chunks:
+        return pa.array([], pa.large_binary())
+    return pa.chunked_array(chunks).combine_chunks() if len(chunks) > 1 else chunks[0]
+
+
+def _checked(values: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values.indices.validate(full=True)
+        indices = values.indices.cast(pa.int64())
+        found = pa.DictionaryArray.from_arrays(indices, _checked(values.dictionary))
+        found.validate(full=True)
+        return found
+    if not is_text(values.type):
+        return values.cast(pa.string()).cast(pa.large_binary())
+    if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
+        values = values.cast(pa.binary_view())
+        values.validate(full=True)
+        # Many views may be of the same bytes.
+        return _checked(values.dictionary_encode())
+    values = values.cast(pa.large_binary())
+    values.validate(full=True)
+    return values
+
+
+def _not_utf8(values: pa.Array) -> np.ndarray:
+    """Return the rows of (a dictionary of) large binary that are not UTF-8, int64, ascending."""
+    is_encoded = pa.types.is_dictionary(values.type)
+    distinct = values.dictionary if is_encoded else values
+    try:
+        distinct.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        rows = np.array([i for i, value in enumerate(distinct) if not _is_utf8(value.as_py())], np.int64)
+        return np.flatnonzero(np.isin(values.indices.fill_null(-1).to_numpy(), rows)) if is_encoded else rows
+    return np.empty(0, np.int64)
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        return value is None or value.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def _as_strings(values: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        return pa.DictionaryArray.from_arrays(values.indices, values.dictionary.cast(pa.string()))
+    return values.cast(pa.string())
+
+
+def num_parts(num_bytes: float) -> int:
+    """Return how many units a row group or record batch of a size is."""
     return max(1, -(-int(num_bytes) // MAX_UNIT_BYTES))
-
-
-class ParquetReader:
-    """Row groups; the parts of a large row group are decoded one after the other, never all at once."""
-
-    def __init__(self, file: File, config: SourceConfig, *, where: str) -> None:
-        self.file_name, self._file, self._config = file.name, file, config
-        self._batches: tuple[int, Iterator[pa.RecordBatch]] | None = None
-        with reading(file), file.open() as source, pq.ParquetFile(source) as parquet:
-            self._metadata, schema = parquet.metadata, parquet.schema_arrow
-            self._columns = check_columns(schema, config, file_name=file.name, where=where)
-            self._schema = pa.schema([schema.field(name) for name in self._columns])
-            text = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == config.text_column)
-        groups = [self._metadata.row_group(g) for g in range(self._metadata.num_row_groups)]
-        parts = [_num_parts(group.column(text).total_uncompressed_size) for group in groups]
-        self._part_rows = [max(1, -(-group.num_rows // num)) for group, num in zip(groups, parts, strict=True)]
-        self.sequence = np.repeat(np.arange(len(groups)), parts)
-
-    def read(self, unit: int) -> Records:
-        with reading(self._file):
-            if self._batches is None or self._batches[0] != unit:
-                self._open(unit)
-            batches = self._batches[1]
-            table = self._next_part(unit, batches)
-            is_last = unit + 1 == len(self.sequence) or self.sequence[unit + 1] != self.sequence[unit]
-            self._batches = None if is_last else (unit + 1, batches)
-            return _records(table, self._config)
-
-    def _open(self, unit: int) -> None:
-        """Start decoding the unit's row group and pass over the parts before the unit."""
-        group = int(self.sequence[unit])
-        parquet = pq.ParquetFile(self._file.open(), metadata=self._metadata, buffer_size=1 << 20, pre_buffer=False)
-        batches = parquet.iter_batches(self._part_rows[group], row_groups=[group], columns=self._columns, use_threads=False)
-        for earlier in range(int(np.searchsorted(self.sequence, group)), unit):
-            self._next_part(earlier, batches)
-        self._batches = (unit, batches)
-
-    def _next_part(self, unit: int, batches: Iterator[pa.RecordBatch]) -> pa.Table:
-        """Return the next part of the unit's row group; Arrow may hand a part out in several batches."""
-        wanted, part = self._part_rows[int(self.sequence[unit])], []
-        while wanted > 0 and (batch := next(batches, None)) is not None:
-            part.append(batch)
-            wanted -= batch.num_rows
-        return pa.Table.from_batches(part, None if part else self._schema)
-
-    def close(self) -> None:
-        self._batches = None
-
-
-class ArrowReader:
-    """Record batches of an Arrow IPC file or stream; the parts of a large batch of a local file are read by memory map."""
-
-    def __init__(self, file: File, config: SourceConfig, *, where: str) -> None:
-        self.file_name, self._file, self._config = file.name, file, config
-        with reading(file), file.open(memory_map=True) as source:
-            self._is_stream = source.read(6) != b"ARROW1"
-            source.seek(0)
-            if self._is_stream:
-                schema, self._head, self._messages = _index_stream(source)
-                num_batches = len(self._messages)
-            else:
-                reader = pa.ipc.open_file(source)
-                schema, num_batches = reader.schema, reader.num_record_batches
-        columns = check_columns(schema, config, file_name=file.name, where=where)
-        self._options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in columns], use_threads=False)
-        self._num_parts = _num_parts(file.size / num_batches) if file.is_local and num_batches else 1
-        self.sequence = np.arange(num_batches * self._num_parts)
-
-    def read(self, unit: int) -> Records:
-        index, part = divmod(unit, self._num_parts)
-        with reading(self._file), self._file.open(memory_map=True) as source:
-            batch = self._stream_batch(source, index) if self._is_stream else self._file_batch(source, index)
-            start, stop = (batch.num_rows * k // self._num_parts for k in (part, part + 1))
-            return _records(batch.slice(start, stop - start), self._config)
-
-    def _file_batch(self, source: pa.NativeFile, index: int) -> pa.RecordBatch:
-        return pa.ipc.open_file(source, options=self._options).get_batch(index)
-
-    def _stream_batch(self, source: pa.NativeFile, index: int) -> pa.RecordBatch:
-        """Read one batch as a short stream of its own: schema, the dictionaries before the batch, the batch."""
-        start, stop = self._messages[index]
-        ranges = [(a, b) for a, b in self._head if b <= start] + [(start, stop)]
-        pieces = []
-        for a, b in ranges:
-            source.seek(a)
-            pieces.append(source.read_buffer(b - a))
-        joined = pa.py_buffer(b"".join(pieces)) if len(pieces) > 1 else pieces[0]
-        return pa.ipc.open_stream(joined, options=self._options).read_next_batch()
-
-    def close(self) -> None:
-        """Nothing is kept open."""
-
-
-def _index_stream(source: pa.NativeFile) -> tuple[pa.Schema, list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the schema of an IPC stream and the byte ranges of its schema and dictionaries, and of its record batches."""
-    head, batches, schema, start = [], [], None, 0
-    while True:
-        try:
-            message = pa.ipc.read_message(source)
-        except EOFError:
-            break
-        if message.type == "schema":
-            schema = pa.ipc.read_schema(message)
-        (batches if message.type == "record batch" else head).append((start, source.tell()))
-        start = source.tell()
-    if schema is None:
-        raise pa.ArrowInvalid("neither an Arrow IPC file nor an IPC stream")
-    return schema, head, batches
-
-
-class JsonlReader:
-    """Byte ranges of JSON lines; a line belongs to the range that its first byte is in."""
-
-    def __init__(self, file: File, config: SourceConfig, *, where: str) -> None:
-        self.file_name, self._file, self._config = file.name, file, config
-        self._bounds = range_bounds(file.size)
-        self.sequence = np.arange(len(self._bounds) - 1)
-        with reading(file):
-            schema = _sample_schema(file)
-        columns = [config.text_column, *config.tag_columns]
-        if schema is None:
-            schema = pa.schema([(name, pa.string()) for name in columns])
-        columns = check_columns(schema, config, file_name=file.name, where=where)
-        self._schema = pa.schema([schema.field(name) for name in columns])
-
-    def read(self, unit: int) -> Records:
-        with reading(self._file):
-            data = self._lines(self._bounds[unit], self._bounds[unit + 1])
-            if not data.strip():
-                return Records(pa.array([], pa.large_string()), {name: pa.array([], pa.string()) for name in self._config.tag_columns})
-            table = pajson.read_json(
-                pa.BufferReader(data),
-                read_options=pajson.ReadOptions(use_threads=False, block_size=len(data) + 1),
-                parse_options=pajson.ParseOptions(explicit_schema=self._schema, unexpected_field_behavior="ignore"),
-            )
-            return _records(table, self._config)
-
-    def _lines(self, start: int, stop: int) -> bytes:
-        """Return the lines whose first byte is in start .. stop - 1."""
-        first = max(start - 1, 0)
-        data = self._file.read(first, stop)
-        begin = data.find(b"\n") + 1 if start > 0 else len(_BOM) * data.startswith(_BOM)
-        if start > 0 and begin == 0:
-            return b""
-        pieces, at, is_open = [data], stop, not data.endswith(b"\n")
-        while is_open and at < self._file.size:
-            more = self._file.read(at, at + _SAMPLE_BYTES)
-            end = more.find(b"\n") + 1
-            pieces.append(more[: end or None])
-            at, is_open = at + len(more), end == 0
-        return b"".join(pieces)[begin:]
-
-    def close(self) -> None:
-        """Nothing is kept open."""
 
 
 def range_bounds(size: int) -> list[int]:
@@ -274,30 +225,6 @@ def range_bounds(size: int) -> list[int]:
     return [size * i // max(num, 1) for i in range(num + 1)]
 
 
-def _sample_schema(file: File) -> pa.Schema | None:
-    """Return the columns of the first lines of a JSON-lines file, None where they are blank; raise ArrowInvalid for other content."""
-    sample = file.read(0, _SAMPLE_BYTES)
-    while b"\n" not in sample and len(sample) < file.size:
-        sample += file.read(len(sample), 2 * len(sample))
-    lines = sample.removeprefix(_BOM).split(b"\n")
-    kinds: dict[str, set[type]] = {}
-    for number, line in enumerate(lines if len(sample) == file.size else lines[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise pa.ArrowInvalid(f"line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise pa.ArrowInvalid(f"line {number} is not a JSON object")
-        for name, value in row.items():
-            kinds.setdefault(name, set()).update([type(value)] if value is not None else [])
-    return pa.schema([(name, _json_type(types)) for name, types in kinds.items()]) if kinds else None
-
-
-def _json_type(types: set[type]) -> pa.DataType:
-    if dict in types or list in types:
-        return pa.list_(pa.null())
-    if types <= {int, float} and types:
-        return pa.int64() if types == {int} else pa.float64()
-    return pa.bool_() if types == {bool} else pa.string()
+def line_number(file: File, at: int) -> int:
+    """Return the number of the line that a byte of a file is in, from 1; the file is read up to there."""
+    return 1 + sum(file.read(start, min(start + RANGE_BYTES, at)).count(b"\n") for start in range(0, at, RANGE_BYTES))

@@ -4,15 +4,18 @@ The source's blocks are cut into windows of about `shuffle_tokens` tokens, at mo
 that is a hash of (seed, source, window). One window is held in memory; a resumed stream reads the window it was in again.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nlray.pipelines.order import block_order
-from nlray.pipelines.source_stream import SourceStream
+from nlray.pipelines.source_stream import Skipped, SourceStream
 
 _STRIDE = 64
 """Blocks read at once: how far a window may run over the end of an epoch."""
+_MAX_EPOCHS = 256
+"""Epochs, about, that a window may run over: a block of a source of two bytes has hundreds of them."""
 
 
 class ShuffledBlocks:
@@ -62,6 +65,11 @@ class ShuffledBlocks:
         self._window, self._next, self._blocks = state["window"], state["next"], None
         self._stream.load_state_dict(self._start)
 
+    def skipped(self) -> Skipped:
+        """Return what was left out up to the end of the window at hand."""
+        state = self._start if self._blocks is None else self._end
+        return replace(self._stream.skipped(), num_records=state.get("skipped", 0))
+
     def close(self) -> None:
         self._stream.close()
 
@@ -81,12 +89,15 @@ class ShuffledBlocks:
 
     def _read_window(self) -> tuple[np.ndarray, list[dict[str, str]]]:
         """Return the next blocks of the source, up to the window's size or the end of the epoch; none at the end of one pass."""
-        parts, tags, missing = [], [], self._size
-        while missing > 0:
-            blocks, block_tags, count = self._stream.take(min(missing, _STRIDE))
+        parts, tags, missing, stride = [], [], self._size, 1
+        while missing > 0 and stride > 0:
+            blocks, block_tags, count = self._stream.take(min(missing, stride))
             parts.append(blocks)
             tags += block_tags
             missing -= count
-            if count == 0 or self._stream.state_dict()["epoch"] != self._start["epoch"]:
+            epochs = self._stream.state_dict()["epoch"] - self._start["epoch"]
+            if count == 0 or (epochs > 0 and len(parts) > 1):
                 break
+            # The first block shows how many epochs a block has.
+            stride = _STRIDE if len(parts) > 1 else min(_STRIDE, _MAX_EPOCHS // max(epochs, 1)) - 1
         return np.concatenate(parts), tags

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from nlray.errors import DataError
-from nlray.pipelines.order import is_held_out, offsets, record_order, unit_order
+from nlray.pipelines.order import is_held_out, record_order, text_lengths, unit_order
 from nlray.pipelines.packing import block_view, main_records, mark_documents
+from nlray.pipelines.readers import Records
 from nlray.pipelines.sources import Source
 from nlray.pipelines.tokenizers import Tokenizer
 
@@ -16,11 +17,24 @@ SLICE_BYTES = 1 << 20
 """Text that is tokenized at once (at least one record)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """Records of a source that cannot be read and were left out (`on_error: skip`)."""
+
+    num_records: int = 0
+    """Since the start of the run; once for every pass over the record."""
+    example: str = ""
+    """One of them: file, place and reason; "" where this process met none."""
+
+
 @dataclass(frozen=True)
 class _Unit:
     """The records of one unit that belong to the split, in the order of the epoch."""
 
-    text: pa.LargeBinaryArray
+    text: pa.Array
+    """Large binary, or a dictionary of it."""
+    ends: np.ndarray
+    """int64 [records + 1]: bytes of text before each record, and of all."""
     is_start: np.ndarray
     """bool [records]: whether a document begins with the record; False: it goes on with the record before."""
     is_end: np.ndarray
@@ -50,7 +64,9 @@ class SourceStream:
         self._last: tuple[int, bool] | None = None
         """The unit that was read last, and whether its last record is kept."""
         self._eval_fraction, self._shuffle, self._split = eval_fraction, shuffle, split
-        self._seek(epoch=0, unit=0, record=0, offset=0)
+        self._example = ""
+        self._only: Records | None = None
+        self._seek(epoch=0, unit=0, record=0, offset=0, skipped=0)
 
     def take(self, count: int, *, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, list[dict[str, str]], int]:
         """Advance by `count` blocks and return rows start .. stop - 1 of them.
@@ -75,14 +91,17 @@ class SourceStream:
         return np.concatenate(blocks) if blocks else block_view(self._tokens[:0], self._seq_len), tags, done
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the next block starts: epoch, place in its order of units, record in the unit, token in the record."""
+        """Return where the next block starts: epoch, place in its order of units, record in the unit, token in the record.
+
+        `skipped`: records left out of the units up to that one, it included, over all epochs.
+        """
         if len(self._starts) == 0:
-            epoch, unit, record, offset = self._epoch, self._place, self._record, self._skip
+            epoch, unit, record, skipped, offset = self._epoch, self._place, self._record, self._num_skipped, self._skip
         else:
             at = self._skip + self._next * self._seq_len
             segment = int(np.searchsorted(self._starts, at, side="right")) - 1
-            (epoch, unit, record), offset = self._keys[segment].tolist(), at - int(self._starts[segment])
-        return {"epoch": epoch, "unit": unit, "record": record, "offset": offset, "units": self._source.num_units}
+            (epoch, unit, record, skipped), offset = self._keys[segment].tolist(), at - int(self._starts[segment])
+        return {"epoch": epoch, "unit": unit, "record": record, "offset": offset, "units": self._source.num_units, "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a state; raise DataError where it is of a source with another number of units."""
@@ -91,22 +110,30 @@ class SourceStream:
                 f"{self._source.where}: {self._source.path}: has {self._source.num_units} units of data, "
                 f"but the saved position is in {state['units']}; allowed: the data that the position was saved with"
             )
-        self._seek(epoch=state["epoch"], unit=state["unit"], record=state["record"], offset=state["offset"])
+        place = {key: state[key] for key in ("epoch", "unit", "record", "offset")}
+        self._seek(**place, skipped=state.get("skipped", 0))
+
+    def skipped(self) -> Skipped:
+        """Return what was left out up to the last block taken."""
+        return Skipped(num_records=self.state_dict()["skipped"], example=self._example)
 
     def close(self) -> None:
         """Close what reading keeps open."""
         self._source.close()
 
-    def _seek(self, *, epoch: int, unit: int, record: int, offset: int) -> None:
+    def _seek(self, *, epoch: int, unit: int, record: int, offset: int, skipped: int) -> None:
         # Where reading goes on: epoch, place in the order of units, record in the loaded unit.
         self._epoch, self._place, self._record = epoch, unit, record
+        # A position counts what its unit leaves out, but that of the very start, where no unit is read yet.
+        self._is_counted = (epoch, unit, record, offset) != (0, 0, 0, 0)
+        self._num_skipped = skipped if self._is_counted else 0
         self._order = self._unit_order()
         self._unit: _Unit | None = None
         self._empty_units = 0
         # The tokens at hand. Blocks start at token `_skip`; segment i is a record: where its tokens start (the first may start
-        # before the tokens at hand), its (epoch, place, record), and its tags.
+        # before the tokens at hand), its (epoch, place, record, records left out so far), and its tags.
         self._tokens = np.empty(0, self._tokenizer.dtype)
-        self._starts, self._keys, self._segment_tags = np.empty(0, np.int64), np.empty((0, 3), np.int64), np.empty(0, object)
+        self._starts, self._keys, self._segment_tags = np.empty(0, np.int64), np.empty((0, 4), np.int64), np.empty(0, object)
         self._skip = offset
         self._blocks, self._tags, self._next = block_view(self._tokens, self._seq_len), [], 0
 
@@ -124,7 +151,8 @@ class SourceStream:
             tokens.append(new_tokens)
             starts.append(size + np.cumsum(lengths) - lengths)
             records = np.arange(first, first + len(lengths))
-            keys.append(np.stack([np.full_like(records, self._epoch), np.full_like(records, self._place), records], axis=1))
+            same = [np.full_like(records, value) for value in (self._epoch, self._place, self._num_skipped)]
+            keys.append(np.stack([same[0], same[1], records, same[2]], axis=1))
             tags.append(new_tags)
             size += len(new_tokens)
         self._tokens, self._starts = np.concatenate(tokens), np.concatenate(starts)
@@ -141,11 +169,13 @@ class SourceStream:
     def _encode_slice(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens, lengths [records] and tags [records] of the next records of the unit, SLICE_BYTES or a few times as much text."""
         unit, start = self._unit, self._record
-        ends = offsets(unit.text)
-        stop = max(int(np.searchsorted(ends, ends[start] + SLICE_BYTES * self._tokenizer.slices, side="right")) - 1, start + 1)
+        limit = unit.ends[start] + SLICE_BYTES * self._tokenizer.slices
+        stop = max(int(np.searchsorted(unit.ends, limit, side="right")) - 1, start + 1)
         self._record = stop
+        text = unit.text.slice(start, stop - start)
+        text = text.dictionary_decode() if pa.types.is_dictionary(text.type) else text
         tokenizer, is_start, is_end = self._tokenizer, unit.is_start[start:stop], unit.is_end[start:stop]
-        tokens, lengths = tokenizer.encode_records(unit.text.slice(start, stop - start), is_start, is_end)
+        tokens, lengths = tokenizer.encode_records(text, is_start, is_end)
         begin, end = tokenizer.begin_of_document, tokenizer.end_of_document
         return *mark_documents(tokens, lengths, is_start, is_end, begin=begin, end=end), unit.tags[start:stop]
 
@@ -161,7 +191,7 @@ class SourceStream:
             if self._empty_units > self._source.num_units and self._split == "train":
                 held_out = f"; data.eval_fraction={self._eval_fraction} holds every record out" if self._eval_fraction else ""
                 raise DataError(f"{self._source.where}: {self._source.path}: no text to train on{held_out}")
-            self._unit, self._record, self._place = None, 0, self._place + 1
+            self._unit, self._record, self._place, self._is_counted = None, 0, self._place + 1, False
             if self._place == self._source.num_units:
                 self._epoch, self._place = self._epoch + 1, 0
                 self._order = self._unit_order()
@@ -177,7 +207,13 @@ class SourceStream:
 
     def _load_unit(self, unit: int) -> _Unit:
         continues = self._continues(unit)
-        records = self._source.read(unit)
+        # The only unit of a small source is wanted again in every epoch, and there may be thousands of them to a batch.
+        records = self._source.read(unit) if self._only is None else self._only
+        if self._source.num_units == 1:
+            self._only = records
+        if not self._is_counted:
+            self._num_skipped, self._is_counted = self._num_skipped + records.num_skipped, True
+        self._example = records.skipped or self._example
         kept = self._is_kept(records.text)
         is_in_pieces = self._source.is_in_pieces(unit)
         is_start, is_end = np.ones((2, len(kept)), bool)
@@ -191,9 +227,10 @@ class SourceStream:
         if len(chosen) != len(kept) or (self._shuffle and not is_in_pieces):
             text = text.take(pa.array(chosen))
         self._last = unit, bool(len(kept)) and bool(kept[-1])
-        return _Unit(text, is_start[chosen], is_end[chosen], _tag_dicts(records.tags, len(kept))[chosen])
+        ends = np.concatenate([[0], np.cumsum(text_lengths(text))])
+        return _Unit(text, ends, is_start[chosen], is_end[chosen], _tag_dicts(records.tags, len(kept))[chosen])
 
-    def _is_kept(self, text: pa.LargeBinaryArray) -> np.ndarray:
+    def _is_kept(self, text: pa.Array) -> np.ndarray:
         held_out = is_held_out(text, self._eval_fraction)
         return held_out if self._split == "heldout" else ~held_out
 

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +13,26 @@ import pyarrow.compute as pc
 
 from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError
+from nlray.pipelines.arrow_reader import ArrowReader
+from nlray.pipelines.csv_reader import CsvReader
 from nlray.pipelines.files import File, list_files
-from nlray.pipelines.readers import ArrowReader, JsonlReader, ParquetReader, Reader, Records
+from nlray.pipelines.jsonl_reader import JsonlReader
+from nlray.pipelines.order import text_lengths
+from nlray.pipelines.parquet_reader import ParquetReader
+from nlray.pipelines.readers import Reader, Records
 from nlray.pipelines.stdlib import TAG, StdlibReader
 from nlray.pipelines.text_reader import TextReader
 from nlray.pipelines.tokenizers import load_tokenizer
 
 STDLIB = "stdlib:"
-_READERS: dict[str, Callable[..., Reader]] = {"parquet": ParquetReader, "arrow": ArrowReader, "jsonl": JsonlReader, "text": TextReader}
+_READERS: dict[str, Callable[..., Reader]] = {
+    "parquet": ParquetReader,
+    "arrow": ArrowReader,
+    "jsonl": JsonlReader,
+    "csv": CsvReader,
+    "tsv": CsvReader,
+    "text": TextReader,
+}
 _OPENING_THREADS = 16
 
 
@@ -46,7 +59,8 @@ class Source:
         self._open: int | None = None
 
     def read(self, unit: int) -> Records:
-        """Return the unit's records that have text, in the order of the file: large binary text, tags without nulls ("" instead).
+        """Return the unit's records that have text, in the order of the file: tags without nulls ("" instead), text as large binary, or
+        as a dictionary of it where it repeats so much that the records would not be bounded by the unit's size.
 
         Raises:
             DataError: the file cannot be read.
@@ -56,12 +70,12 @@ class Source:
             self.close()
         self._open = place
         records = self._readers[place].read(index)
-        text = records.text.cast(pa.large_binary())
-        has_text = pc.fill_null(pc.greater(pc.binary_length(text), 0), False)
+        text = records.text if pa.types.is_dictionary(records.text.type) else records.text.cast(pa.large_binary())
+        has_text = pa.array(text_lengths(text) > 0)
         tags = {name: pc.fill_null(values, "") for name, values in records.tags.items()}
         if pc.all(has_text).as_py() is False:
             text, tags = text.filter(has_text), {name: values.filter(has_text) for name, values in tags.items()}
-        return Records(text, tags)
+        return replace(records, text=text, tags=tags)
 
     def is_in_pieces(self, unit: int) -> bool:
         """Return whether the unit's records are consecutive pieces of one document, which are never shuffled."""
@@ -86,9 +100,15 @@ class Source:
 
     def check_has_text(self) -> None:
         """Read units until one holds text; raise DataError where none does."""
-        if not any(len(self.read(unit).text) for unit in range(self.num_units)):
-            raise DataError(f"{self.where}: {self.path}: no text in {_count(self._readers)}: every record is null or empty")
-        self.close()
+        skipped, first = 0, ""
+        for unit in range(self.num_units):
+            records = self.read(unit)
+            if len(records.text):
+                self.close()
+                return
+            skipped, first = skipped + records.num_skipped, first or records.skipped
+        left_out = f", or cannot be read ({skipped}; the first: {first})" if skipped else ""
+        raise DataError(f"{self.where}: {self.path}: no text in {_count(self._readers)}: every record is null or empty{left_out}")
 
     def _locate(self, unit: int) -> tuple[int, int]:
         """Return the place of the unit's file, and the unit's number in it."""
@@ -109,9 +129,13 @@ def open_source(config: SourceConfig, *, index: int = 0) -> Source:
     if config.path == STDLIB:
         if set(config.tag_columns) - {TAG}:
             raise DataError(f"{where}.tag_columns: {STDLIB} has the tag {TAG!r} only; allowed: [] or [{TAG}]")
+        if config.text_column is not None:
+            raise DataError(f"{where}.text_column: {STDLIB} has no columns; allowed: null")
         return Source(config, [StdlibReader(where=where)], where=where)
 
     def open_reader(file: File) -> Reader:
+        if file.format == "text" and config.text_column is not None:
+            raise DataError(f"{where}.text_column: {file.name} is a text file, which has no columns; allowed: null")
         try:
             return _READERS[file.format](file, config, where=where)
         finally:

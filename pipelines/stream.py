@@ -24,7 +24,7 @@ from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError, NlrayError, RemoteTimeoutError
 from nlray.pipelines.order import draw_sources
 from nlray.pipelines.shuffle import ShuffledBlocks
-from nlray.pipelines.source_stream import SourceStream
+from nlray.pipelines.source_stream import Skipped, SourceStream
 from nlray.pipelines.sources import open_source
 from nlray.pipelines.tokenizer_processes import open_tokenizer
 from nlray.pipelines.tokenizers import Tokenizer
@@ -45,6 +45,8 @@ class Batch:
     """int32 [n]: the place in `data.sources` of the source of each block."""
     is_start: bool = True
     """Whether the blocks begin sequences; False: each goes on where the same row of the batch before ended (`nlray.pipelines.lanes`)."""
+    skipped: tuple[Skipped, ...] = ()
+    """Of each source: what was left out since the start of the run, up to this batch (with shuffled blocks: to the end of its window)."""
 
 
 class BlockStream:
@@ -158,9 +160,11 @@ class BlockStream:
                 tags[place] = tag
             is_there[places[len(got) :]] = False
             self._is_live[index] = done == len(rows)
+        skipped = tuple(stream.skipped() for stream in self._streams)
         if is_there.all():
-            return Batch(blocks, tags, sources[start:stop])
-        return Batch(blocks[is_there], [t for t, there in zip(tags, is_there, strict=True) if there], sources[start:stop][is_there])
+            return Batch(blocks, tags, sources[start:stop], skipped=skipped)
+        tags = [tag for tag, there in zip(tags, is_there, strict=True) if there]
+        return Batch(blocks[is_there], tags, sources[start:stop][is_there], skipped=skipped)
 
     def _take_of_one_pass(self, num_blocks: int, start: int, stop: int) -> Batch:
         """Take blocks while any source has some; a block drawn from a source that is over is passed by."""

@@ -1,0 +1,170 @@
+"""The reader of JSON lines. Python's parser reads them: pyarrow's ends the process at a line `null`, and names no line at all.
+
+A lone half of a surrogate pair becomes U+FFFD. Text must be a string or null; tags may be strings, numbers, booleans, also mixed.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from nlray.config import SourceConfig
+from nlray.pipelines.files import File
+from nlray.pipelines.readers import BOM, SAMPLE_BYTES, BadRecords, Records, check_columns, line_number, range_bounds, reading, text_column
+
+logger = logging.getLogger(__name__)
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class BadLineError(ValueError):
+    """A line that is not a record: why, and the byte of the line where that shows."""
+
+    def __init__(self, reason: str, at: int = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.at = reason, at
+
+
+class JsonlReader:
+    """Byte ranges of JSON lines; a line belongs to the range that its first byte is in."""
+
+    def __init__(self, file: File, config: SourceConfig, *, where: str) -> None:
+        self.file_name, self._file, self._config, self._where = file.name, file, config, where
+        self._bounds = range_bounds(file.size)
+        self.sequence = np.arange(len(self._bounds) - 1)
+        self._columns = [text_column(config), *config.tag_columns]
+        self._has_surrogates = False
+        with reading(file):
+            schema = self._sample_schema()
+        if schema is not None:
+            check_columns(schema, config, file_name=file.name, where=where)
+
+    def read(self, unit: int) -> Records:
+        with reading(self._file):
+            start, data = self._lines(self._bounds[unit], self._bounds[unit + 1])
+        bad = BadRecords(self._file, self._config, where=self._where)
+        rows = []
+        for row in self._rows(start, data, bad):
+            try:
+                rows.append([_text(row, self._columns[0]), *(_tag(row.get(name), name) for name in self._columns[1:])])
+            except BadLineError as error:
+                self._add(bad, error)
+        text, *tags = zip(*rows, strict=True) if rows else [() for _ in self._columns]
+        columns = [self._strings(values, name).cast(pa.string()) for values, name in zip(tags, self._columns[1:], strict=True)]
+        return Records(self._strings(text, self._columns[0]), dict(zip(self._columns[1:], columns, strict=True)), bad.count, bad.first)
+
+    def _rows(self, start: int, data: bytes, bad: BadRecords) -> Iterator[dict[str, Any]]:
+        """Give the objects of lines whose first byte is byte `start` of the file; `self._at` is where the line of the last one starts."""
+        self._at = following = start
+        for line in data.split(b"\n"):
+            self._at, following = following, following + len(line) + 1
+            try:
+                row = parse_line(line)
+            except BadLineError as error:
+                self._add(bad, error)
+                continue
+            if row is not None:
+                yield row
+
+    def _add(self, bad: BadRecords, error: BadLineError) -> None:
+        start = self._at
+        bad.add(lambda: f"line {line_number(self._file, start)} (byte {start + error.at})", error.reason)
+
+    def _strings(self, values: tuple[str | None, ...], name: str) -> pa.Array:
+        try:
+            return pa.array(values, pa.large_string())
+        except UnicodeEncodeError:
+            if not self._has_surrogates:
+                logger.warning("%s: lone surrogates in column %r are read as U+FFFD", self.file_name, name)
+                self._has_surrogates = True
+            return pa.array([None if v is None else _SURROGATES.sub("\ufffd", v) for v in values], pa.large_string())
+
+    def _lines(self, start: int, stop: int) -> tuple[int, bytes]:
+        """Return the lines whose first byte is in start .. stop - 1, and where in the file they start."""
+        first = max(start - 1, 0)
+        data = self._file.read(first, stop)
+        begin = data.find(b"\n") + 1 if start > 0 else len(BOM) * data.startswith(BOM)
+        if start > 0 and begin == 0:
+            return start, b""
+        pieces, at, is_open = [data], stop, not data.endswith(b"\n")
+        while is_open and at < self._file.size:
+            more = self._file.read(at, at + SAMPLE_BYTES)
+            end = more.find(b"\n") + 1
+            pieces.append(more[: end or None])
+            at, is_open = at + len(more), end == 0
+        return first + begin, b"".join(pieces)[begin:]
+
+    def _sample_schema(self) -> pa.Schema | None:
+        """Return the columns of the first lines, None where they are blank or bad."""
+        sample = self._file.read(0, SAMPLE_BYTES)
+        while b"\n" not in sample and len(sample) < self._file.size:
+            sample += self._file.read(len(sample), 2 * len(sample))
+        if len(sample) < self._file.size:
+            sample = sample[: sample.rfind(b"\n")]
+        begin = len(BOM) * sample.startswith(BOM)
+        kinds: dict[str, set[type]] = {}
+        for row in self._rows(begin, sample[begin:], BadRecords(self._file, self._config, where=self._where)):
+            for name, value in row.items():
+                kinds.setdefault(name, set()).update([type(value)] if value is not None else [])
+        return pa.schema([(_SURROGATES.sub("\ufffd", name), _type(types)) for name, types in kinds.items()]) if kinds else None
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the object of one line, None where it is blank; raise BadLineError for anything else."""
+    try:
+        text = line.decode()
+        if not text or text.isspace():
+            return None
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise BadLineError(f"is not UTF-8: byte 0x{line[error.start]:02x}", error.start) from error
+    except json.JSONDecodeError as error:
+        raise BadLineError(f"is not JSON: {error.msg}", len(text[: error.pos].encode())) from error
+    except RecursionError as error:
+        raise BadLineError("is JSON that is nested too deeply") from error
+    except ValueError as error:  # a number of very many digits
+        raise BadLineError(f"cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise BadLineError("is not a JSON object")
+    return row
+
+
+def _text(row: dict[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    raise BadLineError(f"has no text in column {name!r}: it holds {_name(value)}; allowed: a string or null")
+
+
+def _tag(value: Any, name: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, dict | list):
+        raise BadLineError(f"has no tag in column {name!r}: it holds {_name(value)}; allowed: strings, numbers, booleans")
+    return _tag_of(value)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _tag_of(value: float | bool) -> str:
+    """Return a number or boolean as tags of other formats have it."""
+    return json.dumps(value) if isinstance(value, int) else pa.scalar(value).cast(pa.string()).as_py()
+
+
+def _name(value: Any) -> str:
+    return {dict: "an object", list: "a list", bool: "a boolean"}.get(type(value), "a number")
+
+
+def _type(types: set[type]) -> pa.DataType:
+    if dict in types or list in types:
+        return pa.list_(pa.null())
+    if types <= {int, float} and types:
+        return pa.int64() if types == {int} else pa.float64()
+    return pa.bool_() if types == {bool} else pa.string()
