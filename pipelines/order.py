@@ -68,7 +68,10 @@ def block_order(count: int, *, seed: int, source: int, window: int) -> np.ndarra
 
 
 def is_held_out(text: pa.Array, fraction: float) -> np.ndarray:
-    """Return bool [records]: whether the 8-byte blake2b of a record's text, large binary or a dictionary of it, is below fraction * 2^64."""
+    """Return bool [records]: whether the 8-byte blake2b of a record's text is below fraction * 2^64.
+
+    text: large binary or a dictionary of it, without nulls.
+    """
     if fraction == 0:
         return np.zeros(len(text), bool)
     if pa.types.is_dictionary(text.type):

@@ -183,7 +183,8 @@ def _checked(values: pa.Array) -> pa.Array:
         values = values.cast(pa.binary_view())
         values.validate(full=True)
         # Many views may be of the same bytes.
-        return _checked(values.dictionary_encode())
+        values = values.dictionary_encode()
+        return pa.DictionaryArray.from_arrays(values.indices.cast(pa.int64()), values.dictionary.cast(pa.large_binary()))
     values = values.cast(pa.large_binary())
     values.validate(full=True)
     return values
