@@ -449,6 +449,7 @@ class SequenceWorker:
         batch = self.stream.next()
         if batch.is_start:
             self.lanes.clear()
+        self._count_left_out(step, batch)
         loss_share, states = self._forward_backward(torch.from_numpy(batch.blocks).to(self.device))
         norms = self._finish_gradients()
         norm = clip_gradients_([p.grad for p in self.parameters.values()], self.config.sequence.optimizer.clip, norms)
@@ -536,6 +537,16 @@ class SequenceWorker:
         self.num_skipped += 1
         self._skipped_in_a_row += 1
         self._add_event(f"step {step}: loss or gradient not finite; the step is skipped in every worker and level")
+
+    def _count_left_out(self, step: int, batch: Batch) -> None:
+        """Note the records that the sources leave out; an event when the first is met, and each time they have doubled."""
+        with self._lock:
+            before = self._totals.get("records_skipped") or [0] * len(batch.skipped)
+            self._totals = {**self._totals, "records_skipped": [source.num_records for source in batch.skipped]}
+        for index, (source, earlier) in enumerate(zip(batch.skipped, before, strict=True)):
+            if source.num_records.bit_length() > earlier.bit_length():
+                example = f", the last: {source.example}" if source.example else ""
+                self._add_event(f"step {step}: data.sources[{index}]: {source.num_records} records left out so far (on_error=skip){example}")
 
     # Evaluation and reports.
 

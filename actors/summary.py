@@ -61,6 +61,7 @@ def make_summary(
         "train_seconds": seconds,
         "wall_seconds": time.time() - started_at,
         "skipped_steps": totals.get("num_skipped", 0),
+        "skipped_records": sum(totals.get("records_skipped", [])),
         "recoveries": len(recoveries),
         "replayed_steps": sum(r.replayed for r in recoveries),
         "recovery_log": [r.as_dict() for r in recoveries],

@@ -19,7 +19,7 @@ class ArrowReader:
 
     def __init__(self, file: File, config: SourceConfig, *, where: str) -> None:
         self.file_name, self._file, self._config, self._where = file.name, file, config, where
-        sizes = None
+        sizes: list[int] = []
         with reading(file), file.open(memory_map=True) as source:
             magic = source.read(6)
             source.seek(0)
@@ -40,10 +40,10 @@ class ArrowReader:
         parts = np.ones(num_batches, np.int64)
         if file.is_local and num_batches:
             parts *= num_parts(file.size / num_batches)
-            # Batches of about one size are cut alike; one far above the others is cut by its own size.
-            for index, size in enumerate(sizes if sizes is not None and len(sizes) == num_batches else []):
-                if num_parts(size) > 2 * parts[index]:
-                    parts[index] = num_parts(size)
+            own = np.array([num_parts(size) for size in sizes])
+            # Batches of about one size are cut alike; where one is far above the others each is cut by its own size.
+            if len(own) == num_batches and (own > 2 * parts).any():
+                parts = own
         self._parts = parts
         self._first = np.cumsum([0, *parts])
         self.sequence = np.arange(self._first[-1])

@@ -4,6 +4,7 @@ A newline ends a record only outside quotes, which no place of the file shows by
 for the places where its units start; then any of them is read alone by pyarrow.csv.
 """
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,6 +27,7 @@ from nlray.pipelines.readers import (
 )
 
 _SEPARATORS = {"csv": ",", "tsv": "\t"}
+_ROW = re.compile(r"^CSV parse error: Row #\d+: ")
 
 
 class CsvReader:
@@ -82,7 +84,7 @@ class CsvReader:
             except UnicodeDecodeError as error:
                 bad.add(lambda at=begin + error.start: self._place(start + at), f"is not UTF-8: byte 0x{record[error.start]:02x}")
             except pa.ArrowInvalid as error:
-                bad.add(lambda at=begin: self._place(start + at), f"cannot be read: {one_line(error)}")
+                bad.add(lambda at=begin: self._place(start + at), f"cannot be read: {_ROW.sub('', one_line(error))}")
 
     def _add_torn(self, bad: BadRecords) -> None:
         bad.add(lambda: self._place(self._torn), "begins a record with a quote that nothing closes")
