@@ -1,6 +1,7 @@
-"""The reader of JSON lines. Python's parser reads them: pyarrow's ends the process at a line `null`, and names no line at all.
+"""The reader of JSON lines.
 
-A lone half of a surrogate pair becomes U+FFFD. Text must be a string or null; tags may be strings, numbers, booleans, also mixed.
+pyarrow.json reads a unit in which every line is an object of the columns' types. Where it cannot, Python's parser reads the unit line by
+line: it knows which line is bad, replaces a lone half of a surrogate pair by U+FFFD, and takes tags of mixed types.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.json as pajson
 
 from nlray.config import SourceConfig
 from nlray.pipelines.files import File
@@ -25,9 +27,9 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class BadLineError(ValueError):
     """A line that is not a record: why, and the byte of the line where that shows."""
 
-    def __init__(self, reason: str, at: int = 0) -> None:
+    def __init__(self, reason: str, at: int = 0, *, is_large: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.at = reason, at
+        self.reason, self.at, self.is_large = reason, at, is_large
 
 
 class JsonlReader:
@@ -39,14 +41,22 @@ class JsonlReader:
         self.sequence = np.arange(len(self._bounds) - 1)
         self._columns = [text_column(config), *config.tag_columns]
         self._has_surrogates = False
+        self._schema: pa.Schema | None = pa.schema([(name, pa.string()) for name in dict.fromkeys(self._columns)])
         with reading(file):
             schema = self._sample_schema()
         if schema is not None:
             check_columns(schema, config, file_name=file.name, where=where)
+            wanted = [schema.field(name) for name in dict.fromkeys(self._columns)]
+            # Numbers with fractions are the one type that both parsers would not make the same strings of.
+            self._schema = pa.schema(wanted) if pa.float64() not in [field.type for field in wanted] else None
 
     def read(self, unit: int) -> Records:
         with reading(self._file):
             start, data = self._lines(self._bounds[unit], self._bounds[unit + 1])
+        if (table := self._parse(data)) is not None:
+            columns = {name: table[name].cast(pa.large_string()).combine_chunks() for name in self._schema.names}
+            tags = {name: columns[name].cast(pa.string()) for name in self._columns[1:]}
+            return Records(columns[self._columns[0]], tags)
         bad = BadRecords(self._file, self._config, where=self._where)
         rows = []
         for row in self._rows(start, data, bad):
@@ -58,6 +68,24 @@ class JsonlReader:
         columns = [self._strings(values, name).cast(pa.string()) for values, name in zip(tags, self._columns[1:], strict=True)]
         return Records(self._strings(text, self._columns[0]), dict(zip(self._columns[1:], columns, strict=True)), bad.count, bad.first)
 
+    def _parse(self, data: bytes) -> pa.Table | None:
+        """Return the columns of lines that are objects, all of them and nothing else; None for any others, also blank ones."""
+        num_lines = data.count(b"\n") + (not data.endswith(b"\n"))
+        # The first line too: pyarrow.json ends the process where it is `null`.
+        if self._schema is None or not data.startswith(b"{") or data.count(b"\n{") + 1 != num_lines:
+            return None
+        try:
+            # It looks at no UTF-8.
+            data.isascii() or data.decode()
+            table = pajson.read_json(
+                pa.BufferReader(data),
+                read_options=pajson.ReadOptions(use_threads=False, block_size=len(data) + 1),
+                parse_options=pajson.ParseOptions(explicit_schema=self._schema, unexpected_field_behavior="ignore"),
+            )
+        except (UnicodeDecodeError, pa.ArrowInvalid):
+            return None
+        return table if table.num_rows == num_lines else None
+
     def _rows(self, start: int, data: bytes, bad: BadRecords) -> Iterator[dict[str, Any]]:
         """Give the objects of lines whose first byte is byte `start` of the file; `self._at` is where the line of the last one starts."""
         self._at = following = start
@@ -66,10 +94,16 @@ class JsonlReader:
             try:
                 row = parse_line(line)
             except BadLineError as error:
-                self._add(bad, error)
-                continue
+                row = self._large_row(line) if error.is_large else None
+                if row is None:
+                    self._add(bad, error)
             if row is not None:
                 yield row
+
+    def _large_row(self, line: bytes) -> dict[str, Any] | None:
+        """Return the columns of a line that is nested too deeply, or has a number of too many digits, for Python's parser alone."""
+        table = self._parse(line)
+        return None if table is None else {name: table[name][0].as_py() for name in table.column_names}
 
     def _add(self, bad: BadRecords, error: BadLineError) -> None:
         start = self._at
@@ -129,9 +163,9 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise BadLineError(f"is not JSON: {error.msg}", len(text[: error.pos].encode())) from error
     except RecursionError as error:
-        raise BadLineError("is JSON that is nested too deeply") from error
+        raise BadLineError("is JSON that is nested too deeply", is_large=True) from error
     except ValueError as error:  # a number of very many digits
-        raise BadLineError(f"cannot be read: {error}") from error
+        raise BadLineError(f"cannot be read: {error}", is_large=True) from error
     if not isinstance(row, dict):
         raise BadLineError("is not a JSON object")
     return row

@@ -21,12 +21,11 @@ BAD = {
     b'{"text": "a"} {"text": "b"}': "is not JSON: Extra data",
     b'{"text": "a\xff"}': "is not UTF-8: byte 0xff",
     b'{"text": "a", "unused": "\xc3("}': "is not UTF-8: byte 0xc3",
-    b'{"text": "a", "unused": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "is JSON that is nested too deeply",
+    b'{"text": "a", "tag": 1.5, "unused": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "is JSON that is nested too deeply",
     b"null": "is not a JSON object",
     b"[1]": "is not a JSON object",
     b'{"text": 1}': "has no text in column 'text': it holds a number",
     b'{"text": "a", "tag": [1]}': "has no tag in column 'tag': it holds a list",
-    b'{"text": "a", "unused": ' + b"9" * 5000 + b"}": "cannot be read: Exceeds the limit",
 }
 
 
@@ -61,6 +60,21 @@ def test_a_bad_line_among_the_first_is_told_when_the_source_is_opened_or_left_ou
     assert read_all(open_source(SourceConfig(path=str(tmp_path / "t.jsonl"), on_error="skip"))) == ["b"]
 
 
+@pytest.mark.parametrize("other", [b'{"text": "b"}', b'{"text": "\\udc00"}'])
+def test_lines_that_are_nested_deeply_or_have_long_numbers_are_read(tmp_path: Path, other: bytes) -> None:
+    deep = b'{"text": "a", "unused": ' + b"[" * 1100 + b"9" * 5000 + b"]" * 1100 + b"}"
+    (tmp_path / "t.jsonl").write_bytes(deep + b"\n" + other + b"\n" + deep)
+    assert read_all(open_source(SourceConfig(path=str(tmp_path / "t.jsonl")))) == ["a", json.loads(other)["text"].replace("\udc00", "\ufffd"), "a"]
+
+
+def test_a_unit_that_starts_with_null_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nlray.pipelines.readers.RANGE_BYTES", 100_000)
+    line = b'{"text": "' + b"a" * 49_988 + b'"}\n'
+    (tmp_path / "t.jsonl").write_bytes(line * 2 + b"null\n" + line)
+    with pytest.raises(DataError, match=r"line 3 \(byte \d+\) is not a JSON object"):
+        read_all(open_source(SourceConfig(path=str(tmp_path / "t.jsonl"))))
+
+
 def test_half_a_surrogate_pair_becomes_one_mark_in_any_column(tmp_path: Path) -> None:
     lines = [r'{"text": "a\ud83d"}', r'{"text": "b", "x\udc00": "\ud83d", "tag": "\udc00c"}', r'{"text": "\ud83d\ude00"}']
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
@@ -93,7 +107,7 @@ def test_text_of_tables_that_is_not_utf8_is_told_by_row_or_left_out(tmp_path: Pa
         with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
             writer.write_table(table, max_chunksize=4)
     path = str(tmp_path / name)
-    with pytest.raises(DataError, match=rf"{name}: cannot be read as \w+: row 1 of (row group|record batch) 1 .from 0. holds text that is not"):
+    with pytest.raises(DataError, match=rf"{name}: cannot be read as \w+: row 1 of (row group|record batch) 1 .from 0. holds text that"):
         open_source(SourceConfig(path=path)).read(1)
     source = open_source(SourceConfig(path=path, on_error="skip", tag_columns=["tag"]))
     assert read_all(source) == ["a", "c"] * 2

@@ -41,7 +41,8 @@ def write(table: pa.Table, path: Path, **options: object) -> None:
 @pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow", "views.parquet"])
 def test_text_and_tags_that_repeat_stay_small(tmp_path: Path, name: str) -> None:
     texts = ["a" * MIB, "b" * MIB, "c"] * 100
-    column = pa.array(texts).dictionary_encode() if "arrow" in name else pa.array(texts, pa.string_view() if "views" in name else pa.string())
+    kind = pa.string_view() if "views" in name else pa.string()
+    column = pa.array(texts).dictionary_encode() if "arrow" in name else pa.array(texts, kind)
     write(pa.table({"text": column, "tag": column}), tmp_path / name)
     assert (tmp_path / name).stat().st_size < 5 * MIB
     source = open_source(SourceConfig(path=str(tmp_path / name), tag_columns=["tag"]))
@@ -49,7 +50,7 @@ def test_text_and_tags_that_repeat_stay_small(tmp_path: Path, name: str) -> None
     assert read_texts(source) == [text.encode() for text in texts]
 
 
-def test_text_that_is_kept_as_a_dictionary_gives_the_same_blocks(tmp_path: Path, data_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_stays_a_dictionary_gives_the_same_blocks(tmp_path: Path, data_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(97, 123, 100, np.uint8).tobytes().decode() for _ in range(40)] + [None, ""]
     pq.write_table(pa.table({"text": texts * 20, "tag": [*"abc", *texts[3:]] * 20}), tmp_path / "t.parquet")
@@ -126,7 +127,7 @@ def test_changed_offsets_and_indices_of_arrow_are_refused(tmp_path: Path, name: 
 
 def test_feather_v1_is_told_by_its_name(tmp_path: Path, data_config: Callable) -> None:
     (tmp_path / "t.feather").write_bytes(b"FEA1" + bytes(100) + b"FEA1")
-    with pytest.raises(DataError, match="t.feather: is Feather V1, which is not read; allowed: Feather V2"):
+    with pytest.raises(DataError, match=r"t.feather: is Feather V1, which is not read; allowed: Feather V2"):
         check_sources(data_config(tmp_path / "t.feather"))
 
 
@@ -140,7 +141,7 @@ def test_a_window_of_a_tiny_source_ends_after_so_many_epochs(tmp_path: Path, num
     assert np.isin(batch.blocks, [*b"hi", 256]).all()
     state = stream.state_dict()["sources"][0]
     # Two bytes and an end: 256 / 3 epochs or a third of them to a block. A window of 64 blocks would be at its start still.
-    assert state["epoch"] * num_files <= 2 * 256 and (num_files > 1 or state["window"] == 0 and state["next"] == 2)
+    assert state["epoch"] * num_files <= 2 * 256 and (num_files > 1 or (state["window"] == 0 and state["next"] == 2))
     blocks = [stream.take(1).blocks for _ in range(6)]
     resumed = BlockStream(config, seq_len=256, seed=0)
     resumed.load_state_dict({"block": 2, "sources": [state]})
@@ -152,7 +153,7 @@ def test_a_window_of_a_tiny_source_ends_after_so_many_epochs(tmp_path: Path, num
 def test_lanes_and_evaluation_of_a_tiny_source_end(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("hi")
     config = DataConfig(sources=[SourceConfig(path=str(tmp_path / "t.txt"))], eval_fraction=0.5)
-    with pytest.raises(DataError, match="no text to train on; data.eval_fraction=0.5 holds every record out|do not fill one sequence"):
+    with pytest.raises(DataError, match=r"no text to train on; data.eval_fraction=0.5 holds every record out|do not fill one sequence"):
         heldout_blocks(config, seq_len=64, seed=0, num_blocks=2)
         BlockStream(config, seq_len=64, seed=0).take(1)
     lanes = LaneStream(
