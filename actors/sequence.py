@@ -545,8 +545,9 @@ class SequenceWorker:
             self._totals = {**self._totals, "records_skipped": [source.num_records for source in batch.skipped]}
         for index, (source, earlier) in enumerate(zip(batch.skipped, before, strict=True)):
             if source.num_records.bit_length() > earlier.bit_length():
-                count, example = source.num_records, f", one of them: {source.example}" if source.example else ""
-                self._add_event(f"step {step}: data.sources[{index}]: records left out so far (on_error=skip): {count}{example}")
+                left_out = f"{source.num_records} records left out so far, in all passes (on_error=skip)"
+                example = f", one of them: {source.example}" if source.example else ""
+                self._add_event(f"step {step}: data.sources[{index}]: {left_out}{example}")
 
     # Evaluation and reports.
 
