@@ -5,11 +5,15 @@ import itertools
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nlray.actors import local_clusters
+from nlray.actors.local_clusters import own_raylet, take_token
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.clusters.cli import main
 from nlray.config_loading import config_to_yaml, load_config
@@ -353,6 +357,32 @@ def test_an_address_of_another_form_is_one_line(address, hostile, capsys):
     assert main(["status", "."]) == 2
     err = capsys.readouterr().err
     assert "state.json is damaged" in err and "$(" not in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def raylet(tmp_path: Path) -> str:
+    """The address of a cluster of which a process of this user runs here, by its name and arguments, with a token."""
+    program = tmp_path / "raylet"
+    program.symlink_to(getattr(sys, "_base_executable", sys.executable))
+    address = "127.0.0.1:9"
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
+    command = [program, "-c", "print(flush=True); import time; time.sleep(600)", f"--gcs-address={address}"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield address
+        process.kill()
+
+
+def test_only_a_cluster_with_a_raylet_of_this_user_here_is_ones_own(raylet, monkeypatch):
+    for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(key, "before")  # put back at the end, whatever is set between
+    monkeypatch.setattr(local_clusters, "RayConfig", SimpleNamespace(initialize=lambda _: None))
+    assert own_raylet("127.0.0.1:99") is None and own_raylet("127.0.0.1") is None
+    take_token(own_raylet(raylet))
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", "secret")
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    assert own_raylet(raylet) is None
 
 
 def test_the_cluster_of_the_environment_is_joined_and_not_that_of_the_folder(hostile, server, capsys, monkeypatch):
