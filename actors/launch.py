@@ -23,17 +23,18 @@ from nlray.actors.transports import wait_for
 from nlray.actors.types import RunStatus
 from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, read_manifest
 from nlray.config import Config
-from nlray.config_loading import config_to_yaml, parse_config, with_run
+from nlray.config_loading import config_to_yaml, parse_config, with_absolute_paths, with_run
 from nlray.errors import UserError
 from nlray.initial import INITIAL, check_initial, keep_initial
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter, read_events, read_rows
 from nlray.nested_system import level_plans, parameter_shapes
+from nlray.pipelines.source_list import SOURCES, FileList, files_of_run, write_list
 from nlray.pipelines.tokenizers import with_vocabulary
-from nlray.storage import absolute, is_local, locate, write_file
+from nlray.storage import is_local, locate, write_file
 from nlray.trust import read_bounded
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "tensorboard", "checkpoints", INITIAL)
+RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", SOURCES, "tensorboard", "checkpoints", INITIAL)
 # What a checkpoint's state has that a run continues from; a start that `nlray stack` wrote has none of it.
 RUN_STATE = {"workers", "stream", "open_steps", "totals", "visible", "levels"}
 # How the pages begin that Ray prints of deaths.
@@ -64,10 +65,13 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "data.stream.shuffle": config.data.stream.shuffle,
         "data.stream.shuffle_tokens": config.data.stream.shuffle_tokens,
         "data.stream.lane_blocks": config.data.stream.lane_blocks,
-        "data.sources": [asdict(source) for source in config.data.sources],
+        "data.sources": f"{len(config.data.sources)} sources",
         "memory.levels": list(config.levels),
     }
     keys |= {f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("kernels", "recompute_chunks")}
+    for index, source in enumerate(config.data.sources):
+        # Not the path: files that have moved are found by their fingerprints (`nlray.pipelines.source_list`).
+        keys |= {f"data.sources[{index}].{key}": value for key, value in asdict(source).items() if key != "path"}
     for name, level in config.levels.items():
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
@@ -103,7 +107,13 @@ class RunHandle:
 
 
 def launch(
-    config: Config, *, address: str | None = None, resume: bool = False, step: int | None = None, behaviours: Behaviours | None = None
+    config: Config,
+    *,
+    address: str | None = None,
+    resume: bool = False,
+    step: int | None = None,
+    behaviours: Behaviours | None = None,
+    files: FileList | None = None,
 ) -> RunHandle:
     """Start a run and return its handle at once.
 
@@ -113,6 +123,7 @@ def launch(
         resume: go on from the newest whole checkpoint in `run.dir`.
         step: of the checkpoint to go on from instead.
         behaviours: other classes for the actors; None: the product's.
+        files: what `files_of_run` gives; None: it is called here.
 
     Raises:
         UserError: before anything is written or started.
@@ -134,6 +145,8 @@ def launch(
         raise UserError(
             f"run.dir: {config.run.dir} already holds a run; use `nlray resume {config.run.dir}`, or run.overwrite=true to replace it"
         )
+    files = files or files_of_run(config, resume=resume)
+    notes += files.notes
     owns_ray = start_ray(config, address, notes)
     try:
         nodes = ray.nodes()
@@ -146,6 +159,7 @@ def launch(
         if not resume:
             config = keep_initial(config)
         prepare_dir(config, checkpoint)
+        write_list(config.run.dir, files)
         num_events = len(read_events(config.run.dir, warn=lambda _: None))
         # On the head node: without that Ray's own state is lost too, so no other node takes the conductor with it.
         actor = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001}, max_concurrency=16)(Conductor)
@@ -164,13 +178,7 @@ def launch(
 
 def resolve(config: Config) -> Config:
     """Return the configuration with what depends on the machine or the tokenizer written out."""
-    # Absolute, so that a resume from another folder, and an actor in another one, find them.
-    sources = [replace(source, path=absolute(source.path)) for source in config.data.sources]
-    tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else absolute(config.data.tokenizer)
-    config = with_vocabulary(replace(config, data=replace(config.data, sources=sources, tokenizer=tokenizer)))
-    if config.init is not None:
-        config = replace(config, init=absolute(config.init))
-    return resolve_threads(with_run(config, dir=absolute(config.run.dir)))
+    return resolve_threads(with_vocabulary(with_absolute_paths(config)))
 
 
 def check_ranks(config: Config, plans: list[LevelPlan]) -> None:

@@ -40,6 +40,7 @@ from nlray.models.lm import LanguageModel, build_model, level_parameters, place_
 from nlray.models.state import State
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.lanes import open_stream
+from nlray.pipelines.source_list import read_list
 from nlray.pipelines.stream import Batch, PrefetchStream, heldout_blocks
 from nlray.threads import compute_here_with, compute_with_one
 
@@ -98,8 +99,9 @@ class SequenceWorker:
         self.channels: list[LevelChannel] = []
         first = worker * sequence.worker_batch
         self.lanes = Lanes()
+        self._files = read_list(config.run.dir)
         self.stream = PrefetchStream(
-            open_stream(config),
+            open_stream(config, self._files),
             sequence.global_batch,
             start=first,
             stop=first + sequence.worker_batch,
@@ -181,7 +183,9 @@ class SequenceWorker:
         """Read the held-out sequences, once; raise DataError where there are none, before a step is done rather than after."""
         if self._heldout is None and self._is_evaluating:
             num_blocks, seq_len = self.config.eval.sequences, self.config.model.seq_len
-            self._heldout = heldout_blocks(self.config.data, seq_len=seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks)
+            self._heldout = heldout_blocks(
+                self.config.data, seq_len=seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks, files=self._files
+            )
 
     @property
     def _is_evaluating(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from nlray.clusters.progress import format_bytes, format_count
 from nlray.config import Config
+from nlray.config_loading import with_absolute_paths
 from nlray.nested_system import NestedSystem, Problem
 from nlray.pipelines.tokenizers import checked_vocab_size
 
@@ -16,6 +17,7 @@ _WIDE = 150
 
 def print_levels(config: Config, *, title: str, as_json: bool) -> None:
     """Print the nested system of `config`; without a tokenizer file at hand `model.vocab_size` is enough."""
+    config = with_absolute_paths(config)
     vocab_size = config.model.vocab_size or checked_vocab_size(config)
     system = NestedSystem.build(config, vocab_size)
     if as_json:

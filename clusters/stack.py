@@ -9,6 +9,7 @@ from nlray.errors import UserError
 from nlray.nested_system import NestedSystem
 from nlray.pipelines.tokenizers import HFTokenizer, checked_vocab_size, load_tokenizer
 from nlray.stacking import check_free, stacked_config, write_stacked
+from nlray.storage import absolute
 
 
 def stack_model(source: str, out: str, overrides: list[str], *, trust: bool = False) -> None:
@@ -17,11 +18,12 @@ def stack_model(source: str, out: str, overrides: list[str], *, trust: bool = Fa
     Raises:
         UserError: it cannot be taken over, or its tokenizer does not say how a text ends. Nothing is written then.
     """
+    source, target = absolute(source), absolute(out)
     decoder = open_source(source, trust=trust)
-    check_free(out)
+    check_free(target)
     config = stacked_config(decoder, source, overrides)
     config, notes = _with_end_token(config, has_tokenizer="tokenizer" in decoder.data)
-    config = write_stacked(decoder, config, source, out)
+    config = write_stacked(decoder, config, source, target)
     size = NestedSystem.build(config, config.model.vocab_size).num_parameters
     print(f"model    {config.model.layers} layers, dim {config.model.dim}, {format_count(size)} parameters, {config.memory.layout}")
     print(describe_levels(config))

@@ -43,11 +43,15 @@ def _run(config: Config, *, address: str | None, resume: bool, step: int | None 
     if config.levels:
         print(describe_levels(config), flush=True)
 
+    from nlray.config_loading import with_absolute_paths
+    from nlray.pipelines.source_list import files_of_run
     from nlray.pipelines.sources import check_sources
     from nlray.pipelines.tokenizers import checked_vocab_size
 
-    check_sources(config.data)
-    vocab_size = checked_vocab_size(config)
+    resolved = with_absolute_paths(config)
+    files = files_of_run(resolved, resume=resume)
+    check_sources(resolved.data, files)
+    vocab_size = checked_vocab_size(resolved)
 
     from nlray.nested_system import NestedSystem
 
@@ -57,7 +61,7 @@ def _run(config: Config, *, address: str | None, resume: bool, step: int | None 
 
     from nlray.actors.launch import launch
 
-    handle = launch(config, address=address, resume=resume, step=step)
+    handle = launch(resolved, address=address, resume=resume, step=step, files=files)
     try:
         with StopSignals() as signals, open_view(config) as view:
             status = follow(handle, view, signals)

@@ -15,6 +15,7 @@ from nlray.config import Config, OptimizerConfig
 from nlray.config_values import Scalar, build, shown
 from nlray.config_yaml import dump_yaml, load_yaml
 from nlray.errors import UserError
+from nlray.storage import absolute
 from nlray.trust import confirm, read_bounded
 
 PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
@@ -94,11 +95,31 @@ def with_run(config: Config, **changes: Any) -> Config:
     return replace(config, run=replace(config.run, **changes))
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with every path absolute, for processes that run in other folders; URLs stay.
+
+    Raises:
+        UserError: an empty path, or `~` of a user without a home; names the key.
+    """
+    def resolved(key: str, path: str) -> str:
+        try:
+            return absolute(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+
+    data = config.data
+    sources = [replace(source, path=resolved(f"data.sources[{i}].path", source.path)) for i, source in enumerate(data.sources)]
+    tokenizer = data.tokenizer if data.tokenizer == "bytes" else resolved("data.tokenizer", data.tokenizer)
+    init = None if config.init is None else resolved("init", config.init)
+    config = replace(config, data=replace(data, sources=sources, tokenizer=tokenizer), init=init)
+    return with_run(config, dir=None if config.run.dir is None else resolved("run.dir", config.run.dir))
+
+
 def _read_source(source: str | None) -> dict[str, Any]:
     name = source or "tiny"
     if name in PRESETS:
         return _load_mapping(name, (package_files.files("nlray") / "presets" / f"{name}.yaml").read_bytes())
-    path = Path(name)
+    path = Path(absolute(name))
     try:
         if path.is_file():
             return _load_mapping(name, path.read_bytes())

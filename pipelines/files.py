@@ -1,22 +1,16 @@
-"""The files of a source: a file, a folder or a glob on any fsspec URL, in sorted order."""
+"""A file of a source: where it is, its format, its compression, its fingerprint, and how it is read."""
 
-import logging
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from nlray.config import SourceConfig
 from nlray.errors import DataError
 from nlray.pipelines import compressed
 from nlray.pipelines.compressed import ForwardReader, SeekableText, compression_of
-from nlray.storage import locate
-
-logger = logging.getLogger(__name__)
+from nlray.pipelines.contents import PIECE_BYTES, binary_kind, fingerprint
 
 ENDINGS = {
     "parquet": (".parquet", ".pq"),
@@ -30,7 +24,6 @@ ENDINGS = {
     ),
 }
 """Endings by format; any other ending is read as text where the file is named by its path or a glob."""
-_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +35,10 @@ class File:
     """Path inside the file system, without the protocol."""
     size: int
     """Bytes of the text, of a compressed file after decompression."""
+    stored_size: int
+    """Bytes of the file."""
+    fingerprint: str
+    """Hash of the file's size and content (`nlray.pipelines.contents`)."""
     format: str
     """parquet, arrow, jsonl, csv, tsv or text."""
     compression: str | None = None
@@ -86,92 +83,50 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def list_files(config: SourceConfig, *, where: str) -> list[File]:
-    """Return the files of a source, sorted by path.
-
-    A folder gives its files with known endings, at any depth, hidden ones left out. With format `auto` it gives its text
-    files only where it has no table (the README beside a table is not data), CSV and TSV only where it has no Parquet, Arrow or
-    JSON-lines file, and no `.json` file.
+def inspect(fs: Any, path: str, stored_size: int, wanted: str, *, where: str) -> File:
+    """Return a file with its format and fingerprint; the size of a compressed one is not the size of its text yet (`counted`).
 
     Args:
+        wanted: the `format` of the source.
         where: the key that messages name, for example `data.sources[0]`.
 
     Raises:
-        DataError: no such path, nothing that matches, or a file system that cannot be used.
+        DataError: the content is not of the format.
     """
-    try:
-        fs, path = locate(config.path)
-        found = _find(fs, path, config.format)
-    except ImportError as error:
-        raise DataError(f"{where}: {config.path}: this kind of URL needs a package that is not installed: {one_line(error)}") from error
-    except Exception as error:  # every file system raises errors of its own
-        raise DataError(f"{where}: {config.path}: cannot be listed: {one_line(error)}") from error
-    if found is None:
-        raise DataError(f"{where}: {config.path}: no such file or folder")
-    if not found:
-        raise DataError(f"{where}: {config.path}: no file matches; {_what_matches(fs, path, config.format)}")
-
-    def inspect(name: str) -> File:
-        try:
-            return _inspect(fs, name, int(found[name]["size"]), config.format)
-        except Exception as error:  # as above
-            raise DataError(f"{where}: {name}: cannot be read: {one_line(error)}") from error
-
-    with ThreadPoolExecutor(_THREADS if len(found) > 1 else 1) as pool:
-        return list(pool.map(inspect, sorted(found)))
-
-
-def _inspect(fs: Any, path: str, size: int, wanted: str) -> File:
-    """Return the file with its format, and where its text is compressed the length of the text, for which it is read once."""
-    file_format = _format(path, wanted)
-    is_text = file_format not in ("parquet", "arrow")
-    compression = compression_of(fs.cat_file(path, start=0, end=min(size, 16))) if size and is_text else None
+    file_format = wanted if wanted != "auto" else format_of(path)
+    head, hash_ = fingerprint(fs, path, stored_size)
+    compression = compression_of(head)
+    file = File(fs=fs, path=path, size=stored_size, stored_size=stored_size, format=file_format, fingerprint=hash_)
+    if file_format in ("parquet", "arrow"):
+        if compression is not None:
+            raise DataError(f"{where}: {file.name} is compressed by {compression}; allowed: {file_format} files, not compressed again")
+        return file
     if compression is not None:
-        size = ForwardReader(fs, path, compression).count()
-    return File(fs=fs, path=path, size=size, format=file_format, compression=compression)
+        file = replace(file, compression=compression)
+        reader = ForwardReader(fs, path, compression)
+        head = reader.read(0, PIECE_BYTES)
+        reader.close()
+    # A source of `format: text` takes the bytes as they are.
+    kind = binary_kind(head) if wanted != "text" else None
+    if kind is not None:
+        key = f"{where}.format"
+        hint = f"{key}={kind[1]}" if kind[1] is not None else f"text in UTF-8, or another {key}; {key}=text takes any bytes as they are"
+        raise DataError(f"{where}: {file.name}: cannot be read as {file_format}: its content is {kind[0]}; allowed: {hint}")
+    return file
 
 
-def _format(path: str, wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
+def counted(file: File) -> File:
+    """Return a file with the size of its text: a compressed one is read once; raise OSError or EOFError where it is damaged."""
+    return file if file.compression is None else replace(file, size=ForwardReader(file.fs, file.path, file.compression).count())
+
+
+def format_of(path: str) -> str:
+    """Return the format by the ending."""
     name = plain_name(path)
-    return next((name_ for name_, endings in ENDINGS.items() if name.endswith(endings)), "text")
+    return next((format_ for format_, endings in ENDINGS.items() if name.endswith(endings)), "text")
 
 
 def plain_name(path: str) -> str:
     """Return a path in small letters without the ending of a compressed file: what its format is looked up by."""
     name = path.lower()
     return next((name.removesuffix(ending) for ending in compressed.ENDINGS if name.endswith(ending)), name)
-
-
-def _find(fs: Any, path: str, wanted: str) -> dict[str, dict] | None:
-    """Return the file system's entry of each file by path; None where there is no such path."""
-    if fs.isfile(path):
-        return {path: fs.info(path)}
-    if fs.isdir(path):
-        return _in_folder(fs.find(path, detail=True), len(path.rstrip("/")), wanted)
-    if fsspec.core.has_magic(path):
-        return {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
-    return None
-
-
-def _in_folder(found: dict[str, dict], prefix: int, wanted: str) -> dict[str, dict]:
-    visible = {name: info for name, info in found.items() if not any(p.startswith(".") for p in name[prefix:].split("/"))}
-
-    def having(endings: tuple[str, ...]) -> dict[str, dict]:
-        return {name: info for name, info in visible.items() if plain_name(name).endswith(endings)}
-
-    if wanted != "auto":
-        return having(ENDINGS[wanted])
-    tables = having((*ENDINGS["parquet"], *ENDINGS["arrow"], ".jsonl", ".ndjson"))
-    chosen = tables or having((*ENDINGS["csv"], *ENDINGS["tsv"])) or having(ENDINGS["text"])
-    if len(chosen) < len(visible):
-        logger.info("%d of %d files have an ending that is read; the others are left out", len(chosen), len(visible))
-    return chosen
-
-
-def _what_matches(fs: Any, path: str, wanted: str) -> str:
-    if not fs.isdir(path):
-        return "allowed: a pattern that matches one file or more"
-    endings = [e for name, known in ENDINGS.items() if wanted in ("auto", name) for e in known if wanted != "auto" or e != ".json"]
-    return f"endings read in a folder: {' '.join(endings)}"

@@ -11,13 +11,17 @@ A resumed stream reads the round it was in again.
 from typing import Any
 
 from nlray.config import Config
+from nlray.pipelines.source_list import FileList
 from nlray.pipelines.stream import Batch, BlockStream
 
 
-def open_stream(config: Config) -> "BlockStream | LaneStream":
-    """Return the stream that a run trains on; raise DataError where a source or the tokenizer cannot be opened."""
+def open_stream(config: Config, files: FileList | None = None) -> "BlockStream | LaneStream":
+    """Return the stream that a run trains on; raise DataError where a source or the tokenizer cannot be opened.
+
+    files: those of the run; None: they are listed now.
+    """
     carries = config.model.carry_state
-    stream = BlockStream(config.data, seq_len=config.model.seq_len, seed=config.run.seed, in_order=carries)
+    stream = BlockStream(config.data, seq_len=config.model.seq_len, seed=config.run.seed, in_order=carries, files=files)
     return LaneStream(stream, lanes=config.sequence.global_batch, length=config.data.stream.lane_blocks) if carries else stream
 
 

@@ -1,7 +1,7 @@
 """The packed stream of one source: its records in the order of each epoch, as consecutive blocks of tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,7 @@ class SourceStream:
             done += step
         return np.concatenate(blocks) if blocks else block_view(self._tokens[:0], self._seq_len), tags, done
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the next block starts: epoch, place in its order of units, record in the unit, token in the record.
 
         `skipped`: records left out of the units up to that one, it included, over all epochs.
@@ -101,21 +101,27 @@ class SourceStream:
             at = self._skip + self._next * self._seq_len
             segment = int(np.searchsorted(self._starts, at, side="right")) - 1
             (epoch, unit, record, skipped), offset = self._keys[segment].tolist(), at - int(self._starts[segment])
-        return {"epoch": epoch, "unit": unit, "record": record, "offset": offset, "units": self._source.num_units, "skipped": skipped}
+        return {"epoch": epoch, "unit": unit, "record": record, "offset": offset, "skipped": skipped, **self._data()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a state; raise DataError where it is of a source with another number of units."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; raise DataError where it is of a source with other data."""
         if state["units"] != self._source.num_units:
             raise DataError(
                 f"{self._source.where}: {self._source.path}: has {self._source.num_units} units of data, "
                 f"but the saved position is in {state['units']}; allowed: the data that the position was saved with"
             )
+        if state.get("data", self._source.fingerprint) != self._source.fingerprint:
+            raise DataError(f"{self._source.where}: {self._source.path}: the data are not those that the position was saved with")
         place = {key: state[key] for key in ("epoch", "unit", "record", "offset")}
         self._seek(**place, skipped=state.get("skipped", 0))
 
     def skipped(self) -> Skipped:
         """Return what was left out up to the last block taken."""
         return Skipped(num_records=self.state_dict()["skipped"], example=self._example)
+
+    def _data(self) -> dict[str, Any]:
+        """Return what a position is only good for."""
+        return {"units": self._source.num_units, "data": self._source.fingerprint}
 
     def close(self) -> None:
         """Close what reading keeps open."""

@@ -3,7 +3,7 @@
 `open_source(config)` gives the source that the stream reads; `check_sources(config)` tells every mistake before work starts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,16 +15,16 @@ from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError
 from nlray.pipelines.arrow_reader import ArrowReader
 from nlray.pipelines.csv_reader import CsvReader
-from nlray.pipelines.files import File, list_files
+from nlray.pipelines.files import File
 from nlray.pipelines.jsonl_reader import JsonlReader
 from nlray.pipelines.order import text_lengths
 from nlray.pipelines.parquet_reader import ParquetReader
 from nlray.pipelines.readers import Reader, Records
+from nlray.pipelines.source_list import STDLIB, FileList, SourceFiles, check_unchanged, list_files, list_sources
 from nlray.pipelines.stdlib import TAG, StdlibReader
 from nlray.pipelines.text_reader import TextReader
 from nlray.pipelines.tokenizers import load_tokenizer
 
-STDLIB = "stdlib:"
 _READERS: dict[str, Callable[..., Reader]] = {
     "parquet": ParquetReader,
     "arrow": ArrowReader,
@@ -39,17 +39,19 @@ _OPENING_THREADS = 16
 class Source:
     """The units of all files of one source, numbered in the order of the files."""
 
-    def __init__(self, config: SourceConfig, readers: list[Reader], *, where: str, files: Sequence[File] = ()) -> None:
-        """`where` is the key that messages name, `files` those of the readers; raise DataError where the files hold no unit."""
+    def __init__(self, config: SourceConfig, readers: list[Reader], files: SourceFiles, *, where: str) -> None:
+        """`where` is the key that messages name; raise DataError where the files, one for each reader, hold no unit."""
         self.path, self.where = config.path, where
-        self._readers, self._files = readers, files
+        self.fingerprint = files.fingerprint
+        """Of the contents of the files."""
+        self._readers, self._files = readers, files.files
         self._first_unit = np.cumsum([0, *(len(reader.sequence) for reader in readers)])
         self.num_units = int(self._first_unit[-1])
         """Units of the source."""
         if self.num_units == 0:
             raise DataError(f"{where}: {config.path}: no text in {_count(readers)}")
         # A compressed file is read forward, so all its units stay together.
-        is_forward = [file.compression is not None for file in files] or [False]
+        is_forward = [file.compression is not None for file in self._files] or [False]
         sequences = [r.sequence * (0 if forward else 1) for r, forward in zip(readers, is_forward, strict=True)]
         first_sequence = np.cumsum([0, *(int(sequence[-1]) + 1 if len(sequence) else 0 for sequence in sequences)])
         self.sequence = np.concatenate([sequence + first for sequence, first in zip(sequences, first_sequence, strict=False)])
@@ -116,14 +118,15 @@ class Source:
         return place, unit - int(self._first_unit[place])
 
 
-def open_source(config: SourceConfig, *, index: int = 0) -> Source:
-    """List a source's files and read their schemas.
+def open_source(config: SourceConfig, *, index: int = 0, files: SourceFiles | None = None) -> Source:
+    """Read the schemas of a source's files.
 
     Args:
         index: place of the source in `data.sources`, for messages.
+        files: those of the run; each is compared with its fingerprint. None: they are listed now.
 
     Raises:
-        DataError: a missing file, a wrong column, a file that cannot be read, or nothing to read at all.
+        DataError: a missing file, one that has changed, a wrong column, a file that cannot be read, or nothing to read at all.
     """
     where = f"data.sources[{index}]"
     if config.path == STDLIB:
@@ -131,30 +134,37 @@ def open_source(config: SourceConfig, *, index: int = 0) -> Source:
             raise DataError(f"{where}.tag_columns: {STDLIB} has the tag {TAG!r} only; allowed: [] or [{TAG}]")
         if config.text_column is not None:
             raise DataError(f"{where}.text_column: {STDLIB} has no columns; allowed: null")
-        return Source(config, [StdlibReader(where=where)], where=where)
+        return Source(config, [StdlibReader(where=where)], list_files(config, where=where), where=where)
+    is_listed = files is not None
+    files = files or list_files(config, where=where)
 
     def open_reader(file: File) -> Reader:
         if file.format == "text" and config.text_column is not None:
             raise DataError(f"{where}.text_column: {file.name} is a text file, which has no columns; allowed: null")
+        if is_listed:
+            check_unchanged(file, where=where)
         try:
             return _READERS[file.format](file, config, where=where)
         finally:
             file.close()
 
-    files = list_files(config, where=where)
-    with ThreadPoolExecutor(_OPENING_THREADS if len(files) > 1 else 1) as pool:
-        return Source(config, list(pool.map(open_reader, files)), where=where, files=files)
+    with ThreadPoolExecutor(_OPENING_THREADS if len(files.files) > 1 else 1) as pool:
+        return Source(config, list(pool.map(open_reader, files.files)), files, where=where)
 
 
-def check_sources(config: DataConfig) -> None:
+def check_sources(config: DataConfig, files: FileList | None = None) -> None:
     """Open the tokenizer and every source, and find the first text of each, so that mistakes are told before any work starts.
+
+    Args:
+        files: those of the run; None: they are listed now.
 
     Raises:
         DataError: one line that names what is wrong, where, and what is allowed.
     """
     load_tokenizer(config)
+    files = files or list_sources(config)
     for index, source in enumerate(config.sources):
-        open_source(source, index=index).check_has_text()
+        open_source(source, index=index, files=files.sources[index]).check_has_text()
 
 
 def _count(readers: list[Reader]) -> str:

@@ -4,6 +4,7 @@ import importlib
 import os
 import sysconfig
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,15 @@ class StdlibReader:
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+def fingerprint() -> str:
+    """Return a hash of what the source `stdlib:` has in this interpreter."""
+    reader, digest = StdlibReader(where="stdlib:"), blake2b(digest_size=12)
+    for unit in range(len(reader.sequence)):
+        text = reader.read(unit).text[0].as_py()
+        digest.update(b"%d\n" % len(text) + text)
+    return digest.hexdigest()
 
 
 def _python_files(root: Path) -> Iterator[Path]:

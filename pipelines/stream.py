@@ -24,6 +24,7 @@ from nlray.config import DataConfig, SourceConfig
 from nlray.errors import DataError, NlrayError, RemoteTimeoutError
 from nlray.pipelines.order import draw_sources
 from nlray.pipelines.shuffle import ShuffledBlocks
+from nlray.pipelines.source_list import FileList, SourceFiles
 from nlray.pipelines.source_stream import Skipped, SourceStream
 from nlray.pipelines.sources import open_source
 from nlray.pipelines.tokenizer_processes import open_tokenizer
@@ -61,6 +62,7 @@ class BlockStream:
         split: Literal["train", "heldout"] = "train",
         tokenizer: Tokenizer | None = None,
         in_order: bool = False,
+        files: FileList | None = None,
     ) -> None:
         """Open the sources (schemas and indexes, no text).
 
@@ -69,6 +71,7 @@ class BlockStream:
             seed: of the order of the data.
             tokenizer: replaces `config.tokenizer`.
             in_order: leave the blocks of a source in order; files and records are shuffled all the same.
+            files: those of the run; None: they are listed now.
 
         Raises:
             DataError: a source or the tokenizer cannot be opened.
@@ -78,15 +81,16 @@ class BlockStream:
         weights = np.array([source.weight for source in config.sources], np.float64)
         self._cumulative_weights = np.cumsum(weights / weights.sum())
         self._cumulative_weights[-1] = 1.0
-        self._streams = [self._open(config, source, index, split) for index, source in enumerate(config.sources)]
+        listed = files.sources if files is not None else [None] * len(config.sources)
+        self._streams = [self._open(config, source, index, split, listed[index]) for index, source in enumerate(config.sources)]
         self._block = 0
         self._is_live = np.ones(len(self._streams), bool)
 
     def _open(
-        self, config: DataConfig, source: SourceConfig, index: int, split: Literal["train", "heldout"]
+        self, config: DataConfig, source: SourceConfig, index: int, split: Literal["train", "heldout"], files: SourceFiles | None
     ) -> "SourceStream | ShuffledBlocks":
         stream = SourceStream(
-            open_source(source, index=index),
+            open_source(source, index=index, files=files),
             self.tokenizer,
             index=index,
             seq_len=self.seq_len,
@@ -186,7 +190,9 @@ def _rows(batches: list[Batch], start: int, stop: int, seq_len: int) -> Batch:
     return Batch(blocks[start:stop], tags[start:stop], sources[start:stop])
 
 
-def heldout_blocks(config: DataConfig, *, seq_len: int, seed: int, num_blocks: int, tokenizer: Tokenizer | None = None) -> Batch:
+def heldout_blocks(
+    config: DataConfig, *, seq_len: int, seed: int, num_blocks: int, tokenizer: Tokenizer | None = None, files: FileList | None = None
+) -> Batch:
     """Return the first `num_blocks` held-out blocks of one pass; fewer where the held-out records hold less.
 
     Raises:
@@ -194,7 +200,7 @@ def heldout_blocks(config: DataConfig, *, seq_len: int, seed: int, num_blocks: i
     """
     if config.eval_fraction == 0 or num_blocks == 0:
         return _rows([], 0, 0, seq_len)
-    stream = BlockStream(config, seq_len=seq_len, seed=seed, split="heldout", tokenizer=tokenizer)
+    stream = BlockStream(config, seq_len=seq_len, seed=seed, split="heldout", tokenizer=tokenizer, files=files)
     batch = stream.take(num_blocks)
     stream.close()
     if len(batch.blocks) == 0:

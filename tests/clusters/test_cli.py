@@ -1,6 +1,7 @@
 """The command line: exit statuses, one-line errors, what a run prints, and Ctrl-C; the runtime is a scripted handle."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -150,7 +151,9 @@ def test_train_prints_plan_lines_events_and_summary(scripted, text, capsys):
     )
     assert main(["train", "run.log_every=2", "run.dir=some/where", "run.name=mine", text, *SMALL]) == 0
     config, options = handle.launched[0]
-    assert (config.run.name, config.run.dir, options) == ("mine", "some/where", {"address": None, "resume": False})
+    assert (config.run.name, config.run.dir) == ("mine", os.path.abspath("some/where"))
+    assert (options["address"], options["resume"]) == (None, False)
+    assert [file.path for file in options["files"].sources[0].files] == [config.data.sources[0].path]
     assert handle.is_closed
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "run      mine in some/where"
@@ -165,8 +168,21 @@ def test_a_run_without_name_gets_one_and_a_folder(scripted, text):
     handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
     assert main(["train", text, *SMALL, "--address", "ray://head:10001"]) == 0
     config, options = handle.launched[0]
-    assert config.run.name.startswith("tiny-2") and config.run.dir == f"runs/{config.run.name}"
+    assert config.run.name.startswith("tiny-2") and config.run.dir == os.path.abspath(f"runs/{config.run.name}")
     assert options["address"] == "ray://head:10001"
+
+
+def test_paths_are_checked_where_the_workers_will_look(scripted, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "c.txt").write_text("some text to learn from\n" * 20)
+    handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
+    assert main(["train", "data.sources=[~/c.txt]", "run.dir=~/runs/x", *SMALL]) == 0
+    config, options = handle.launched[0]
+    assert config.data.sources[0].path == options["files"].sources[0].files[0].path == f"{tmp_path}/home/c.txt"
+    assert config.run.dir == f"{tmp_path}/home/runs/x"
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("exit_code", [1, 2])
@@ -251,7 +267,7 @@ def test_resume_takes_the_runs_own_configuration(scripted, text, tmp_path):
     handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
     assert main(["resume", str(tmp_path), "run.steps=9"]) == 0
     resumed, options = handle.launched[0]
-    assert options == {"address": None, "resume": True}
+    assert (options["address"], options["resume"]) == (None, True)
     assert (resumed.run.name, resumed.run.steps, resumed.run.stop_after, resumed.run.dir) == ("first", 9, None, str(tmp_path))
 
 

@@ -1,5 +1,6 @@
 """The configuration: presets load, overrides merge, mistakes are one line that names the key, and it goes round through YAML."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlray.config import Config
-from nlray.config_loading import PRESETS, config_from_dict, config_to_yaml, default_run_name, load_config, with_run
+from nlray.config_loading import PRESETS, config_from_dict, config_to_yaml, default_run_name, load_config, with_absolute_paths, with_run
 from nlray.errors import UserError
 
 PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "presets").glob("*.yaml"))
@@ -216,3 +217,30 @@ def test_file_that_is_no_configuration(text, words, tmp_path):
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'hope-340m'"):
         load_config("hope-340")
+
+
+def test_every_path_of_the_configuration_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    sources = "data.sources=[~/c.jsonl,file:///data/d,'a::b.txt',s3://bucket/~/e,'stdlib:']"
+    config = load_config("tiny", [sources, "data.tokenizer=~/t.json", "run.dir=~/runs/x"], default_name="x")
+    absolute = with_absolute_paths(replace(config, init="runs/y"))
+    assert [source.path for source in absolute.data.sources] == [
+        f"{tmp_path}/home/c.jsonl",
+        "/data/d",
+        f"{tmp_path}/a::b.txt",
+        "s3://bucket/~/e",
+        "stdlib:",
+    ]
+    assert absolute.data.tokenizer == f"{tmp_path}/home/t.json"
+    assert (absolute.run.dir, absolute.init) == (f"{tmp_path}/home/runs/x", f"{tmp_path}/runs/y")
+    assert with_absolute_paths(absolute) == absolute
+    with pytest.raises(UserError, match=r"^run.dir: ~nobody-here/x: .* no home folder"):
+        with_absolute_paths(load_config("tiny", ["run.dir=~nobody-here/x"]))
+
+
+def test_a_configuration_file_in_the_home_folder_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("run: {steps: 7}\nmodel: {kind: transformer}\n")
+    assert load_config("~/mine.yaml").run.steps == 7
+    assert load_config(f"file://{tmp_path}/mine.yaml").run.steps == 7

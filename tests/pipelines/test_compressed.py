@@ -16,7 +16,7 @@ from nlray.config import SourceConfig
 from nlray.errors import DataError
 from nlray.pipelines import compressed
 from nlray.pipelines.compressed import ForwardReader
-from nlray.pipelines.files import list_files
+from nlray.pipelines.source_list import list_files
 from nlray.pipelines.sources import Source, check_sources, open_source
 from nlray.pipelines.stream import BlockStream
 
@@ -65,7 +65,7 @@ def test_reads_go_back_and_forth_in_bounded_memory(tmp_path: Path, monkeypatch: 
     for start, stop in [(0, 10), (5, 30_000), (29_000, 40_000), (90_000, 90_001), (85_500, 86_000), (2, 3), (99_990, 200_000)]:
         assert reader.read(start, stop) == data[start:stop]
         assert sum(map(len, reader._held)) <= stop - start + 5000 + 4 * 1000
-    file = list_files(SourceConfig(path=str(tmp_path / "a"), format="text"), where="data.sources[0]")[0]
+    file = list_files(SourceConfig(path=str(tmp_path / "a"), format="text"), where="data.sources[0]").files[0]
     with file.open() as stream:
         assert stream.read() == data
         stream.seek(7)
