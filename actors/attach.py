@@ -23,6 +23,9 @@ from nlray.actors.faults import explain
 from nlray.actors.journal import STATE
 from nlray.actors.local_clusters import own_raylet, take_token
 from nlray.actors.members import CONDUCTOR
+from nlray.actors.nodes import LOOPBACK
+from nlray.actors.own_cluster import set_loopback
+from nlray.actors.processes import ray_signals_off
 from nlray.actors.records import Records, find_records, read_records
 from nlray.actors.transports import describe_death
 from nlray.actors.types import RunDescription, RunStatus
@@ -49,10 +52,13 @@ class RunClient:
         conductor: the actor's handle.
         run_dir: where the end is looked up once the conductor is gone; None: nowhere.
         timeout_s: limit of each wait.
+        lost: says what of its cluster is gone, where this process knows; None: nothing.
     """
 
-    def __init__(self, name: str, conductor: Any, *, run_dir: str | None, timeout_s: float) -> None:
-        self.name, self.run_dir, self.timeout_s = name, run_dir, timeout_s
+    def __init__(
+        self, name: str, conductor: Any, *, run_dir: str | None, timeout_s: float, lost: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self.name, self.run_dir, self.timeout_s, self._lost = name, run_dir, timeout_s, lost
         self._conductor = conductor
         self._lost_s: float | None = None
 
@@ -115,6 +121,8 @@ class RunClient:
             except ActorDiedError as error:
                 raise RunGoneError(f"run {self.name} is not going on: {describe_death(error)}") from error
             except RayActorError as error:
+                if (lost := self._lost()) is not None:
+                    raise RunGoneError(lost) from error
                 waited_s = time.monotonic() - asked_s
                 if waited_s > CLUSTER_LOST_S and not _answers(address := ray.get_runtime_context().gcs_address):
                     raise RunGoneError(f"run {self.name} is not going on: the Ray cluster at {address} is gone") from error
@@ -200,6 +208,8 @@ def attach(run: str, address: str | None = None, *, limit_s: float | None = None
     if records.ended is not None:
         raise UserError(f"the run in {records.run_dir} has ended: {records.ended}")
     name = records.config.run.name
+    if address is None and records.state is None:
+        address = os.environ.get("RAY_ADDRESS")  # there it is found by its name
     if address is not None:
         join(address)
     else:
@@ -220,7 +230,10 @@ def _started(records: Records) -> Records:
     deadline = time.monotonic() + START_S
     while records.state is None:
         if time.monotonic() > deadline:
-            raise RunGoneError(f"run {records.config.run.name} is not going on: {records.run_dir} has no {STATE} after {START_S:g} s")
+            raise RunGoneError(
+                f"run {records.config.run.name} is not going on: {records.run_dir} has no {STATE} after {START_S:g} s; "
+                "on a cluster a run is found by its name with --address HOST:PORT"
+            )
         time.sleep(RETRY_S)
         records = read_records(records.run_dir) or records
     if not records.state:
@@ -279,10 +292,18 @@ def join(address: str | None) -> None:
             return
         raise NlrayError(f"--address {address}: this process is in the cluster at {here} already")
     check_address(address)
+    set_loopback(is_loopback_only(address))
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with ray_signals_off():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--address {address}: {' '.join(str(error).split())[:200]}") from error
+
+
+def is_loopback_only(address: str) -> bool:
+    """Return whether a cluster listens at this machine's loopback address and not at its others, as one does that nlray has started."""
+    host, _, port = address.rpartition(":")
+    return host in ("localhost", LOOPBACK) and not _answers(f"{ray.util.get_node_ip_address()}:{port}")
 
 
 def _global(address: str) -> str:

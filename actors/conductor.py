@@ -100,14 +100,10 @@ class Conductor(VaultHolder):
         self._saving = threading.Lock()
         if ray.is_initialized():
             end_with_raylet()
-        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
-            self.start()
+            # Here and not on demand: a process that asked for the actor and is gone by now would leave one that does nothing.
+            threading.Thread(target=self._supervised_run, name="run", daemon=True).start()
 
     # What the command line calls.
-
-    def start(self) -> None:
-        """Begin the run, in a thread of its own."""
-        threading.Thread(target=self._supervised_run, name="run", daemon=True).start()
 
     def poll(self, rows_after: int, events_from: int) -> RunStatus:
         """Return the state, the rows after a step, and the events since the asker's last position."""

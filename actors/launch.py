@@ -1,30 +1,33 @@
 """Start a run: resolve the configuration, look after the run's folder, start or join Ray, and hand over to the conductor."""
 
 import json
-import logging
 import os
 import posixpath
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 
-from nlray.actors.attach import Follower, RunClient, join
+from nlray.actors.attach import Follower, RunClient, RunGoneError, join
 from nlray.actors.conductor import Conductor, namespace_of
 from nlray.actors.locks import RunLock
 from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.nodes import HEAD_RESOURCE
 from nlray.actors.one_sided import check_installed
+from nlray.actors.own_cluster import Connection, OwnCluster
 from nlray.actors.placement import check_fit, check_kernels, cpus_needed, plan_actors, resolve_threads
+from nlray.actors.processes import END_S
 from nlray.actors.rescale import check_workers
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
-from nlray.actors.types import RunStatus
-from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, read_manifest
+from nlray.actors.types import ENDED, RunStatus
+from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, list_checkpoints, read_manifest
 from nlray.config import Config
 from nlray.config_loading import config_to_yaml, parse_config, with_absolute_paths, with_run
-from nlray.errors import UserError
+from nlray.errors import CheckpointError, NlrayError, UserError
 from nlray.initial import INITIAL, check_initial, keep_initial
 from nlray.levels import LevelPlan
 from nlray.metrics import MetricsWriter, read_events, read_rows
@@ -86,24 +89,37 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
 class RunHandle:
     """A run for the process that started it: follows it by a client of its own, and ends it."""
 
-    def __init__(self, client: RunClient, *, owns_ray: bool, rows_after: int = 0, events_from: int = 0) -> None:
-        self.client, self._owns_ray = client, owns_ray
+    def __init__(self, client: RunClient, connection: Connection, *, rows_after: int = 0, events_from: int = 0) -> None:
+        self.client, self._connection = client, connection
         self._follower = Follower(client, rows_after=rows_after, events_from=events_from)
 
     def poll(self) -> RunStatus:
         """Return the state, and the rows and events since the last poll; `recovering` while the conductor is started again."""
-        return self._follower.poll()
+        status = self._follower.poll()
+        if self._connection.lost is None or status.state in ENDED:
+            return status
+        return replace(status, state="failed", message=f"{self._connection.lost}; {way_back(self.client.run_dir)}", exit_code=1)
 
     def request_stop(self) -> None:
         """Have the run stop after the step under way, with a checkpoint."""
-        self.client.request_stop()
+        with suppress(RunGoneError):  # the next poll tells
+            self.client.request_stop()
 
     def close(self) -> None:
-        """End what is left of the run, and the local Ray cluster if this process started it."""
-        if ray.is_initialized():
+        """End what is left of the run, and leave the cluster as `launch` has come to it."""
+        if ray.is_initialized() and not self._connection.is_own:
             end_run(namespace_of(self.client.name))
-            if self._owns_ray:
-                ray.shutdown()
+        self._connection.close()
+
+
+def way_back(run_dir: str) -> str:
+    """Say from where a run that was cut off can go on."""
+    for checkpoint in list_checkpoints(run_dir):
+        # Not verified: a resume does that, and takes an older one where this one is damaged.
+        with suppress(CheckpointError):
+            read_manifest(checkpoint, verify=False)
+            return f"`nlray resume {shlex.quote(run_dir)}` goes on from {posixpath.basename(checkpoint)}"
+    return "no checkpoint was written yet"
 
 
 def launch(
@@ -147,7 +163,7 @@ def launch(
         )
     files = files or files_of_run(config, resume=resume)
     notes += files.notes
-    owns_ray = start_ray(config, address, notes)
+    connection, is_begun = start_ray(config, address, notes), False
     try:
         nodes = ray.nodes()
         actors, gpu_notes = plan_actors(config, sum(n["Resources"].get("GPU", 0.0) for n in nodes if n["Alive"]))
@@ -156,8 +172,10 @@ def launch(
         check_not_running(config)
         if len(nodes) > 1 and is_local(config.run.dir):
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
+        is_begun = not holds_run(config.run.dir)  # an older one stays until it is replaced
         if not resume:
             config = keep_initial(config)
+        is_begun = True
         prepare_dir(config, checkpoint)
         write_list(config.run.dir, files)
         num_events = len(read_events(config.run.dir, warn=lambda _: None))
@@ -166,14 +184,35 @@ def launch(
         conductor = actor.options(name=CONDUCTOR, namespace=namespace_of(config.run.name), lifetime="detached", max_restarts=-1).remote(
             config, plans, actors, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
         )
-        wait_for(conductor.start.remote(), "the conductor to start", config.run.timeout_s)
-    except BaseException:
-        if owns_ray:
-            ray.shutdown()
+        wait_for(conductor.__ray_ready__.remote(), "the conductor to start", config.run.timeout_s)
+    except BaseException as error:
+        lost = connection.lost
+        abandon(config, connection, is_begun=is_begun, is_fresh=checkpoint is None)
+        if lost is not None:
+            raise NlrayError(lost) from error
         raise
     rows_after = 0 if checkpoint is None else read_manifest(checkpoint, verify=False).step
-    client = RunClient(config.run.name, conductor, run_dir=config.run.dir, timeout_s=config.run.timeout_s)
-    return RunHandle(client, owns_ray=owns_ray, rows_after=rows_after, events_from=num_events)
+    client = RunClient(config.run.name, conductor, run_dir=config.run.dir, timeout_s=config.run.timeout_s, lost=lambda: connection.lost)
+    return RunHandle(client, connection, rows_after=rows_after, events_from=num_events)
+
+
+def abandon(config: Config, connection: Connection, *, is_begun: bool, is_fresh: bool) -> None:
+    """Leave the cluster, and take back what a launch that has not come to its end has created.
+
+    is_begun: it may have created something. is_fresh: the run in the folder is then of this launch.
+    """
+    namespace = namespace_of(config.run.name)
+    if is_begun and not connection.is_own:
+        with suppress(ValueError):
+            # A run of this name that another process has started in the same moment is left alone.
+            if ray.get_actor(CONDUCTOR, namespace)._actor_id.job_id.hex() == ray.get_runtime_context().get_job_id():
+                end_run(namespace)
+    connection.close()
+    if is_begun and is_fresh:
+        with suppress(UserError):  # another run writes there
+            if is_local(config.run.dir):
+                RunLock(config.run.dir, wait_s=END_S).close()  # when this run's conductor writes no more
+            remove_run(config.run.dir)
 
 
 def resolve(config: Config) -> Config:
@@ -242,21 +281,18 @@ def holds_run(run_dir: str) -> bool:
     return any(fs.exists(posixpath.join(path, name)) for name in RUN_FILES)
 
 
-def start_ray(config: Config, address: str | None, notes: list[str]) -> bool:
-    """Join the cluster at `address`, or start one on this machine; return whether it was started here."""
+def start_ray(config: Config, address: str | None, notes: list[str]) -> Connection:
+    """Join the cluster at `address`, or start one on this machine; None: the one that this process is in, if it is in one."""
     leave_deaths_to_the_run()
-    if ray.is_initialized() and address is None:
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    was_in_one = ray.is_initialized()
     if address is not None:
         join(address)
-        return False
+    if was_in_one or address is not None:
+        return Connection(is_joined=not was_in_one)
     cores, needed = os.cpu_count() or 1, cpus_needed(config)
     if needed > cores:
         notes.append(f"the run asks for {needed} CPUs on a machine with {cores}: its actors share them")
-    # Not the cluster that RAY_ADDRESS or a local `ray start` offers: that is joined with --address.
-    ray.init(address="local", num_cpus=max(cores, needed), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    return True
+    return Connection(own=OwnCluster(num_cpus=max(cores, needed)))
 
 
 def leave_deaths_to_the_run() -> None:
@@ -284,14 +320,19 @@ def check_not_running(config: Config) -> None:
         RunLock(config.run.dir).close()
 
 
+def remove_run(run_dir: str, *, keeps_initial: bool = False) -> None:
+    """Remove what nlray has written of a run; keeps_initial: but for the copy of what it starts from."""
+    fs, path = locate(run_dir)
+    for name in RUN_FILES:
+        if (name != INITIAL or not keeps_initial) and fs.exists(posixpath.join(path, name)):
+            fs.rm(posixpath.join(path, name), recursive=True)
+
+
 def prepare_dir(config: Config, checkpoint: str | None) -> None:
     """Make the run's folder ready: fresh, replaced, or cut back to the checkpoint that is resumed."""
     fs, path = locate(config.run.dir)
     if checkpoint is None:
-        for name in RUN_FILES:
-            is_stale = name != INITIAL or config.init is None
-            if is_stale and fs.exists(posixpath.join(path, name)):
-                fs.rm(posixpath.join(path, name), recursive=True)
+        remove_run(config.run.dir, keeps_initial=config.init is not None)
     else:
         with MetricsWriter(config.run.dir) as metrics:
             metrics.truncate_after(read_manifest(checkpoint, verify=False).step)

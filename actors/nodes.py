@@ -10,6 +10,7 @@ import time
 import ray
 
 HEAD_RESOURCE = "node:__internal_head__"
+LOOPBACK = "127.0.0.1"
 CONNECT_S = 0.3
 AGAIN_S = 1.0  # between two looks at a node that answers
 logger = logging.getLogger(__name__)

@@ -1,16 +1,19 @@
-"""Signals to the processes of actors, on whatever node they are."""
+"""Signals: to the processes of actors, on whatever node they are; and those that this process gets while it starts Ray."""
 
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+END_S = 10.0  # a killed process goes at once; one that waits for a disk may not
 logger = logging.getLogger(__name__)
 
 
@@ -85,3 +88,65 @@ def _send(pid: int, number: int) -> bool:
     except (psutil.NoSuchProcess, ProcessLookupError):
         pass
     return False
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM until the end of the block: a start of Ray that is cut short leaves processes behind.
+
+    Processes that are started in the block never hear of SIGHUP and SIGUSR1, which go to all processes of a terminal or of a batch job:
+    those two are for the command, which has the run stop in order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    held = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in held}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def ray_signals_off() -> Iterator[None]:
+    """Have Ray leave the handler of SIGTERM alone within the block: its own ends the process with status 15 wherever it is."""
+    utils = ray._private.utils
+    sets, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = sets
+
+
+def family(*processes: psutil.Process) -> list[psutil.Process]:
+    """Return these processes and all that they have started."""
+    found = list(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found += process.children(recursive=True)
+    return found
+
+
+def end_processes(processes: Collection[psutil.Process]) -> None:
+    """Kill these processes, by their ids, and wait until they are gone; a number that another process has by now is left alone."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=END_S)
+    for process in alive:
+        logger.warning("process %d could not be killed", process.pid)
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process is there, and not only its entry."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

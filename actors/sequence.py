@@ -7,6 +7,7 @@ other workers, hand the CMS gradients to the exchange, step the sequence optimiz
 
 import math
 import os
+import socket
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from nlray.actors.collective import Agreement, WorkerGroup
 from nlray.actors.exchange import LevelChannel, RankLink
+from nlray.actors.nodes import LOOPBACK
 from nlray.actors.recovery import Snapshot, Vault, to_host
 from nlray.actors.sharding import ShardedParameters
 from nlray.actors.types import SEQUENCE, Command, PieceKey, Role, RoleError, WorkerReport
@@ -152,7 +154,13 @@ class SequenceWorker:
     def open_store(self) -> tuple[str, int]:
         """Worker 0: open the store through which the workers find each other; return its address and port."""
         host = ray.util.get_node_ip_address()
-        self._store = torch.distributed.TCPStore(host, 0, self.config.sequence.workers, is_master=True, wait_for_workers=False)
+        options = {"is_master": True, "wait_for_workers": False}
+        port = 0
+        if host == LOOPBACK:
+            # There only, as the rest of such a cluster: the store asks nobody who they are, and by itself it listens everywhere.
+            listener = socket.create_server((host, 0))
+            port, options["master_listen_fd"] = listener.getsockname()[1], listener.detach()
+        self._store = torch.distributed.TCPStore(host, port, self.config.sequence.workers, **options)
         return host, self._store.port
 
     def join(self, host: str, port: int) -> None:
@@ -183,9 +191,7 @@ class SequenceWorker:
         """Read the held-out sequences, once; raise DataError where there are none, before a step is done rather than after."""
         if self._heldout is None and self._is_evaluating:
             num_blocks, seq_len = self.config.eval.sequences, self.config.model.seq_len
-            self._heldout = heldout_blocks(
-                self.config.data, seq_len=seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks, files=self._files
-            )
+            self._heldout = heldout_blocks(self.config.data, seq_len=seq_len, seed=HELDOUT_SEED, num_blocks=num_blocks, files=self._files)
 
     @property
     def _is_evaluating(self) -> bool:

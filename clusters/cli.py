@@ -1,19 +1,20 @@
 """The command line `nlray`: parse, check the configuration, call the one function that does the work.
 
-Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the user, 130 after Ctrl-C
-(143 after SIGTERM). Mistakes and
-failures are one line on stderr; `--debug` adds the traceback. Everything slow to import is imported inside the commands,
-so that `nlray --help` is instant.
+Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the user, 128 and the number of the signal that ended it:
+130 after Ctrl-C, 143 after SIGTERM. Mistakes and failures are one line on stderr; `--debug` adds the traceback. Everything slow to
+import is imported inside the commands, so that `nlray --help` is instant.
 """
 
 import sys
 import traceback
+from contextlib import suppress
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Annotated
 
 import typer
 
+from nlray.clusters.signals import StopSignals
 from nlray.errors import NlrayError, UserError
 from nlray.terminal import clean
 
@@ -31,21 +32,26 @@ app = typer.Typer(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    session = SimpleNamespace(debug=False)
+    with StopSignals() as signals:
+        return _invoke(sys.argv[1:] if argv is None else argv, SimpleNamespace(debug=False, signals=signals))
+
+
+def _invoke(argv: list[str], session: SimpleNamespace) -> int:
     try:
         # Not `app()`: it has its own ways with Ctrl-C and errors.
         command = typer.main.get_command(app)
         with command.make_context("nlray", argv or ["--help"], obj=session) as context:
-            return command.invoke(context) or 0
+            status = command.invoke(context) or 0
+        # A command that took the signal for its end (`logs --follow`) has said so.
+        return session.signals.status if status == 130 else status
     except typer.Exit as ended:
         return ended.exit_code
     except _UsageError as error:
         return _report(error.format_message(), 2)
     except UserError as error:
         return _report(str(error), 2, debug=session.debug)
-    except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _report(str(error) or session.signals.reason, session.signals.status)
     except BrokenPipeError:
         # The reader went away (`nlray generate ... | head`); keep Python from flushing into the closed pipe at exit.
         sys.stdout = None
@@ -53,13 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     except NlrayError as error:
         return _report(str(error), 1, debug=session.debug)
     except Exception as error:
+        if session.signals.has_raised:  # in the middle of something that made another error of it
+            return _report(session.signals.reason, session.signals.status, debug=session.debug)
         return _report(f"{type(error).__name__}: {_essence(error)} (--debug shows where)", 1, debug=session.debug)
 
 
 def _report(message: str, status: int, *, debug: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    print(f"nlray: error: {clean(' '.join(message.split()))}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that was closed
+        print(f"nlray: error: {clean(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 
@@ -110,18 +119,22 @@ def root(
 
 
 @app.command()
-def train(arguments: _Arguments = None, address: _Address = None, trust: _Trust = False, debug: _Debug = False) -> int:
+def train(
+    context: typer.Context, arguments: _Arguments = None, address: _Address = None, trust: _Trust = False, debug: _Debug = False
+) -> int:
     """Train a model, here or on a Ray cluster, to the end."""
     from nlray.clusters.train import train_run
     from nlray.config_loading import default_run_name, load_config
 
     source, overrides = split_arguments(arguments or [])
     name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
-    return train_run(load_config(source, overrides, default_name=name, trust=trust), address=address, debug=debug)
+    config = load_config(source, overrides, default_name=name, trust=trust)
+    return train_run(config, context.obj.signals, address=address, debug=debug)
 
 
 @app.command()
 def resume(
+    context: typer.Context,
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR | CHECKPOINT", help="Folder or URL of the run, or of one of its checkpoints.")],
     overrides: _Overrides = None,
     step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Continue from the checkpoint of this step.")] = None,
@@ -137,7 +150,7 @@ def resume(
     if None not in (step, own_step) and step != own_step:
         raise UserError(f"--step {step}: {run_dir} was named with its checkpoint of step {own_step}; allowed: one of the two")
     step = own_step if step is None else step
-    return resume_run(run_dir, overrides or [], step=step, address=address, trust=trust, debug=debug)
+    return resume_run(run_dir, overrides or [], context.obj.signals, step=step, address=address, trust=trust, debug=debug)
 
 
 @app.command()

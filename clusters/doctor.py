@@ -148,12 +148,14 @@ def _ray() -> dict[str, Any]:
     """Start Ray here and have one of its workers import the runtime: it must find the same nlray."""
     import ray
 
+    from nlray.actors.own_cluster import OwnCluster
+
     started = time.monotonic()
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    cluster = OwnCluster(num_cpus=1)
     try:
         found = ray.get(ray.remote(_imported_folder).remote(), timeout=_RAY_TIMEOUT_S)
     finally:
-        ray.shutdown()
+        cluster.close()
     if found != str(Path(nlray.__file__).parent):
         raise RuntimeError(f"a Ray worker imports nlray from {found}, this process from {Path(nlray.__file__).parent}")
     return {"starts in": f"{time.monotonic() - started:.1f} s"}

@@ -3,14 +3,14 @@
 The checks and the plan come before `ray` is imported, so a mistake is told and the plan is on the screen at once.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from nlray.clusters.output import LastingOutput
 from nlray.clusters.progress import View, describe_levels, describe_run, format_count, open_view, summary_lines
+from nlray.clusters.signals import StopSignals
 from nlray.config import Config
 from nlray.config_loading import values_of
 from nlray.terminal import clean, clean_lines
@@ -22,23 +22,32 @@ if TYPE_CHECKING:
     from nlray.actors.types import RunStatus
 
 
-def train_run(config: Config, *, address: str | None, debug: bool = False) -> int:
+def train_run(config: Config, signals: StopSignals, *, address: str | None, debug: bool = False) -> int:
     """Run a configuration from its first step to its end; return the exit status."""
-    return _run(config, address=address, resume=False, debug=debug)
+    with LastingOutput(config.run.dir):
+        return _run(config, signals, address=address, resume=False, debug=debug)
 
 
 def resume_run(
-    run_dir: str, overrides: list[str], *, step: int | None = None, address: str | None, trust: bool = False, debug: bool = False
+    run_dir: str,
+    overrides: list[str],
+    signals: StopSignals,
+    *,
+    step: int | None = None,
+    address: str | None,
+    trust: bool = False,
+    debug: bool = False,
 ) -> int:
     """Go on with the run in `run_dir` from its checkpoint of a step, or its newest; return the exit status."""
     from nlray.actors.launch import resume_config
 
     config = resume_config(run_dir, overrides)
     confirm(config, run_dir, trust=trust, typed=values_of(overrides), is_resumed=True)
-    return _run(config, address=address, resume=True, step=step, debug=debug)
+    with LastingOutput(config.run.dir):
+        return _run(config, signals, address=address, resume=True, step=step, debug=debug)
 
 
-def _run(config: Config, *, address: str | None, resume: bool, step: int | None = None, debug: bool) -> int:
+def _run(config: Config, signals: StopSignals, *, address: str | None, resume: bool, step: int | None = None, debug: bool) -> int:
     print(describe_run(config, resume=resume), flush=True)
     if config.levels:
         print(describe_levels(config), flush=True)
@@ -59,18 +68,20 @@ def _run(config: Config, *, address: str | None, resume: bool, step: int | None 
     print(f"size     {format_count(system.num_parameters)} parameters, vocabulary {vocab_size}", flush=True)
     print(f"cluster  {address or 'Ray, started here'}", flush=True)
 
-    from nlray.actors.launch import launch
+    from nlray.actors.launch import launch, way_back
 
     handle = launch(resolved, address=address, resume=resume, step=step, files=files)
     try:
-        with StopSignals() as signals, open_view(config) as view:
+        signals.is_orderly = True
+        with open_view(config) as view:
             status = follow(handle, view, signals)
         print_end(status, config)
+        return signals.status if status.state == "stopped" and signals.received else report_failure(status, debug=debug)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"aborted, without a checkpoint of the last steps; {way_back(config.run.dir)}") from error
     finally:
+        signals.clean_up()
         handle.close()
-    if status.state == "stopped" and signals.received:
-        return 128 + signals.received[0]
-    return report_failure(status, debug=debug)
 
 
 def print_end(status: "RunStatus", config: Config) -> None:
@@ -86,26 +97,6 @@ def report_failure(status: "RunStatus", *, debug: bool = False) -> int:
         print(clean_lines(status.traceback), file=sys.stderr)
     print(f"nlray: error: {clean(' '.join((status.message or 'the run failed').split()))}", file=sys.stderr)
     return status.exit_code or 1
-
-
-class StopSignals:
-    """Within the context the first Ctrl-C or SIGTERM is only noted; the second raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received.append(number)
-        if len(self.received) > 1:
-            raise KeyboardInterrupt
 
 
 def follow(

@@ -225,7 +225,9 @@ def test_error_at_launch(error, status, line, monkeypatch, text, capsys):
     assert only_line(capsys.readouterr().err) == line
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)]
+)
 def test_first_signal_asks_the_run_to_stop(number, status, scripted, text, capsys):
     before = signal.getsignal(number)
     handle = scripted(
@@ -248,7 +250,27 @@ def test_second_signal_aborts(scripted, text, capsys):
     )
     assert main(["train", text, *SMALL]) == 130
     assert handle.is_closed
-    assert only_line(capsys.readouterr().err) == "nlray: error: interrupted"
+    assert only_line(capsys.readouterr().err).startswith("nlray: error: aborted, without a checkpoint of the last steps; no checkpoint")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, None])
+def test_a_signal_before_the_run_is_one_line_and_ends_it(raised, monkeypatch, text, capsys):
+    def launch(config: Config, **_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)  # while it cleans up
+            raise raised or AttributeError("of somebody who makes errors of interrupts") from None
+
+    monkeypatch.setattr(nlray.actors.launch, "launch", launch)
+    assert main(["train", text, *SMALL]) == 143
+    assert only_line(capsys.readouterr().err) == "nlray: error: ended by SIGTERM"
+
+
+def test_other_commands_end_by_signals_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("nlray.clusters.control.print_status", lambda *_, **__: signal.raise_signal(signal.SIGHUP))
+    assert main(["status", "somewhere"]) == 129
+    assert only_line(capsys.readouterr().err) == "nlray: error: ended by SIGHUP"
 
 
 def test_run_that_ends_in_spite_of_the_signal_is_completed(scripted, text):

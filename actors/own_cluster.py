@@ -1,0 +1,144 @@
+"""The Ray cluster that this process starts for one run: it listens on the loopback interface only, asks for a token, and is watched.
+
+cluster = OwnCluster(num_cpus=8)
+cluster.lost        # None, or which of its processes is gone
+cluster.close()
+"""
+
+import logging
+import os
+import secrets
+import threading
+from contextlib import suppress
+
+import psutil
+import ray
+from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import Config as RayConfig
+
+from nlray.actors.nodes import LOOPBACK
+from nlray.actors.processes import end_processes, family, is_running, ray_signals_off, signals_held
+
+HEADS = ("gcs_server", "raylet")
+WATCH_S = 0.5
+
+
+class OwnCluster:
+    """A Ray cluster of this process. lost: which part of it is gone, in words; None while all stand.
+
+    Once a part is gone the rest is killed: without it Ray waits for a minute, and calls of actors wait for their whole limit.
+    """
+
+    def __init__(self, *, num_cpus: int) -> None:
+        self.lost: str | None = None
+        before = set(psutil.Process().children())
+        self._outer = set_environment(_environment())
+        set_loopback(True)
+        try:
+            with signals_held(), ray_signals_off():
+                # Not the cluster that RAY_ADDRESS or a local `ray start` offers: that is joined with --address.
+                context = ray.init(
+                    address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+                )
+        except BaseException:
+            with suppress(Exception):
+                ray.shutdown()
+            end_processes(family(*set(psutil.Process().children()) - before))
+            self._restore()
+            raise
+        self._session = context.address_info["session_dir"]
+        self._children = {child: child.name() for child in set(psutil.Process().children()) - before}
+        self._is_closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="own cluster", daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """End the cluster, and what is left of its processes."""
+        self._is_closed.set()
+        self._watcher.join()
+        processes = self._processes()
+        ray.shutdown()
+        end_processes(processes)
+        self._restore()
+
+    def _watch(self) -> None:
+        while not self._is_closed.wait(WATCH_S):
+            gone = [child for child, name in self._children.items() if name in HEADS and not is_running(child)]
+            if gone:
+                self.lost = f"the Ray cluster of this run is gone: its {self._children[gone[0]]} (process {gone[0].pid}) has ended"
+                end_processes(self._processes())
+                return
+
+    def _processes(self) -> list[psutil.Process]:
+        """Return the processes of this cluster, also those that a raylet has left behind: they keep logs of the session open."""
+        found = set(family(*self._children))
+        for process in psutil.process_iter():
+            try:
+                if process.name().startswith("ray::") and any(f.path.startswith(f"{self._session}/") for f in process.open_files()):
+                    found.add(process)
+            except psutil.Error:  # it has ended, or is another user's
+                continue
+        return list(found)
+
+    def _restore(self) -> None:
+        set_environment(self._outer)
+        set_loopback(False)
+
+
+class Connection:
+    """How this process came to the cluster that a run is in. own: started here; is_joined: joined here; else it was in it before."""
+
+    def __init__(self, *, own: OwnCluster | None = None, is_joined: bool = False) -> None:
+        self._own, self._is_joined = own, is_joined
+
+    @property
+    def is_own(self) -> bool:
+        return self._own is not None
+
+    @property
+    def lost(self) -> str | None:
+        """Which part of a cluster that was started here is gone, in words."""
+        return None if self._own is None else self._own.lost
+
+    def close(self) -> None:
+        """Leave the cluster as this process has come to it."""
+        if self._own is not None:
+            self._own.close()
+        elif self._is_joined:
+            ray.shutdown()
+
+
+def _environment() -> dict[str, str | None]:
+    """Return what the processes of a cluster of this machine need: a token, and the loopback interface for what is not Ray's."""
+    (loopback, *_) = [name for name, found in psutil.net_if_addrs().items() if any(a.address == LOOPBACK for a in found)]
+    interfaces = {name: os.environ.get(name, loopback) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES")}
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
+        **interfaces,
+    }
+
+
+def set_environment(variables: dict[str, str | None]) -> dict[str, str | None]:
+    """Set variables (None: unset) for Ray in this process and those it starts; return what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    # Mode and token were read when Ray was imported or last used.
+    RayConfig.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    return before
+
+
+def set_loopback(is_on: bool) -> None:
+    """Have Ray in this process keep 127.0.0.1 as the address of a cluster; off: take it for the machine's own address, Ray's rule on Linux.
+
+    All servers of Ray listen on the loopback interface only where the node's address is 127.0.0.1. Ray does that by itself on macOS
+    and Windows, by a switch that it reads once, when it is imported; the environment sets it for the cluster's processes.
+    """
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = not is_on
