@@ -74,7 +74,7 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
     keys |= {f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("kernels", "recompute_chunks")}
     for index, source in enumerate(config.data.sources):
         # Not the path: files that have moved are found by their fingerprints (`nlray.pipelines.source_list`).
-        keys |= {f"data.sources[{index}].{key}": value for key, value in asdict(source).items() if key != "path"}
+        keys |= {f"data.sources[{index}].{key}": value for key, value in asdict(source).items() if key not in ("path", "on_error")}
     for name, level in config.levels.items():
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
