@@ -5,6 +5,7 @@ Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the u
 import is imported inside the commands, so that `nlray --help` is instant.
 """
 
+import math
 import sys
 import traceback
 from contextlib import suppress
@@ -80,6 +81,18 @@ def _essence(error: Exception) -> str:
 
 def _set_debug(context: typer.Context, value: bool) -> bool:
     context.find_root().obj.debug = value
+    return value
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def _temperature(value: float) -> float:
+    if not (value == 0 or 1e-3 <= value <= 1e3):
+        raise typer.BadParameter(f"{value} is not 0, and not in the range 0.001 to 1000")
     return value
 
 
@@ -199,11 +212,13 @@ def scale(
 @app.command()
 def chaos(
     run: _Run,
-    every: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds between two faults, give or take a fifth.")] = 30.0,
+    every: Annotated[
+        float, typer.Option(min=0.1, callback=_finite, metavar="S", help="Seconds between two faults, give or take a fifth.")
+    ] = 30.0,
     kinds: Annotated[str, typer.Option(metavar="LIST", help="Of worker, rank, node, conductor, hang.")] = "worker,rank,conductor,hang",
     faults: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after so many.", show_default="to the run's end")] = None,
     duration: Annotated[
-        float | None, typer.Option(min=0.0, metavar="S", help="Stop after so long.", show_default="to the run's end")
+        float | None, typer.Option(min=0.0, callback=_finite, metavar="S", help="Stop after so long.", show_default="to the run's end")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choices.")] = 0,
     address: _RunAddress = None,
@@ -231,9 +246,9 @@ def generate(
     path: Annotated[str, typer.Argument(metavar="RUN_DIR | CHECKPOINT", help="Folder or URL of a run, or of one of its checkpoints.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate at most.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(callback=_temperature, metavar="T", help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Sample from the K likeliest tokens only.")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, metavar="N", help="Seed of the sampling.")] = 0,
     trust: _Trust = False,
     debug: _Debug = False,
 ) -> None:

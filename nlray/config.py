@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from nlray.config_values import Amount, Count, Decay, Epsilon, Form, Natural, Positive, Range, Seconds, Section, Text, nearest
+from nlray.config_values import Amount, Count, Decay, Epsilon, Form, Natural, Positive, Range, Rate, Seconds, Section, Text, nearest
 from nlray.errors import UserError
 
 _TAKEN_NAMES = ("sequence", "standby", "keeper", "conductor")
@@ -31,8 +31,6 @@ OPTIMIZERS = ("adamw", "muon", "gradient_descent", "adagrad", "momentum", "delta
 RunName = Annotated[str, Form(r"[^\s./-][^/\x00-\x1f\x7f]{0,127}", "1 to 128 characters without /, the first one no dot, dash or space")]
 Units = Annotated[float, Range(0, 1e6)]
 """Of a resource of Ray."""
-Rate = Annotated[float, Range(above=0, most=1000)]
-"""A learning rate; larger ones only overflow."""
 Width = Annotated[int, Range(1, 2**20)]
 Bias = Annotated[float, Range(-80, 80)]
 """Of a sigmoid in float32."""

@@ -121,12 +121,14 @@ def _read_source(source: str | None) -> dict[str, Any]:
         return _load_mapping(name, (package_files.files("nlray") / "presets" / f"{name}.yaml").read_bytes())
     path = Path(absolute(name))
     try:
-        if path.is_file():
-            return _load_mapping(name, path.read_bytes())
-        if path.exists():
-            raise UserError(f"{name}: {'a folder' if path.is_dir() else 'no regular file'}; allowed: a preset, or a YAML file")
+        is_file, exists = path.is_file(), path.exists()
+        content = path.read_bytes() if is_file else b""
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if is_file:
+        return _load_mapping(name, content)
+    if exists:
+        raise UserError(f"{name}: {'a folder' if path.is_dir() else 'no regular file'}; allowed: a preset, or a YAML file")
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"{name}: no such file")
     close = difflib.get_close_matches(name, PRESETS, n=1)

@@ -24,6 +24,9 @@ from nlray.errors import UserError
 LIMITS = {int: 2.0**31 - 1, float: 1e30}
 """The largest sizes of numbers whose range has no narrower end: an int32, and what float32 can still multiply."""
 
+SMALLEST = 1e-30
+"""The smallest size of a number but 0: what float32 would take for 0."""
+
 _INT = re.compile(r"[-+]?[0-9]{1,30}")
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -79,10 +82,13 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 Amount = Annotated[float, Range(0)]
 Decay = Annotated[float, Range(0, below=1)]
+Rate = Annotated[float, Range(above=0, most=1000)]
+"""A learning rate or the size of an update; larger ones only overflow."""
+Iterations = Annotated[int, Range(1, 100)]
 Seconds = Annotated[float, Range(above=0, most=1e6)]
 """A wait: eleven days at most, for system calls count milliseconds in 32 bits."""
-Epsilon = Annotated[float, Range(1e-30, 1)]
-"""Added to a divisor: one that float32 still holds."""
+Epsilon = Annotated[float, Range(above=0, most=1)]
+"""Added to a divisor that may be 0."""
 Text = Annotated[str, Form(r".*\S.*", "a string that is not empty")]
 
 
@@ -127,12 +133,15 @@ def read(key: str, value: Any, kind: Any) -> Any:
         _require(inner[1].allows(found), key, value, str(inner[1]))
         return found
     if origin in (Union, types.UnionType):
+        if len(inner) == 2 and inner[1] is types.NoneType:
+            try:
+                return None if value is None else read(key, value, inner[0])
+            except UserError as error:
+                raise UserError(f"{error}, or null") from error
         for one in inner:
             with suppress(UserError):
                 return read(key, value, one)
-        # The first type's own message says more, where the value may have been meant for it.
-        _require(isinstance(value, Mapping) and is_dataclass(inner[0]), key, value, describe(kind))
-        return read(key, value, inner[0])
+        raise UserError(f"{key} is {shown(value)}; allowed: {describe(kind)}")
     if origin is Literal:
         _require(value in inner, key, value, describe(kind))
         return str(value) if isinstance(value, str) else value
@@ -201,6 +210,7 @@ def _read_number(key: str, value: Any, kind: type, rule: Range) -> float:
         _require((_INT if kind is int else FLOAT).fullmatch(value) is not None, key, value, words)
         number = kind(value)
     _require(isinstance(number, int if kind is int else int | float) and not isinstance(number, bool), key, value, words)
+    _require(number == 0 or not abs(number) < SMALLEST, key, number, f"no number so near 0; from {SMALLEST:g} on float32 has it")
     closed = rule.closed(LIMITS[kind])
     _require(closed.allows(number), key, number, str(closed if rule.allows(number) else rule))
     return kind(number)

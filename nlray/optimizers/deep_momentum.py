@@ -7,11 +7,12 @@ Letters here: R rows and D columns of a weight [R, D], H hidden width of its mem
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from nlray.config_values import Range, Rate
 from nlray.optimizers.base import TINY, GradientMemory, GradientOptimizer, memory, require, require_share
 
 
@@ -31,11 +32,11 @@ class DeepMomentum(GradientOptimizer):
         lr: float = 0.02,
         weight_decay: float = 0.0,
         decay: float = 0.9,
-        inner_lr: float = 0.5,
+        inner_lr: Rate = 0.5,
         objective: Literal["dot", "l2"] = "l2",
-        hidden: int = 32,
+        hidden: Annotated[int, Range(1, 2**16)] = 32,
         seed: int = 0,
-        update_rms: float | None = 0.2,
+        update_rms: Rate | None = 0.2,
     ) -> None:
         """
         Args:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlray.config_values import Epsilon, Iterations, Rate
 from nlray.kernels import Path
 from nlray.optimizers.base import GradientMemory, GradientOptimizer, memory, require, require_share, total_size
 from nlray.optimizers.newton_schulz import newton_schulz_each
@@ -36,9 +37,9 @@ class M3(GradientOptimizer):
         alpha: float | Sequence[float] = 0.5,
         slow_every: int | Sequence[int] = 16,
         averages: bool = True,
-        newton_schulz_steps: int = 5,
-        eps: float = 1e-8,
-        update_rms: float | None = 0.2,
+        newton_schulz_steps: Iterations = 5,
+        eps: Epsilon = 1e-8,
+        update_rms: Rate | None = 0.2,
     ) -> None:
         """
         Args:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nlray.config_values import Epsilon, Iterations, Rate
 from nlray.optimizers.base import GradientMemory, GradientOptimizer, memory, require, require_share, root_mean_square, total_size
 from nlray.optimizers.newton_schulz import newton_schulz
 
@@ -23,7 +24,7 @@ _Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 class GradientDescent(GradientOptimizer):
     """W <- W - lr g: the layer itself is the memory, of its inputs' surprise (Eq. 8-9); none of gradients is kept."""
 
-    def __init__(self, params: _Params, *, lr: float = 0.1, weight_decay: float = 0.0, update_rms: float | None = None) -> None:
+    def __init__(self, params: _Params, *, lr: float = 0.1, weight_decay: float = 0.0, update_rms: Rate | None = None) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay, update_rms=update_rms)
 
     @classmethod
@@ -38,7 +39,7 @@ class AdaGrad(GradientOptimizer):
     """W <- W - lr g / (sqrt(S) + eps), S the sum of g^2: the element-wise memory of Eq. 106-111."""
 
     def __init__(
-        self, params: _Params, *, lr: float = 0.01, weight_decay: float = 0.0, eps: float = 1e-10, update_rms: float | None = None
+        self, params: _Params, *, lr: float = 0.01, weight_decay: float = 0.0, eps: Epsilon = 1e-10, update_rms: Rate | None = None
     ) -> None:
         """Take eps > 0, added to the root; for the others see `GradientOptimizer`."""
         require(eps > 0, f"eps is {eps}; allowed: more than 0")
@@ -72,9 +73,9 @@ class Momentum(GradientOptimizer):
         preconditioner_decay: float = 0.99,
         features: Literal["identity", "cubic"] = "identity",
         output: Literal["identity", "tanh", "sign", "newton_schulz"] = "identity",
-        newton_schulz_steps: int = 5,
-        eps: float = 1e-8,
-        update_rms: float | None = None,
+        newton_schulz_steps: Iterations = 5,
+        eps: Epsilon = 1e-8,
+        update_rms: Rate | None = None,
     ) -> None:
         """
         Args:

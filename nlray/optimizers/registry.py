@@ -30,7 +30,7 @@ CLASSES: dict[str, type[Optimizer]] = {
     "m3": M3,
 }
 
-_OWN_KEYS = {"adamw": ("betas", "eps"), "muon": ("momentum",)}
+OWN_KEYS = {"adamw": ("betas", "eps"), "muon": ("momentum",)}
 """Arguments that have a key of their own in OptimizerConfig."""
 
 
@@ -63,7 +63,7 @@ def deal(config: OptimizerConfig, names: Sequence[str]) -> tuple[Share, ...]:
     only_matrices = getattr(optimizer, "takes_only_matrices", lambda options: False)(options)
     taken = tuple(n for n in names if is_matrix(n) or not only_matrices)
     own = Share(optimizer, options, taken, f"{config.name.rpartition(':')[2].lower()}_" if only_matrices else "")
-    rest = Share(AdamW, {key: getattr(config, key) for key in _OWN_KEYS["adamw"]}, tuple(n for n in names if n not in taken))
+    rest = Share(AdamW, {key: getattr(config, key) for key in OWN_KEYS["adamw"]}, tuple(n for n in names if n not in taken))
     return tuple(share for share in (own, rest) if share.names)
 
 
@@ -115,7 +115,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 def _options(config: OptimizerConfig, optimizer: type[Optimizer]) -> dict[str, Any]:
     """Return every option of the class: what it has as a default, then what the configuration says."""
-    own_keys = _OWN_KEYS.get(config.name, ())
+    own_keys = OWN_KEYS.get(config.name, ())
     for key in config.options:
         if key in own_keys:
             raise UserError(f"options.{key}: {config.name}'s {key} has a key of its own, beside options")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlray.config_values import Iterations
 from nlray.kernels import Path
 from nlray.optimizers.base import GradientMemory, loss_of, memory, total_size, undecorated
 from nlray.optimizers.newton_schulz import newton_schulz_each
@@ -98,7 +99,7 @@ class Muon(_KernelSteps, torch.optim.Muon):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_steps: int = 5,
+        ns_steps: Iterations = 5,
     ) -> None:
         """Take the arguments of `torch.optim.Muon`."""
         super().__init__(

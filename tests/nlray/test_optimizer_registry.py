@@ -85,7 +85,7 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module):
         ("m3", {"params": 0.1}, ["options.params", "no such option"]),
         ("momentum", {"output": "relu"}, ["options.output is 'relu'", "newton_schulz"]),
         ("momentum", {"decay": 2}, ["decay is 2", "0 to 1"]),
-        ("deep_momentum", {"update_rms": "big"}, ["options.update_rms", "a number, or null"]),
+        ("deep_momentum", {"update_rms": "big"}, ["options.update_rms", "a number, more than 0, at most 1000, or null"]),
         ("adamw", {"betas": [0.9, 0.9]}, ["options.betas", "a key of its own"]),
         ("adamw", {"beta": 1}, ["options.beta", "no such option", "none"]),
         ("muon", {"ns_steps": 1.5}, ["options.ns_steps is 1.5", "a whole number"]),
