@@ -306,6 +306,18 @@ def test_a_folder_that_names_another_run_does_not_reach_it(live, ask, tmp_path):
         assert err == f"nlray: error: {tmp_path}: run live of the cluster is the one in {live.dir}, not this\n"
 
 
+def test_a_run_without_its_state_is_found_in_the_cluster_that_the_environment_names(live, ask, monkeypatch):
+    state = Path(live.dir) / "state.json"
+    text = state.read_text()
+    state.unlink()
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", live.address)
+        assert json.loads(ask("status", live.dir, "--json"))["state"] == "running"
+    finally:
+        if not state.exists():
+            state.write_text(text)
+
+
 def test_scale_waits_until_the_sizes_are_in_force(live, ask):
     out = ask("scale", live.dir, "slow=2").splitlines()
     assert out[0].startswith("scaling slow=2: at the next recovery point")
