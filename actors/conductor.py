@@ -20,8 +20,9 @@ from nlray.actors.changes import Changes
 from nlray.actors.faults import MAX_SAME_FAULTS, Fault, Recovery, RepeatGuard, RunFailedError, explain, root_causes
 from nlray.actors.journal import Journal
 from nlray.actors.lineup import Lineup, StoppedError
-from nlray.actors.locks import RunLock
+from nlray.actors.locks import FolderLostError, Owner, hold
 from nlray.actors.members import CONDUCTOR, Members, SeatLostError
+from nlray.actors.outages import RETRY_S
 from nlray.actors.placement import ActorPlan
 from nlray.actors.processes import end_with_raylet
 from nlray.actors.recovery import Vault, VaultHolder
@@ -41,7 +42,6 @@ from nlray.actors.watch import Watch
 from nlray.config import Config
 from nlray.errors import RemoteTimeoutError, UserError
 from nlray.levels import LevelPlan
-from nlray.storage import is_local
 
 POLL_S, MAX_POLL_S = 0.2, 1.0
 URGENT_POLL_S = 0.01
@@ -58,6 +58,7 @@ class Conductor(VaultHolder):
         config: the resolved configuration.
         plans: the levels, fastest first.
         actors: every actor with its resources.
+        owner: the launch, which has claimed the run's folder.
         checkpoint: URL of the checkpoint to start from, or None.
         notes: events of the launch, for the log.
         behaviours: the classes of the roles.
@@ -68,12 +69,13 @@ class Conductor(VaultHolder):
         config: Config,
         plans: Sequence[LevelPlan],
         actors: Sequence[ActorPlan],
+        owner: Owner,
         *,
         checkpoint: str | None,
         notes: Sequence[str],
         behaviours: Behaviours,
     ) -> None:
-        self.run, self.recovery = config.run, config.recovery
+        self.run, self.recovery, self.owner = config.run, config.recovery, owner
         self.notes, self.timeout_s = list(notes), config.run.timeout_s
         self.vault = Vault(CONDUCTOR, self.timeout_s)
         self.members = Members(
@@ -174,9 +176,8 @@ class Conductor(VaultHolder):
     def _supervised_run(self) -> None:
         lock = None
         try:
-            if is_local(self.run.dir):
-                lock = RunLock(self.run.dir, wait_s=self.timeout_s)
-            self.journal = self.watch.journal = Journal(self.run.dir)
+            lock = hold(self.run.dir, self.owner, wait_s=self.timeout_s)
+            self.journal = self.watch.journal = Journal(self.run.dir, lock, self.timeout_s)
             state = self.journal.load_state()
             if state is not None and state["status"] in ENDED:
                 self.members.find(self.lineup.plan_of)
@@ -217,6 +218,7 @@ class Conductor(VaultHolder):
         """Poll the actors until every worker has ended and every checkpoint is written; meet every fault on the way."""
         while True:
             try:
+                self.journal.catch_up()
                 faults = self._look()
                 if not faults:
                     self.watch.note_commit()
@@ -406,17 +408,20 @@ class Conductor(VaultHolder):
             totals=self.watch.totals,
             recoveries=self._recoveries,
             started_at=self._started_at,
-            checkpoint=self.checkpoints.newest,
+            checkpoint=None if self.journal.is_lost else self.checkpoints.newest,
             digest=self.checkpoints.digest,
             error=None if self._failure is None else str(self._failure),
         )
         try:
             self.journal.write_summary(summary)
             self._save_state(status=status, summary=summary)
+            while not self.journal.catch_up():
+                time.sleep(RETRY_S)
             self.journal.close()
         except Exception as error:
             logger.exception("summary.json")
-            self._note(f"summary.json could not be written: {error}")
+            if not self.journal.is_lost:
+                self._note(f"summary.json could not be written: {error}")
         self.members.remove_all()
         with self._lock:
             self._summary = summary
@@ -426,10 +431,13 @@ class Conductor(VaultHolder):
         with self._lock:
             self._failure = failure
         if self.journal is None:
+            # Of a conductor that was started again: its actors are there still.
+            self.members.find(self.lineup.plan_of)
             self.members.remove_all()
             self._set_state("failed")
             return
-        self._rescue()
+        if not self.journal.is_lost:
+            self._rescue()
         self._finish("failed")
 
     def _rescue(self) -> None:
@@ -471,7 +479,7 @@ class Conductor(VaultHolder):
     def _note(self, event: str, **fields: Any) -> None:
         try:
             self.journal.add_event(event, **fields)
-        except OSError:
+        except (OSError, FolderLostError):
             logger.exception("events.jsonl: %s", event)
 
     def _set_state(self, state: RunState) -> None:

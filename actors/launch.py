@@ -13,7 +13,8 @@ import ray
 
 from nlray.actors.attach import Follower, RunClient, RunGoneError, join
 from nlray.actors.conductor import Conductor, namespace_of
-from nlray.actors.locks import RunLock
+from nlray.actors.folder import check_free, check_inputs, prepare_dir, remove_run
+from nlray.actors.locks import FileLock, Owner, StoreLock, claim
 from nlray.actors.members import CONDUCTOR, end_run
 from nlray.actors.nodes import HEAD_RESOURCE
 from nlray.actors.one_sided import check_installed
@@ -24,20 +25,19 @@ from nlray.actors.rescale import check_workers
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
 from nlray.actors.types import ENDED, RunStatus
-from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, list_checkpoints, read_manifest
+from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, newest_written, read_manifest
 from nlray.config import Config
-from nlray.config_loading import config_to_yaml, parse_config, with_absolute_paths, with_run
-from nlray.errors import CheckpointError, NlrayError, UserError
-from nlray.initial import INITIAL, check_initial, keep_initial
+from nlray.config_loading import parse_config, with_absolute_paths
+from nlray.errors import NlrayError, UserError
+from nlray.initial import check_initial
 from nlray.levels import LevelPlan
-from nlray.metrics import MetricsWriter, read_events, read_rows
+from nlray.metrics import read_events, read_rows
 from nlray.nested_system import level_plans, parameter_shapes
-from nlray.pipelines.source_list import SOURCES, FileList, files_of_run, write_list
+from nlray.pipelines.source_list import FileList, files_of_run, write_list
 from nlray.pipelines.tokenizers import with_vocabulary
-from nlray.storage import is_local, locate, write_file
+from nlray.storage import absolute, is_local, locate
 from nlray.trust import read_bounded
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", SOURCES, "tensorboard", "checkpoints", INITIAL)
 # What a checkpoint's state has that a run continues from; a start that `nlray stack` wrote has none of it.
 RUN_STATE = {"workers", "stream", "open_steps", "totals", "visible", "levels"}
 # How the pages begin that Ray prints of deaths.
@@ -87,10 +87,15 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
 
 
 class RunHandle:
-    """A run for the process that started it: follows it by a client of its own, and ends it."""
+    """A run for the process that started it: follows it by a client of its own, and ends it.
 
-    def __init__(self, client: RunClient, connection: Connection, *, rows_after: int = 0, events_from: int = 0) -> None:
-        self.client, self._connection = client, connection
+    lock: keeps the run's folder from other launches, also while Ray starts the conductor again.
+    """
+
+    def __init__(
+        self, client: RunClient, connection: Connection, lock: FileLock | StoreLock, *, rows_after: int = 0, events_from: int = 0
+    ) -> None:
+        self.client, self._connection, self._lock = client, connection, lock
         self._follower = Follower(client, rows_after=rows_after, events_from=events_from)
 
     def poll(self) -> RunStatus:
@@ -110,16 +115,15 @@ class RunHandle:
         if ray.is_initialized() and not self._connection.is_own:
             end_run(namespace_of(self.client.name))
         self._connection.close()
+        self._lock.close()
 
 
 def way_back(run_dir: str) -> str:
     """Say from where a run that was cut off can go on."""
-    for checkpoint in list_checkpoints(run_dir):
-        # Not verified: a resume does that, and takes an older one where this one is damaged.
-        with suppress(CheckpointError):
-            read_manifest(checkpoint, verify=False)
-            return f"`nlray resume {shlex.quote(run_dir)}` goes on from {posixpath.basename(checkpoint)}"
-    return "no checkpoint was written yet"
+    checkpoint = newest_written(run_dir)
+    if checkpoint is None:
+        return "no checkpoint was written yet"
+    return f"`nlray resume {shlex.quote(run_dir)}` goes on from {posixpath.basename(checkpoint)}"
 
 
 def launch(
@@ -130,6 +134,7 @@ def launch(
     step: int | None = None,
     behaviours: Behaviours | None = None,
     files: FileList | None = None,
+    config_file: str | None = None,
 ) -> RunHandle:
     """Start a run and return its handle at once.
 
@@ -140,6 +145,7 @@ def launch(
         step: of the checkpoint to go on from instead.
         behaviours: other classes for the actors; None: the product's.
         files: what `files_of_run` gives; None: it is called here.
+        config_file: the YAML file that the configuration came from, if any; a run must not write over it.
 
     Raises:
         UserError: before anything is written or started.
@@ -150,17 +156,42 @@ def launch(
     check_workers(config)
     if config.exchange.transport == "nixl":
         check_installed()
+    if resume and config.run.overwrite:
+        raise UserError("run.overwrite is true; a resumed run keeps what its folder holds: allowed is false")
+    if not resume:
+        check_inputs(config, config_file)
+        check_free(config)
+        config = replace(config, init=check_initial(config, parameter_shapes(config, config.model.vocab_size)))
+    owner = Owner(run=config.run.name)
+    lock = claim(config.run.dir, owner)
+    try:
+        return _launch(config, plans, owner, lock, address=address, resume=resume, step=step, behaviours=behaviours, files=files)
+    except BaseException:
+        lock.close(undo=True)
+        raise
+
+
+def _launch(
+    config: Config,
+    plans: list[LevelPlan],
+    owner: Owner,
+    lock: FileLock | StoreLock,
+    *,
+    address: str | None,
+    resume: bool,
+    step: int | None,
+    behaviours: Behaviours | None,
+    files: FileList | None,
+) -> RunHandle:
+    """Start a run whose folder is claimed."""
     notes: list[str] = []
     checkpoint = None
     if resume:
         checkpoint = find_checkpoint(config.run.dir, step, notes.append)
         check_resume(config, checkpoint)
     else:
-        config = replace(config, init=check_initial(config, parameter_shapes(config, config.model.vocab_size)))
-    if not resume and not config.run.overwrite and holds_run(config.run.dir):
-        raise UserError(
-            f"run.dir: {config.run.dir} already holds a run; use `nlray resume {config.run.dir}`, or run.overwrite=true to replace it"
-        )
+        # Once more: what was there before may have been another launch's.
+        check_free(config)
     files = files or files_of_run(config, resume=resume)
     notes += files.notes
     connection, is_begun = start_ray(config, address, notes), False
@@ -172,31 +203,28 @@ def launch(
         check_not_running(config)
         if len(nodes) > 1 and is_local(config.run.dir):
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
-        is_begun = not holds_run(config.run.dir)  # an older one stays until it is replaced
-        if not resume:
-            config = keep_initial(config)
         is_begun = True
-        prepare_dir(config, checkpoint)
+        config = prepare_dir(config, checkpoint)
         write_list(config.run.dir, files)
         num_events = len(read_events(config.run.dir, warn=lambda _: None))
         # On the head node: without that Ray's own state is lost too, so no other node takes the conductor with it.
         actor = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001}, max_concurrency=16)(Conductor)
         conductor = actor.options(name=CONDUCTOR, namespace=namespace_of(config.run.name), lifetime="detached", max_restarts=-1).remote(
-            config, plans, actors, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
+            config, plans, actors, owner, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
         )
         wait_for(conductor.__ray_ready__.remote(), "the conductor to start", config.run.timeout_s)
     except BaseException as error:
         lost = connection.lost
-        abandon(config, connection, is_begun=is_begun, is_fresh=checkpoint is None)
+        abandon(config, connection, lock, is_begun=is_begun, is_fresh=checkpoint is None)
         if lost is not None:
             raise NlrayError(lost) from error
         raise
     rows_after = 0 if checkpoint is None else read_manifest(checkpoint, verify=False).step
     client = RunClient(config.run.name, conductor, run_dir=config.run.dir, timeout_s=config.run.timeout_s, lost=lambda: connection.lost)
-    return RunHandle(client, connection, rows_after=rows_after, events_from=num_events)
+    return RunHandle(client, connection, lock, rows_after=rows_after, events_from=num_events)
 
 
-def abandon(config: Config, connection: Connection, *, is_begun: bool, is_fresh: bool) -> None:
+def abandon(config: Config, connection: Connection, lock: FileLock | StoreLock, *, is_begun: bool, is_fresh: bool) -> None:
     """Leave the cluster, and take back what a launch that has not come to its end has created.
 
     is_begun: it may have created something. is_fresh: the run in the folder is then of this launch.
@@ -208,11 +236,8 @@ def abandon(config: Config, connection: Connection, *, is_begun: bool, is_fresh:
             if ray.get_actor(CONDUCTOR, namespace)._actor_id.job_id.hex() == ray.get_runtime_context().get_job_id():
                 end_run(namespace)
     connection.close()
-    if is_begun and is_fresh:
-        with suppress(UserError):  # another run writes there
-            if is_local(config.run.dir):
-                RunLock(config.run.dir, wait_s=END_S).close()  # when this run's conductor writes no more
-            remove_run(config.run.dir)
+    if is_begun and is_fresh and lock.is_written_out(END_S):
+        remove_run(config.run.dir)
 
 
 def resolve(config: Config) -> Config:
@@ -242,7 +267,10 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
         if fs.exists(posixpath.join(path, MANIFEST)):
             raise UserError(f"{run_dir}: allowed: a run's folder, or that of a checkpoint, named RUN_DIR/checkpoints/step_XXXXXXXXX")
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
-    return parse_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    config = parse_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    if config.run.dir is None or absolute(config.run.dir) != absolute(run_dir):
+        raise UserError(f"run.dir is {config.run.dir}; a resumed run goes on in its own folder, {run_dir}")
+    return config
 
 
 def find_checkpoint(run_dir: str, step: int | None, note: Callable[[str], None]) -> str:
@@ -274,11 +302,6 @@ def check_resume(config: Config, checkpoint: str) -> None:
         is_new = key == "data.end_token" and before is None
         if now.get(key) != before and not is_new:
             raise UserError(f"{key} is {now.get(key)}; a resumed run keeps {before}")
-
-
-def holds_run(run_dir: str) -> bool:
-    fs, path = locate(run_dir)
-    return any(fs.exists(posixpath.join(path, name)) for name in RUN_FILES)
 
 
 def start_ray(config: Config, address: str | None, notes: list[str]) -> Connection:
@@ -313,32 +336,6 @@ def leave_deaths_to_the_run() -> None:
 
 
 def check_not_running(config: Config) -> None:
-    """Raise UserError where a run is going on in `run.dir`, or one of this name in this cluster."""
+    """Raise UserError where a run of this name is going on in this cluster."""
     if any(actor["namespace"] == namespace_of(config.run.name) for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise UserError(f"run.name: a run {config.run.name} is going on in this cluster")
-    if is_local(config.run.dir) and os.path.isdir(config.run.dir):
-        RunLock(config.run.dir).close()
-
-
-def remove_run(run_dir: str, *, keeps_initial: bool = False) -> None:
-    """Remove what nlray has written of a run; keeps_initial: but for the copy of what it starts from."""
-    fs, path = locate(run_dir)
-    for name in RUN_FILES:
-        if (name != INITIAL or not keeps_initial) and fs.exists(posixpath.join(path, name)):
-            fs.rm(posixpath.join(path, name), recursive=True)
-
-
-def prepare_dir(config: Config, checkpoint: str | None) -> None:
-    """Make the run's folder ready: fresh, replaced, or cut back to the checkpoint that is resumed."""
-    fs, path = locate(config.run.dir)
-    if checkpoint is None:
-        remove_run(config.run.dir, keeps_initial=config.init is not None)
-    else:
-        with MetricsWriter(config.run.dir) as metrics:
-            metrics.truncate_after(read_manifest(checkpoint, verify=False).step)
-        if fs.exists(posixpath.join(path, "summary.json")):
-            fs.rm(posixpath.join(path, "summary.json"))
-        if fs.exists(posixpath.join(path, "state.json")):
-            fs.rm(posixpath.join(path, "state.json"))
-    fs.makedirs(path, exist_ok=True)
-    write_file(posixpath.join(config.run.dir, "config.yaml"), config_to_yaml(with_run(config, overwrite=False)).encode())

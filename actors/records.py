@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nlray.actors.journal import STATE
+from nlray.actors.journal import LAUNCHED, STATE
 from nlray.actors.types import ENDED, RunState, RunStatus
 from nlray.config import Config
 from nlray.config_loading import parse_config
@@ -103,7 +103,9 @@ def read_records(run_dir: str) -> Records | None:
     run_dir = run_dir.rstrip("/")
     # The folder may have been moved.
     config = parse_config(file, text, [f"run.dir={json.dumps(run_dir)}"])
-    state = _read_or_empty(f"{run_dir}/{STATE}", lambda found: _fits(found, _STATE) and _ADDRESS.fullmatch(found["address"]))
+    state = _read_or_empty(f"{run_dir}/{STATE}", _is_state)
+    if state and state["status"] == LAUNCHED:
+        state = None
     summary = _read_or_empty(f"{run_dir}/{SUMMARY}", _is_summary)
     if summary == {} and state and state["status"] in ENDED and _is_summary(state.get("summary")):
         # An ended run's state has its summary too.
@@ -134,6 +136,10 @@ def _read_or_empty(url: str, is_right: Callable[[dict[str, Any]], Any]) -> dict[
         warn_once(f"{url}: {DAMAGED}")
         return {}
     return found
+
+
+def _is_state(found: dict[str, Any]) -> bool:
+    return _fits(found, _STATE) and (found["status"] == LAUNCHED or _ADDRESS.fullmatch(found["address"]) is not None)
 
 
 def _is_summary(found: Any) -> bool:

@@ -18,7 +18,8 @@ import numpy as np
 
 from nlray.actors.types import Holding, PartWritten, PieceCopy, PieceKey
 from nlray.checkpoint import write_part
-from nlray.errors import NlrayError, RemoteTimeoutError
+from nlray.errors import NlrayError, RemoteTimeoutError, StorageOutageError
+from nlray.storage import may_pass, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +169,14 @@ class Vault:
         """Write a piece as `url/file`; with_shared: with what all workers have alike."""
         piece = self.get(key)
         tensors = {name: t for name, t in piece.tensors.items() if with_shared or name not in piece.shared}
-        return PartWritten(key.step, write_part(url, file, tensors), {k: v for k, v in piece.state.items() if k != "rows"})
+        try:
+            part = write_part(url, file, tensors)
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            # The errors of a store's client do not always survive the way to the conductor.
+            raise StorageOutageError(f"{url}/{file}: {reason(error)}") from error
+        return PartWritten(key.step, part, {k: v for k, v in piece.state.items() if k != "rows"})
 
     def holdings(self) -> tuple[Holding, ...]:
         """Return what is held, newest last."""

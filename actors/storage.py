@@ -1,29 +1,35 @@
 """Checkpoints on storage: recovery points that the seats write from their vaults, in the background, made whole by the manifest."""
 
 import posixpath
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from nlray.actors.faults import Fault
+from nlray.actors.faults import Fault, RunFailedError
 from nlray.actors.lineup import Lineup
 from nlray.actors.members import CONDUCTOR, SeatLostError
+from nlray.actors.outages import RETRY_S, Outage
 from nlray.actors.points import Point, whole_points
 from nlray.actors.types import SEQUENCE, PartWritten, PieceKey, Role
 from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
-from nlray.errors import CheckpointError
+from nlray.errors import CheckpointError, RemoteTimeoutError
 from nlray.rotation import delete_old_checkpoints, put_aside_after
+from nlray.storage import locate, may_pass, reason
 
 
 @dataclass
 class Writing:
-    """A checkpoint on its way to storage. parts: owner by the call that writes its part."""
+    """A checkpoint on its way to storage. parts: owner by the call that writes its part; begun_s: when they were called."""
 
+    point: Point
     url: str
     parts: dict[Any, str]
+    begun_s: float
 
 
 class Checkpoints:
@@ -45,6 +51,7 @@ class Checkpoints:
         self.digest: str | None = None
         self._known = set() if first is None else {first}
         self._writing: dict[int, Writing] = {}
+        self._outage = Outage(f"checkpoints in {self.run_dir}", self.timeout_s, note)
 
     def start(self) -> None:
         """Put aside what the run does not continue from: checkpoints that are newer than its first, damaged or not."""
@@ -66,28 +73,63 @@ class Checkpoints:
     def begin(self, point: Point) -> None:
         """Have a recovery point written by those who hold its pieces, unless that has been done."""
         if point.step > self.written_step and point.step not in self._writing:
-            shared_owner, shared_seat = min(point.shared)
-            calls = {}
-            for role, seats in point.holders.items():
-                holder = self.lineup.holder(shared_seat if role == shared_owner else seats[0])
-                calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
-            self._writing[point.step] = Writing(checkpoint_dir(self.run_dir, point.step), calls)
+            self._writing[point.step] = self._write(point)
+
+    def _write(self, point: Point) -> Writing:
+        shared_owner, shared_seat = min(point.shared)
+        calls = {}
+        for role, seats in point.holders.items():
+            holder = self.lineup.holder(shared_seat if role == shared_owner else seats[0])
+            calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
+        return Writing(point, checkpoint_dir(self.run_dir, point.step), calls, time.monotonic())
 
     def advance(self) -> None:
         """Write the manifest of each checkpoint whose parts are all on storage, in the order of their steps.
 
+        Where the storage fails for a while the newest is written again, and older ones are given up.
+
         Raises:
             SeatLostError: a role died while it wrote.
+            RunFailedError: the storage has failed for too long.
         """
         for step, writing in sorted(self._writing.items()):
             ready, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=0)
-            for ref in ready:
-                self._part(ref, writing.parts[ref], step)
-            if late:
-                # What is older than a complete checkpoint is deleted.
-                return
-            del self._writing[step]
-            self._complete(step, writing)
+            try:
+                for ref in ready:
+                    self._part(ref, writing.parts[ref], step)
+                if late:
+                    # What is older than a complete checkpoint is deleted.
+                    break
+                self._complete(step, writing)
+                del self._writing[step]
+                self._outage.end()
+            except Exception as error:
+                self._meet(error, writing)
+                if late:
+                    break
+                if step < max(self._writing):
+                    self._give_up(step, writing)
+                elif time.monotonic() - writing.begun_s > RETRY_S:
+                    self._writing[step] = self._write(writing.point)
+        self._outage.check()
+
+    def _meet(self, error: Exception, writing: Writing) -> None:
+        """Take in that a checkpoint could not be written; raise where that will not pass."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if may_pass(cause):
+            self._outage.meet(cause)
+        elif isinstance(cause, OSError):
+            raise RunFailedError(f"{writing.url} cannot be written: {reason(cause)}") from error
+        else:
+            raise error
+
+    def _give_up(self, step: int, writing: Writing) -> None:
+        del self._writing[step]
+        # What has been written of it takes up the room that may be lacking.
+        with suppress(Exception):
+            fs, path = locate(writing.url)
+            fs.rm(path, recursive=True)
+        self.note(f"step {step}: no checkpoint; that of step {max(self._writing)} takes its place")
 
     def abandon(self) -> None:
         """Let the parts that are being written end; the folder stays without a manifest and is written again."""
@@ -123,6 +165,8 @@ class Checkpoints:
             self.begin(point)
             ray.wait(list(self._writing[point.step].parts), num_returns=len(point.holders), timeout=self.timeout_s)
             self.advance()
+            if self._writing:
+                raise self._outage.error or RemoteTimeoutError(f"not written after {self.timeout_s:g} s (run.timeout_s)")
 
     def _write_call(self, handle: Any, key: PieceKey, *, with_shared: bool) -> Any:
         file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"
@@ -150,8 +194,10 @@ class Checkpoints:
         protected = {self.newest, self.first}
         try:
             delete_old_checkpoints(self.run_dir, self.recovery.keep, known=self._known, protected=protected, warn=self.note)
-        except OSError as error:
-            self.note(f"an old checkpoint could not be deleted: {error}")
+        except Exception as error:
+            if not may_pass(error) and not isinstance(error, OSError):
+                raise
+            self.note(f"an old checkpoint could not be deleted: {reason(error)}")
 
 
 def whole_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:

@@ -137,12 +137,14 @@ def train(
 ) -> int:
     """Train a model, here or on a Ray cluster, to the end."""
     from nlray.clusters.train import train_run
-    from nlray.config_loading import default_run_name, load_config
+    from nlray.config_loading import PRESETS, default_run_name, load_config
 
     source, overrides = split_arguments(arguments or [])
     name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
     config = load_config(source, overrides, default_name=name, trust=trust)
-    return train_run(config, context.obj.signals, address=address, debug=debug)
+    config = load_config(source, overrides, default_name=name, trust=trust)
+    config_file = None if source in PRESETS else source
+    return train_run(config, context.obj.signals, address=address, config_file=config_file, debug=debug)
 
 
 @app.command()

@@ -5,13 +5,12 @@ folder, without Ray.
 """
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nlray.clusters.progress import PlainView, Progress, format_count, format_number, plural, summary_lines
+from nlray.clusters.progress import PlainView, Progress, format_count, format_number, plural, resume_line, summary_lines
 from nlray.clusters.train import follow, print_end, report_failure
 from nlray.errors import NlrayError, UserError
 from nlray.terminal import clean
@@ -240,5 +239,4 @@ def _reach(run: str, address: str | None, records: "Records | None", **options: 
             raise
         rows = records.rows()
         step = f"its last step was {rows[-1]['step'] if rows else 0} of {records.config.run.steps}"
-        resume = f"`nlray resume {shlex.quote(records.run_dir)}` goes on from its newest checkpoint"
-        raise UserError(f"{error}; {step}; if its cluster is gone, {resume}") from error
+        raise UserError(f"{error}; {step}; if its cluster is gone: {resume_line(records.run_dir, None).strip()}") from error

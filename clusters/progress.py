@@ -3,6 +3,7 @@
 A view is fed rows of `metrics.jsonl` (see `nlray.metrics`) and events; it knows nothing of Ray.
 """
 
+import posixpath
 import shlex
 import sys
 import time
@@ -57,12 +58,27 @@ def summary_lines(state: str, summary: dict[str, Any] | None, config: Config) ->
     run_dir = clean(config.run.dir)
     folder = shlex.quote(run_dir)
     lines.append(f"run      {run_dir}")
-    if state != "completed" and (summary is None or summary.get("checkpoint")):
-        lines.append(f"  nlray resume {folder}")
+    if state != "completed":
+        lines.append(resume_line(run_dir, summary))
     if state != "failed":
         lines.append(f'  nlray generate {folder} "def main"')
     lines.append(f"  tensorboard --logdir {shlex.quote(run_dir.rstrip('/') + '/tensorboard')}")
     return lines
+
+
+def resume_line(run_dir: str, summary: dict[str, Any] | None) -> str:
+    """Return the line that says how a run that did not complete goes on, and from where.
+
+    summary: where there is one; else the folder is looked at.
+    """
+    from nlray.checkpoint import newest_written
+
+    command = f"  nlray resume {shlex.quote(run_dir)}"
+    try:
+        checkpoint = newest_written(run_dir) if summary is None else summary.get("checkpoint")
+    except Exception:  # a store that cannot be reached has its own classes of errors
+        return f"{command}  # once {run_dir} can be read"
+    return f"{command}  # from {posixpath.basename(checkpoint)}" if checkpoint else "  nothing to resume: there is no complete checkpoint"
 
 
 @dataclass

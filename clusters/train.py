@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from nlray.actors.types import RunStatus
 
 
-def train_run(config: Config, signals: StopSignals, *, address: str | None, debug: bool = False) -> int:
-    """Run a configuration from its first step to its end; return the exit status."""
+def train_run(config: Config, signals: StopSignals, *, address: str | None, config_file: str | None = None, debug: bool = False) -> int:
+    """Run a configuration, of a file if it came from one, from its first step to its end; return the exit status."""
     with LastingOutput(config.run.dir):
-        return _run(config, signals, address=address, resume=False, debug=debug)
+        return _run(config, signals, address=address, resume=False, config_file=config_file, debug=debug)
 
 
 def resume_run(
@@ -47,7 +47,16 @@ def resume_run(
         return _run(config, signals, address=address, resume=True, step=step, debug=debug)
 
 
-def _run(config: Config, signals: StopSignals, *, address: str | None, resume: bool, step: int | None = None, debug: bool) -> int:
+def _run(
+    config: Config,
+    signals: StopSignals,
+    *,
+    address: str | None,
+    resume: bool,
+    step: int | None = None,
+    config_file: str | None = None,
+    debug: bool,
+) -> int:
     print(describe_run(config, resume=resume), flush=True)
     if config.levels:
         print(describe_levels(config), flush=True)
@@ -70,7 +79,7 @@ def _run(config: Config, signals: StopSignals, *, address: str | None, resume: b
 
     from nlray.actors.launch import launch, way_back
 
-    handle = launch(resolved, address=address, resume=resume, step=step, files=files)
+    handle = launch(resolved, address=address, resume=resume, step=step, files=files, config_file=config_file)
     try:
         signals.is_orderly = True
         with open_view(config) as view:

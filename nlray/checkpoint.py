@@ -262,6 +262,17 @@ def verify_checkpoint(url: str) -> Manifest:
         raise CheckpointError(f"{url}: torn checkpoint: it cannot be read: {type(error).__name__}: {error}") from error
 
 
+def newest_written(run_dir: str) -> str | None:
+    """Return the URL of the newest checkpoint with a readable manifest, None where there is none; its files are not read."""
+    for url in list_checkpoints(run_dir):
+        try:
+            read_manifest(url, verify=False)
+        except CheckpointError:
+            continue
+        return url
+    return None
+
+
 def latest_checkpoint(run_dir: str, *, warn: Callable[[str], None] = logger.warning) -> str:
     """Return the URL of a run's newest complete checkpoint; `warn` names each torn one passed over.
 

@@ -27,3 +27,7 @@ class RemoteTimeoutError(NlrayError):
 
 class HaltedError(NlrayError):
     """What was asked for has ended on purpose: the run begins again elsewhere, at its recovery point."""
+
+
+class StorageOutageError(NlrayError):
+    """A write failed for a reason that may pass: a full disk, a store that does not answer."""

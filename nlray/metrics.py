@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from functools import cache
 from typing import Any, BinaryIO
 
@@ -44,6 +45,8 @@ def warn_once(message: str) -> None:
 class MetricsWriter:
     """Writes the records of one run; one writer at a time.
 
+    A write that fails raises, keeps what it could not write, and leaves whole lines in the file: `flush` tries again.
+
     Args:
         run_dir: folder or fsspec URL of the run; made where missing.
         remote_interval_s: object stores cannot append: there the files are written whole, at most this often.
@@ -62,8 +65,8 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows; on a local disk they are there when this returns."""
+    def write_rows(self, rows: Iterable[Mapping[str, Any]], *, flush: bool = True) -> None:
+        """Append rows; on a local disk they are there when this returns, unless `flush` is false: then they wait for `flush`."""
         lines, now = [], time.time()
         for row in rows:
             plain = _finite(row)
@@ -72,13 +75,14 @@ class MetricsWriter:
             _write_event(self._events, Event(wall_time=now, step=row["step"], summary=Summary(value=values)))
         if lines:
             self._rows.write("".join(lines).encode())
-            self._rows.flush()
-            self._events.flush()
+        if flush:
+            self.flush(force=False)
 
-    def write_event(self, event: Mapping[str, Any]) -> None:
+    def write_event(self, event: Mapping[str, Any], *, flush: bool = True) -> None:
         """Append one line to `events.jsonl`."""
         self._log.write((json.dumps(_finite(event), allow_nan=False) + "\n").encode())
-        self._log.flush()
+        if flush:
+            self._log.flush()
 
     def truncate_after(self, step: int) -> None:
         """Remove the rows after `step` and damaged ones; TensorBoard hides its own from there."""
@@ -92,22 +96,27 @@ class MetricsWriter:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader sees the old one or the new one."""
-        write_file(_join(self._run_dir, SUMMARY), (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
+        write_file(_join(self._run_dir, SUMMARY), finite_json(summary))
 
     @property
     def is_written_out(self) -> bool:
         """Whether all rows are in `metrics.jsonl`."""
         return self._rows.is_written_out
 
-    def flush(self) -> None:
-        """Write out what waits for its turn on an object store."""
+    def flush(self, *, force: bool = True) -> None:
+        """Write out what an earlier write could not; force: also what waits for its turn on an object store."""
         for log in (self._rows, self._log, self._events):
-            log.flush(force=True)
+            log.flush(force=force)
+
+    def check(self) -> None:
+        """Raise FileNotFoundError where a file on a local disk was removed or replaced by something else."""
+        for log in (self._rows, self._log, self._events):
+            log.check()
 
     def close(self) -> None:
-        self._rows.close()
-        self._log.close()
-        self._events.close()
+        with ExitStack() as closing:
+            for log in (self._events, self._log, self._rows):
+                closing.callback(log.close)
 
     def _new_event_file(self, purge_from: int | None) -> "_Log":
         # TensorBoard reads a folder's files in the order of their names.
@@ -187,6 +196,11 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"), float(value)
 
 
+def finite_json(value: Any) -> bytes:
+    """Return strict JSON; a number that is not finite is null."""
+    return (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
 def _join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
@@ -213,22 +227,45 @@ class _AppendLog:
     """A local file that grows; what a crash left of a half-written last line is removed."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "ab+")  # noqa: SIM115 - stays open as long as the log
+        self._path = path
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - stays open as long as the log
         if path.endswith(".jsonl"):
             self._file.truncate(_end_of_last_line(self._file))
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._pending = b""
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        self._pending += data
 
     def flush(self, *, force: bool = False) -> None:
-        self._file.flush()
+        if not self._pending:
+            return
+        self.check()
+        left = memoryview(self._pending)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # A full disk takes a part of a line: a reader must not meet it, and the next try begins where this one did.
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._end += len(self._pending)
+        self._pending = b""
+
+    def check(self) -> None:
+        if not os.path.exists(self._path) or not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+            raise FileNotFoundError(f"{self._path} was removed or replaced")
 
     @property
     def is_written_out(self) -> bool:
-        return True
+        return not self._pending
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def _end_of_last_line(file: BinaryIO) -> int:
@@ -260,6 +297,9 @@ class _WholeFileLog:
         if self._written < len(self._data) and (force or time.monotonic() - self._last_s >= self._interval_s):
             write_file(self._url, bytes(self._data))
             self._written, self._last_s = len(self._data), time.monotonic()
+
+    def check(self) -> None:
+        """The run's lock on a store says whose the files are."""
 
     @property
     def is_written_out(self) -> bool:

@@ -5,6 +5,7 @@
     write_file(f"{url}/state.json", data)    # the old file or the new one, after a crash or a lost power supply too
 """
 
+import errno
 import os
 import posixpath
 import shutil
@@ -14,9 +15,10 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from nlray.errors import UserError
+from nlray.errors import NlrayError, StorageOutageError, UserError
 
 _FILE_SCHEMES = ("file://", "local://")
+_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def is_local(url: str) -> bool:
@@ -57,13 +59,35 @@ def locate(url: str) -> tuple[Any, str]:
 
 def lies_in(url: str, folder: str) -> bool:
     """Return whether a path or URL is `folder` or below it; links of local paths are followed."""
-    if is_local(url) != is_local(folder):
+    try:
+        (fs, inner), (other, outer) = locate(url), locate(folder)
+    except (ImportError, ValueError):  # a store that nothing here can open
+        fs, inner, other, outer = None, url, None, folder
+    if type(fs) is not type(other):
         return False
-    if is_local(url):
-        inner, outer = (os.path.realpath(absolute(u)) for u in (url, folder))
-    else:
-        inner, outer = url.rstrip("/"), folder.rstrip("/")
-    return inner == outer or inner.startswith(outer.rstrip("/") + "/")
+    if isinstance(fs, LocalFileSystem):
+        inner, outer = os.path.realpath(inner), os.path.realpath(outer)
+    inner, outer = inner.rstrip("/"), outer.rstrip("/")
+    return inner == outer or inner.startswith(f"{outer}/")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether a failed write may succeed a little later: a full disk, a network or a store that does not answer.
+
+    A file or folder that is gone and one that must not be written to stay so.
+    """
+    if isinstance(error, OSError):
+        # A store's client sets no number, and a permission there may be renewed.
+        return error.errno not in _LASTING and not isinstance(error, FileNotFoundError)
+    if isinstance(error, NlrayError):
+        return isinstance(error, StorageOutageError)
+    # The errors of a store's client, of botocore for example, are classes of its own.
+    return isinstance(error, Exception) and type(error).__module__ != "builtins"
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line why something could not be read or written."""
+    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def write_file(url: str, data: bytes) -> None:
@@ -92,18 +116,18 @@ def write_file(url: str, data: bytes) -> None:
 
 
 def copy_folder(source: str, target: str) -> None:
-    """Make `target` a copy of the files directly in the folder `source`, without what was there before: hard links on one local disk.
+    """Copy the files directly in the folder `source` to `target`: hard links on one local disk.
 
     Raises:
         FileNotFoundError: `source` or a file of it is not there (any more).
     """
     (source_fs, source_path), (fs, path) = locate(source), locate(target)
     files = [name for name in source_fs.ls(source_path, detail=False) if source_fs.isfile(name)]
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
     fs.makedirs(path, exist_ok=True)
     for name in files:
         copy = posixpath.join(path, posixpath.basename(name))
+        if fs.exists(copy):
+            fs.rm_file(copy)
         if not (is_local(source) and is_local(target) and _link(name, copy)):
             with source_fs.open(name, "rb") as reading, fs.open(copy, "wb") as writing:
                 shutil.copyfileobj(reading, writing, 16 << 20)

@@ -26,7 +26,7 @@ from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("architecture", "data", "ends", "extending", "paper_map", "glossary", "lab_notes", "performance", "scale", "trust")
+NAMES = ("architecture", "data", "ends", "extending", "paper_map", "glossary", "lab_notes", "performance", "run_folder", "scale", "trust")
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
 KEY = re.compile(r"(?:run|data|model|memory|sequence|exchange|recovery|eval)(?:\.\w+)+")

@@ -10,7 +10,6 @@ import torch
 from nlray.actors.conductor import namespace_of
 from nlray.actors.launch import launch, leave_deaths_to_the_run, resume_config
 from nlray.actors.level import LevelRank
-from nlray.actors.locks import RunLock
 from nlray.actors.seat import Behaviours
 from nlray.checkpoint import load_parameters
 from nlray.config import Config
@@ -152,15 +151,6 @@ def test_ray_prints_nothing_of_actors_that_die_but_what_else_it_has_to_say(monke
     for line in worker, node, "1 Workers were killed due to memory pressure (OOM).":
         ray._private.worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
     assert printed == ["1 Workers were killed due to memory pressure (OOM)."]
-
-
-def test_a_folder_that_a_run_is_writing_to_is_refused(small, tmp_path):
-    config = small("run.overwrite=true")
-    lock = RunLock(config.run.dir)
-    with pytest.raises(UserError, match="a run is going on in"):
-        RunLock(config.run.dir)
-    lock.close()
-    RunLock(config.run.dir).close()
 
 
 def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(small):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,14 +171,42 @@ def rows_after(run: InProcessRun, step: int) -> list[dict]:
     return [plain(row) for row in run.worker.report(0).rows if row["step"] > step]
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(small, tmp_path):
-    config = small()
-    Path(config.run.dir).mkdir()
-    kept = Path(config.run.dir) / "metrics.jsonl"
-    kept.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"already holds a run; use `nlray resume .*`, or run\.overwrite=true"):
-        launch(config)
-    assert kept.read_text() == '{"step": 1}\n'
+def test_a_checkpoint_that_cannot_be_written_for_a_while_is_written_then(small, cluster):
+    changes = ["memory.levels={fast: null, medium: null, slow: {}}", "recovery.checkpoint_every=5"]
+    quiet, rows, _ = run_to_end(small(*changes, name="quiet"))
+    config = small(*changes)
+    blocked = Path(config.run.dir) / "checkpoints"
+    blocked.parent.mkdir()
+    # A link to itself: nothing can be written below it until it is gone.
+    blocked.symlink_to(blocked)
+
+    def unblock(handle, rows):
+        if len(rows) == config.run.steps and blocked.is_symlink():
+            # And while the run waits a second launch is refused.
+            with pytest.raises(UserError, match=r"run.dir: a run is going on in .* started by process"):
+                launch(resume_config(config.run.dir, []), resume=True)
+            blocked.unlink()
+
+    status, found, events = run_to_end(config, during=unblock)
+    assert (status.state, status.summary["digest"]) == ("completed", quiet.summary["digest"])
+    assert [r["loss"] for r in found] == [r["loss"] for r in rows]
+    told = [event for event in events if "checkpoints in" in event]
+    assert len(told) == 2 and "cannot be written: " in told[0] and "can be written again, after" in told[1], events
+    assert "step 20: checkpoint step_000000020 written" in "".join(events) and status.summary["recoveries"] == 0
+    assert not list(Path(config.run.dir).rglob("*.part"))
+
+
+def test_a_run_whose_folder_is_removed_fails_and_does_not_make_it_again(small, cluster):
+    config = small("model.kind=transformer", "run.steps=100000", "recovery.checkpoint_every=5")
+
+    def remove(handle, rows):
+        if rows and rows[-1]["step"] >= 10 and Path(config.run.dir).exists():
+            shutil.rmtree(config.run.dir, ignore_errors=True)
+
+    status, _, _ = run_to_end(config, during=remove)
+    assert (status.state, status.exit_code) == ("failed", 1) and status.summary["checkpoint"] is None
+    assert status.message.startswith(f"run.dir: {config.run.dir}"), status.message
+    assert not (Path(config.run.dir) / "summary.json").exists() and not (Path(config.run.dir) / "state.json").exists()
 
 
 def test_a_resumed_run_keeps_the_options_of_its_optimizers(small):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nlray.actors import storage
+from nlray.actors.faults import RunFailedError
 from nlray.actors.points import Point
 from nlray.actors.storage import Checkpoints
 from nlray.actors.types import SEQUENCE, PartWritten, Role
@@ -192,4 +193,36 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path,
     monkeypatch.setattr("nlray.rotation._delete", refused)
     run.write(4)
     assert run.checkpoints.newest == run.url(4)
-    assert "an old checkpoint could not be deleted: [Errno 13] Permission denied" in run.events
+    assert "an old checkpoint could not be deleted: Permission denied" in run.events
+
+
+def test_a_checkpoint_whose_storage_fails_for_a_while_is_written_again_and_older_ones_give_way(tmp_path, monkeypatch):
+    run = Run(tmp_path, [], first=None, keep=2)
+    monkeypatch.setattr(storage, "RETRY_S", 0.0)
+    run.write(2)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as away:
+        away.setattr(storage, "write_manifest", full)
+        run.write(4)
+        assert run.checkpoints.steps_under_way == (4,) and run.checkpoints.newest == run.url(2)
+        run.write(6)
+        assert run.checkpoints.steps_under_way == (6,) and run.names == ["02", "06"]
+    run.checkpoints.advance()
+    assert run.checkpoints.steps_under_way == () and run.names == ["02", "06"] and read_manifest(run.url(6)).step == 6
+    told = [event for event in run.events if event.startswith("checkpoints in ")]
+    assert len(told) == 2 and "cannot be written: No space left on device" in told[0] and "can be written again" in told[1]
+    assert "step 4: no checkpoint; that of step 6 takes its place" in run.events
+
+
+def test_a_checkpoint_that_will_never_be_written_ends_the_run_at_once(tmp_path, monkeypatch):
+    run = Run(tmp_path, [], first=None, keep=2)
+
+    def refused(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(storage, "write_manifest", refused)
+    with pytest.raises(RunFailedError, match="step_000000002 cannot be written: Read-only file system"):
+        run.write(2)

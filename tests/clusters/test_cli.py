@@ -161,7 +161,7 @@ def test_train_prints_plan_lines_events_and_summary(scripted, text, capsys):
     assert main(["train", "run.log_every=2", "run.dir=some/where", "run.name=mine", text, *SMALL]) == 0
     config, options = handle.launched[0]
     assert (config.run.name, config.run.dir) == ("mine", os.path.abspath("some/where"))
-    assert (options["address"], options["resume"]) == (None, False)
+    assert (options["address"], options["resume"], options["config_file"]) == (None, False, None)
     assert [file.path for file in options["files"].sources[0].files] == [config.data.sources[0].path]
     assert handle.is_closed
     lines = capsys.readouterr().out.splitlines()

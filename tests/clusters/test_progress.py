@@ -3,8 +3,10 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
+from nlray.checkpoint import write_manifest, write_part
 from nlray.clusters.live import LiveView
 from nlray.clusters.progress import (
     PlainView,
@@ -14,6 +16,7 @@ from nlray.clusters.progress import (
     format_bytes,
     format_count,
     format_seconds,
+    resume_line,
     summary_lines,
 )
 from nlray.config_loading import load_config
@@ -106,7 +109,20 @@ def test_plan_names_run_folder_model_and_levels(config):
 
 def test_summary_of_a_failed_run_without_figures(config):
     lines = summary_lines("failed", None, config)
-    assert lines[0] == "failed" and any("nlray resume d" in line for line in lines)
+    assert lines[0] == "failed" and "  nothing to resume: there is no complete checkpoint" in lines
+
+
+def test_an_end_says_from_where_the_run_can_be_resumed(config, tmp_path):
+    run_dir = f"{tmp_path}/a run"
+    assert resume_line(run_dir, None) == "  nothing to resume: there is no complete checkpoint"
+    for step in (10, 20):
+        url = f"{run_dir}/checkpoints/step_{step:09d}"
+        write_manifest(url, step, [write_part(url, "sequence_0.safetensors", {"param/a": torch.ones(1)})], {})
+    (tmp_path / "a run" / "checkpoints" / "step_000000020" / "manifest.json").unlink()
+    assert resume_line(run_dir, None) == f"  nlray resume '{run_dir}'  # from step_000000010"
+    assert resume_line("d", {"checkpoint": "d/checkpoints/step_000000020"}) == "  nlray resume d  # from step_000000020"
+    assert resume_line("d", {"checkpoint": None}) == "  nothing to resume: there is no complete checkpoint"
+    assert resume_line("nothing-here://d", None) == "  nlray resume nothing-here://d  # once nothing-here://d can be read"
 
 
 def test_summary_with_missing_figures(config):

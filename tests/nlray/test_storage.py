@@ -70,15 +70,18 @@ def test_file_systems_are_reached_through_one_module():
     assert set(found) <= {"nlray/storage.py"}
 
 
-def test_a_copy_of_a_folder_keeps_what_the_source_deletes_and_is_of_this_source_only(tmp_path: Path):
+def test_a_copy_of_a_folder_keeps_what_the_source_deletes_and_replaces_files_of_the_same_name_only(tmp_path: Path):
     source, copy = tmp_path / "source", tmp_path / "copy"
     source.mkdir()
     copy.mkdir()
     (source / "a.safetensors").write_bytes(b"1")
-    (copy / "stale").write_bytes(b"0")
+    (copy / "notes.txt").write_bytes(b"0")
+    (tmp_path / "before").write_bytes(b"0")
+    os.link(tmp_path / "before", copy / "a.safetensors")
     copy_folder(str(source), str(copy))
     (source / "a.safetensors").unlink()
-    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {"a.safetensors": b"1"}
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {"a.safetensors": b"1", "notes.txt": b"0"}
+    assert (tmp_path / "before").read_bytes() == b"0"
     copy_folder(str(copy), "memory://test-copy/init")
     assert fsspec.filesystem("memory").cat_file("/test-copy/init/a.safetensors") == b"1"
     with pytest.raises(FileNotFoundError):
