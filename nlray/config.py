@@ -428,6 +428,14 @@ class ResourcesConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankResourcesConfig(ResourcesConfig):
+    """As ResourcesConfig: a rank has little to do."""
+
+    cpus: Units = 0.1
+    """Logical CPUs; also sets the actor's torch threads (at least one) unless `threads` does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscaleConfig(Section):
     """How many ranks a level has while the run goes on."""
 
@@ -483,7 +491,7 @@ class LevelConfig(Section):
     """Weight of the layer's own output in the delta rule's error; 1 is the paper."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the level; its clipping is over the whole level."""
-    resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(cpus=0.1))
+    resources: RankResourcesConfig = field(default_factory=RankResourcesConfig)
     """Of each rank."""
     autoscale: AutoscaleConfig | None = None
     """Lets the run change `ranks` itself; null: only `nlray scale` does."""

@@ -79,7 +79,8 @@ def test_ten_such_steps_in_a_row_end_the_run(small):
 
 
 def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
-    diverging = ["sequence.optimizer.lr=1e30", "sequence.optimizer.schedule.warmup=0"]
+    # Each step multiplies the matrices by a million.
+    diverging = ["sequence.optimizer.lr=1000", "sequence.optimizer.weight_decay=1000", "sequence.optimizer.schedule.warmup=0"]
     config = small("recovery.checkpoint_every=2", "memory.levels.medium=null", "memory.levels.slow=null", "run.steps=60", *diverging)
     status, _, events = run_to_end(config)
     assert status.state == "failed" and status.exit_code == 1

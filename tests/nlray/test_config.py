@@ -1,6 +1,6 @@
 """The configuration: presets load, overrides merge, mistakes are one line that names the key, and it goes round through YAML."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlray.config import Config
+from nlray.config import Config, LevelConfig
 from nlray.config_loading import PRESETS, config_from_dict, config_to_yaml, default_run_name, load_config, with_absolute_paths, with_run
 from nlray.errors import UserError
 
@@ -103,6 +103,23 @@ def test_options_of_the_defaults_hold_for_levels_with_the_same_optimizer_only():
     assert levels["slow"].optimizer.options == {} and levels["slow"].optimizer.lr == 0.5
     assert levels["medium"].optimizer.options == {"beta3": 0.99, "alpha": 1.0}
     assert levels["fast"].optimizer.options == {"beta3": 0.99}
+
+
+def test_what_a_section_does_not_set_is_as_without_the_section():
+    resources = (
+        load_config("tiny", ["memory.levels.slow.resources.custom={far: 1}", "memory.defaults.resources.threads=2"])
+        .levels["slow"]
+        .resources
+    )
+    assert (resources.cpus, resources.threads, resources.custom) == (0.1, 2, {"far": 1.0})
+    # A section of which only some keys are given is made by its class: so every default must be that of the class.
+    sections = [(Config, f) for f in fields(Config)]
+    for schema, f in sections:
+        if is_dataclass(f.type):
+            assert f.default_factory() == f.type(), (schema, f.name)
+            sections += [(f.type, g) for g in fields(f.type)]
+        elif f.type == dict[str, LevelConfig]:
+            sections += [(LevelConfig, g) for g in fields(LevelConfig)]
 
 
 @pytest.mark.parametrize(("period", "delay", "visible"), [(1, None, 0), (4, None, 4), (64, None, 8), (64, 0, 0), (1, 1, 1)])
