@@ -27,7 +27,7 @@ from nlray.actors.transports import wait_for
 from nlray.actors.types import ENDED, RunStatus
 from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, newest_written, read_manifest
 from nlray.config import Config
-from nlray.config_loading import parse_config, with_absolute_paths
+from nlray.config_loading import parse_run_config, with_absolute_paths
 from nlray.errors import NlrayError, UserError
 from nlray.initial import check_initial
 from nlray.levels import LevelPlan
@@ -267,7 +267,7 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
         if fs.exists(posixpath.join(path, MANIFEST)):
             raise UserError(f"{run_dir}: allowed: a run's folder, or that of a checkpoint, named RUN_DIR/checkpoints/step_XXXXXXXXX")
         raise UserError(f"{run_dir}: holds no run (no config.yaml)")
-    config = parse_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    config = parse_run_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
     if config.run.dir is None or absolute(config.run.dir) != absolute(run_dir):
         raise UserError(f"run.dir is {config.run.dir}; a resumed run goes on in its own folder, {run_dir}")
     return config

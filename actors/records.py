@@ -14,7 +14,7 @@ from typing import Any
 from nlray.actors.journal import LAUNCHED, STATE
 from nlray.actors.types import ENDED, RunState, RunStatus
 from nlray.config import Config
-from nlray.config_loading import parse_config
+from nlray.config_loading import parse_run_config
 from nlray.errors import UserError
 from nlray.metrics import EVENTS, METRICS, SUMMARY, read_events, read_rows, warn_once
 from nlray.trust import DAMAGED, read_bounded, read_object, require_regular
@@ -102,7 +102,7 @@ def read_records(run_dir: str) -> Records | None:
         return None
     run_dir = run_dir.rstrip("/")
     # The folder may have been moved.
-    config = parse_config(file, text, [f"run.dir={json.dumps(run_dir)}"])
+    config = parse_run_config(file, text, [f"run.dir={json.dumps(run_dir)}"])
     state = _read_or_empty(f"{run_dir}/{STATE}", _is_state)
     if state and state["status"] == LAUNCHED:
         state = None

@@ -14,7 +14,7 @@ import torch
 
 from nlray.checkpoint import latest_checkpoint, load_parameters
 from nlray.config import Config
-from nlray.config_loading import parse_config
+from nlray.config_loading import parse_run_config
 from nlray.evals.generate import generate
 from nlray.evals.streaming import stream_losses
 from nlray.models.lm import LanguageModel, build_model
@@ -27,7 +27,7 @@ GENERATED_TOKENS = 10_000
 
 
 def load(run_dir: str) -> tuple[Config, LanguageModel]:
-    config = parse_config(run_dir, (Path(run_dir) / "config.yaml").read_text())
+    config = parse_run_config(run_dir, (Path(run_dir) / "config.yaml").read_text())
     model = build_model(config, config.model.vocab_size, seed=None)
     model.load_state_dict(load_parameters(latest_checkpoint(run_dir)))
     return config, model.eval()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config
-from nlray.config_loading import parse_config
+from nlray.config_loading import parse_run_config
 from nlray.errors import CheckpointError, UserError
 from nlray.trust import confirm, read_bounded
 
@@ -58,7 +58,7 @@ def checkpoint_config(checkpoint: str) -> Config:
     text = read_bounded(url)
     if text is None:
         raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder")
-    return parse_config(url, text)
+    return parse_run_config(url, text)
 
 
 def run_dir_of(checkpoint: str) -> str:

@@ -15,6 +15,7 @@ from nlray.config import Config, OptimizerConfig
 from nlray.config_values import Scalar, build, shown
 from nlray.config_yaml import dump_yaml, load_yaml
 from nlray.errors import UserError
+from nlray.old_configs import upgraded
 from nlray.storage import absolute
 from nlray.trust import confirm, read_bounded
 
@@ -47,6 +48,11 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
 def parse_config(name: str, text: str | bytes, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
     """Return the checked configuration of a YAML text with overrides; `name` is for messages. Raises as `load_config`."""
     return _parse(_load_mapping(name, text), overrides, default_name)
+
+
+def parse_run_config(name: str, text: str | bytes, overrides: list[str] | None = None) -> Config:
+    """Return the configuration that a run wrote, of an earlier version of nlray too, with overrides. Raises as `load_config`."""
+    return _parse(upgraded(_load_mapping(name, text)), overrides, None)
 
 
 def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str | None) -> Config:
@@ -145,7 +151,7 @@ def _read_init(init: str, run_dir: str) -> dict[str, Any]:
         raise UserError(f"init: {init}: {name} cannot be read: {error}") from error
     if content is None:
         raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`")
-    plain = _load_mapping(name, content)
+    plain = upgraded(_load_mapping(name, content))
     kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}
     data = plain.get("data")
     taken = {key: data[key] for key in ("tokenizer", "end_token", "begin_token") if key in data} if isinstance(data, dict) else {}

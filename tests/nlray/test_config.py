@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlray.config import Config, LevelConfig
-from nlray.config_loading import PRESETS, config_from_dict, config_to_yaml, default_run_name, load_config, with_absolute_paths, with_run
+from nlray.config_loading import (
+    PRESETS,
+    config_from_dict,
+    config_to_yaml,
+    default_run_name,
+    load_config,
+    parse_config,
+    parse_run_config,
+    with_absolute_paths,
+    with_run,
+)
 from nlray.errors import UserError
 
 PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "presets").glob("*.yaml"))
@@ -261,3 +271,13 @@ def test_a_configuration_file_in_the_home_folder_is_read(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("run: {steps: 7}\nmodel: {kind: transformer}\n")
     assert load_config("~/mine.yaml").run.steps == 7
     assert load_config(f"file://{tmp_path}/mine.yaml").run.steps == 7
+
+
+def test_what_a_run_of_an_earlier_version_wrote_means_the_same():
+    """Every source had `text_column: text`, which text files refuse today where a user names it."""
+    written = config_to_yaml(load_config("tiny", ["data.sources=[a.parquet,{path: b.parquet, text_column: body}]"]))
+    earlier = written.replace("text_column: null", "text_column: text")
+    assert earlier != written
+    assert parse_run_config("config.yaml", earlier) == parse_run_config("config.yaml", written)
+    assert [source.text_column for source in parse_run_config("config.yaml", earlier).data.sources] == [None, "body"]
+    assert parse_config("mine.yaml", earlier).data.sources[0].text_column == "text"
