@@ -8,16 +8,19 @@ cluster.close()
 import logging
 import os
 import secrets
+import stat
+import tempfile
 import threading
 from contextlib import suppress
 
 import psutil
 import ray
+from ray._common.utils import get_default_system_temp_dir
 from ray._raylet import AuthenticationTokenLoader
 from ray._raylet import Config as RayConfig
 
 from nlray.actors.nodes import LOOPBACK
-from nlray.actors.processes import end_processes, family, is_running, ray_signals_off, signals_held
+from nlray.actors.processes import apart, end_processes, family, is_running, ray_signals_off, signals_held
 
 HEADS = ("gcs_server", "raylet")
 WATCH_S = 0.5
@@ -35,10 +38,15 @@ class OwnCluster:
         self._outer = set_environment(_environment())
         set_loopback(True)
         try:
-            with signals_held(), ray_signals_off():
+            with signals_held(), ray_signals_off(), apart():
                 # Not the cluster that RAY_ADDRESS or a local `ray start` offers: that is joined with --address.
                 context = ray.init(
-                    address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=os.path.join(private_folder(), "ray"),
                 )
         except BaseException:
             with suppress(Exception):
@@ -106,6 +114,23 @@ class Connection:
             self._own.close()
         elif self._is_joined:
             ray.shutdown()
+
+
+def private_folder() -> str:
+    """Return a folder that only this user can enter, for the files of Ray: all that Ray makes is everybody's to write (mode 0777).
+
+    Whoever can write there can put a socket of their own in the place of a raylet's.
+    """
+    parent = get_default_system_temp_dir()
+    path = os.path.join(parent, f"nlray-{os.getuid()}")
+    with suppress(FileExistsError):  # a file or a link
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    found = os.lstat(path)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+        os.chmod(path, 0o700)
+        return path
+    # Somebody else has that name.
+    return tempfile.mkdtemp(prefix="nlray-", dir=parent)
 
 
 def _environment() -> dict[str, str | None]:

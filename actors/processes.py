@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import psutil
 import ray
@@ -112,6 +113,21 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number in came:
             signal.raise_signal(number)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Have Ray start its processes in process groups of their own within the block.
+
+    A signal to this process's group (Ctrl-C in a terminal, `timeout`) is for this process, which has the run stop in order.
+    """
+    services = ray._private.services
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 @contextmanager

@@ -142,7 +142,6 @@ def train(
     source, overrides = split_arguments(arguments or [])
     name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
     config = load_config(source, overrides, default_name=name, trust=trust)
-    config = load_config(source, overrides, default_name=name, trust=trust)
     config_file = None if source in PRESETS else source
     return train_run(config, context.obj.signals, address=address, config_file=config_file, debug=debug)
 

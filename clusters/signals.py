@@ -3,16 +3,19 @@
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
 NUMBERS = [n for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if (n := getattr(signal, name, None)) is not None]
+TWICE_S = 0.2  # `timeout` sends each signal to the command and then to its process group, so to the command twice
 
 
 class StopSignals:
     """Within the context a signal raises KeyboardInterrupt, once: what comes then is cleaning up, and another one is only noted.
 
-    A third one in a row ends the process at once. A signal that this process was told to ignore (`nohup`) stays ignored.
+    A third one in a row ends the process at once. The same signal again within TWICE_S does not count. A signal that this process was told
+    to ignore (`nohup`) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -21,6 +24,7 @@ class StopSignals:
         """True: something ends in order when `received` is looked at, so the first signal is only noted."""
         self.has_raised = False
         self._is_cleaning_up = False
+        self._last_s = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -48,6 +52,9 @@ class StopSignals:
         return "interrupted" if self.status == 128 + signal.SIGINT else f"ended by {signal.Signals(self.status - 128).name}"
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        before_s, self._last_s = self._last_s, time.monotonic()
+        if self.received and self.received[-1] == number and self._last_s - before_s < TWICE_S:
+            return
         self.received.append(number)
         if self._is_cleaning_up:
             if len(self.received) > 2:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from nlray.checkpoint import latest_checkpoint
+from nlray.clusters import signals as signals_module
 from nlray.clusters.output import LastingOutput
 from nlray.clusters.signals import NUMBERS, StopSignals
 
@@ -52,6 +53,7 @@ print("joined", ray.nodes())
 def test_a_signal_raises_once_and_the_third_would_end_the_process(number, monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(signals_module, "TWICE_S", 0.0)
     before = signal.getsignal(number)
     with StopSignals() as signals:
         with pytest.raises(KeyboardInterrupt):
@@ -71,6 +73,14 @@ def test_a_signal_is_only_noted_where_something_ends_in_order():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert signals.status == 128 + signal.SIGHUP
+
+
+def test_a_signal_that_is_sent_twice_at_once_counts_once():
+    with StopSignals() as signals:
+        signals.is_orderly = True
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == [signal.SIGTERM]
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
@@ -186,11 +196,16 @@ def test_a_local_run_is_on_loopback_with_a_token_and_outlasts_its_terminal_by_a_
     run.find("raylet")
     open_ports = [(p.name(), c.laddr) for p in run.family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     assert len(open_ports) > 8 and {a.ip for _, a in open_ports} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, open_ports
+    # A signal to the command's group is the command's alone, and no other user can put sockets in the place of Ray's.
+    assert run.process.pid not in {os.getpgid(p.pid) for p in run.family if p.is_running() and p.pid != run.process.pid}
+    (socket,) = [a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--raylet_socket_name=")]
+    private = Path(socket).parents[3]
+    assert private.stat().st_mode & 0o777 == 0o700 and private.stat().st_uid == os.getuid()
     for join in joins:
         out, _ = join.communicate(timeout=LIMIT_S)
         assert join.returncode != 0 and "joined" not in out and "oken" in out, out
     os.close(terminal)
-    os.killpg(run.process.pid, signal.SIGHUP)  # as the kernel does where the terminal is the session's: to all processes, Ray's too
+    os.killpg(run.process.pid, signal.SIGHUP)  # as the kernel does where the terminal is the session's
     assert run.end()[0] == 128 + signal.SIGHUP
     summary = json.loads((run.dir / "summary.json").read_text())
     assert summary["status"] == "stopped" and latest_checkpoint(str(run.dir)) == summary["checkpoint"]
