@@ -32,7 +32,10 @@ def resized(config: Config, sizes: Mapping[str, int]) -> Config:
         UserError: one that the configuration does not allow.
     """
     levels = {n: replace(level, ranks=sizes.get(n, level.ranks)) for n, level in config.memory.levels.items()}
-    sequence = replace(config.sequence, workers=sizes.get(SEQUENCE, config.sequence.workers))
+    try:
+        sequence = replace(config.sequence, workers=sizes.get(SEQUENCE, config.sequence.workers))
+    except UserError as error:
+        raise UserError(f"sequence.{error}") from error
     return replace(config, sequence=sequence, memory=replace(config.memory, levels=levels))
 
 

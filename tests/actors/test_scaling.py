@@ -92,6 +92,11 @@ def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_unde
     others.close()
 
 
+def test_a_size_that_the_configuration_refuses_is_told_with_its_key(small):
+    with pytest.raises(UserError, match=r"^sequence\.global_batch is 4; allowed: a multiple of sequence\.workers=3$"):
+        check_sizes(small(), level_plans(small(), 257), {"sequence": 3})
+
+
 def test_more_workers_than_a_rank_can_serve_are_refused(small):
     """At a launch, and asked of a run that goes on; without levels there is nothing to serve."""
     config = small("sequence.global_batch=81")

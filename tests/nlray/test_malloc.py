@@ -12,14 +12,15 @@ import resource, sys, torch
 from nlray.malloc import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
-def faults():
-    # Together larger than what glibc keeps by itself.
-    for _ in range(3):
-        tensors = [torch.ones(4 << 20) for _ in range(8)]
+def faults(rounds):
+    # Each larger than the 32 MiB up to which glibc may keep one by itself.
+    for _ in range(rounds):
+        tensors = [torch.ones(12 << 20) for _ in range(4)]
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before = faults()
-print(faults() - before)
+# What small objects leave of the heap's end is found in the first rounds.
+before = faults(6)
+print(faults(3) - before)
 """
 
 
