@@ -24,7 +24,7 @@ from nlray.actors.processes import END_S
 from nlray.actors.rescale import check_workers
 from nlray.actors.seat import Behaviours
 from nlray.actors.transports import wait_for
-from nlray.actors.types import ENDED, RunStatus
+from nlray.actors.types import RunStatus
 from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, newest_written, read_manifest
 from nlray.config import Config
 from nlray.config_loading import parse_run_config, with_absolute_paths
@@ -101,9 +101,11 @@ class RunHandle:
     def poll(self) -> RunStatus:
         """Return the state, and the rows and events since the last poll; `recovering` while the conductor is started again."""
         status = self._follower.poll()
-        if self._connection.lost is None or status.state in ENDED:
+        # Only a conductor that has ended the run has a summary.
+        lost = None if status.summary is not None else self._connection.lost
+        if lost is None:
             return status
-        return replace(status, state="failed", message=f"{self._connection.lost}; {way_back(self.client.run_dir)}", exit_code=1)
+        return replace(status, state="failed", message=f"{lost}; {way_back(self.client.run_dir)}", exit_code=1)
 
     def request_stop(self) -> None:
         """Have the run stop after the step under way, with a checkpoint."""

@@ -27,13 +27,12 @@ WATCH_S = 0.5
 
 
 class OwnCluster:
-    """A Ray cluster of this process. lost: which part of it is gone, in words; None while all stand.
+    """A Ray cluster of this process.
 
     Once a part is gone the rest is killed: without it Ray waits for a minute, and calls of actors wait for their whole limit.
     """
 
     def __init__(self, *, num_cpus: int) -> None:
-        self.lost: str | None = None
         before = set(psutil.Process().children())
         self._outer = set_environment(_environment())
         set_loopback(True)
@@ -56,9 +55,18 @@ class OwnCluster:
             raise
         self._session = context.address_info["session_dir"]
         self._children = {child: child.name() for child in set(psutil.Process().children()) - before}
+        self._lost: str | None = None
         self._is_closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="own cluster", daemon=True)
         self._watcher.start()
+
+    @property
+    def lost(self) -> str | None:
+        """Which part of the cluster is gone, in words, once the rest is killed; None while all stand."""
+        if self._first_gone() is None or self._is_closed.is_set():
+            return None
+        self._watcher.join()
+        return self._lost
 
     def close(self) -> None:
         """End the cluster, and what is left of its processes."""
@@ -71,11 +79,16 @@ class OwnCluster:
 
     def _watch(self) -> None:
         while not self._is_closed.wait(WATCH_S):
-            gone = [child for child, name in self._children.items() if name in HEADS and not is_running(child)]
-            if gone:
-                self.lost = f"the Ray cluster of this run is gone: its {self._children[gone[0]]} (process {gone[0].pid}) has ended"
+            gone = self._first_gone()
+            if gone is not None:
+                self._lost = f"the Ray cluster of this run is gone: its {self._children[gone]} (process {gone.pid}) has ended"
                 end_processes(self._processes())
                 return
+
+    def _first_gone(self) -> psutil.Process | None:
+        """Return a head process that has ended; the gcs_server where both have, since a raylet ends for want of it."""
+        gone = [child for child, name in self._children.items() if name in HEADS and not is_running(child)]
+        return min(gone, key=lambda child: HEADS.index(self._children[child]), default=None)
 
     def _processes(self) -> list[psutil.Process]:
         """Return the processes of this cluster, also those that a raylet has left behind: they keep logs of the session open."""
