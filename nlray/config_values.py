@@ -57,10 +57,15 @@ class Range:
 
     def __str__(self) -> str:
         if self.least is not None and (self.most, self.below) != (None, None):
-            return f"{self.least:.19g} to {f'below {self.below:.19g}' if self.most is None else f'{self.most:.19g}'}"
+            return f"{_digits(self.least)} to {f'below {_digits(self.below)}' if self.most is None else _digits(self.most)}"
         words = {"more than": self.above, "": self.least, "less than": self.below, "at most": self.most}
-        parts = [f"{word} {end:.19g}" if word else f"{end:.19g} or more" for word, end in words.items() if end is not None]
+        parts = [f"{word} {_digits(end)}" if word else f"{_digits(end)} or more" for word, end in words.items() if end is not None]
         return ", ".join(parts)
+
+
+def _digits(end: float) -> str:
+    """Return an end of a range as one would write it, a whole number with all its digits."""
+    return f"{end:.17g}" if isinstance(end, float) and end == int(end) else str(end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,9 +77,15 @@ class ArrowReader:
 
 
 def _batch_sizes(source: pa.NativeFile) -> list[int]:
-    """Return the bytes of each record batch of a memory-mapped IPC file, whose messages follow its first 8 bytes as a stream does."""
+    """Return the bytes of each record batch of a memory-mapped IPC file, whose messages follow its first 8 bytes as a stream does.
+
+    An empty list where they do not: polars leaves out the length of the first message, which readers of files find by the footer.
+    """
     source.seek(8)
-    return [stop - start for start, stop in _index_stream(source)[2]]
+    try:
+        return [stop - start for start, stop in _index_stream(source)[2]]
+    except (OSError, pa.ArrowInvalid):
+        return []
 
 
 def _index_stream(source: pa.NativeFile) -> tuple[pa.Schema, list[tuple[int, int]], list[tuple[int, int]]]:

@@ -108,7 +108,13 @@ class CsvReader:
             header.decode()
         except UnicodeDecodeError as error:
             raise pa.ArrowInvalid("the header is not UTF-8") from error
+        if b"\r" in header.rstrip(b"\r\n") and b'"' not in header:
+            raise pa.ArrowInvalid("its lines end in CR alone; allowed: LF, or CR and LF")
         names = pacsv.read_csv(pa.BufferReader(header + b"\n"), parse_options=pacsv.ParseOptions(delimiter=self._separator)).column_names
+        is_wanted = len(names) > 1 or names[0] == text_column(self._config)
+        other = None if is_wanted else next((mark for mark in ";\t|," if mark in names[0]), None)
+        if other is not None:
+            raise pa.ArrowInvalid(f"its header has the separator {other!r}; allowed: {self._separator!r} (,: format csv; tabs: format tsv)")
         return names, begin + len(header)
 
     def _find_units(self, first: int) -> tuple[list[int], int | None]:

@@ -147,3 +147,8 @@ def test_an_option_of_an_optimizer_works_or_is_one_line_that_names_it(name, opti
             assert option in str(error) and "\n" not in str(error), (value, str(error))
         else:
             check_step(given)
+
+
+def test_a_range_is_told_in_the_digits_that_one_would_write() -> None:
+    told = [str(rule) for rule in (Range(1e-6, 1e6), Range(0, 2**63 - 1), Range(above=0, most=0.1))]
+    assert told == ["1e-06 to 1000000", "0 to 9223372036854775807", "more than 0, at most 0.1"]

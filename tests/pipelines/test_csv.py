@@ -136,3 +136,23 @@ def test_csv_beside_other_tables_is_left_out_of_a_folder(tmp_path: Path) -> None
     (tmp_path / "t.jsonl").write_text('{"text": "line"}\n')
     assert read_texts(open_source(SourceConfig(path=str(tmp_path)))) == ["line"]
     assert read_texts(open_source(SourceConfig(path=str(tmp_path), format="csv"))) == ["row"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xef\xbb\xbftext;lang\r\na,b;de\r\n", "separator ';'"),
+        (b"sep=;\r\ntext;lang\r\na;de\r\n", "separator ';'"),
+        (b"text\tlang\na\tde\n", r"separator '\\t'"),
+        (b"text,lang\ra,de\rb,en\r", "lines end in CR alone"),
+    ],
+)
+def test_other_separators_and_line_ends_are_told(tmp_path: Path, data_config: Callable, content: bytes, told: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.csv: cannot be read as csv: .*{told}"):
+        check_sources(data_config(tmp_path / "a.csv"))
+
+
+def test_the_one_column_that_is_asked_for_may_hold_other_separators(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"a;b\nx\n")
+    assert read_texts(open_source(SourceConfig(path=str(tmp_path / "a.csv"), text_column="a;b"))) == ["x"]

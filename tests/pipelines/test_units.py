@@ -160,3 +160,14 @@ def test_lanes_and_evaluation_of_a_tiny_source_end(tmp_path: Path) -> None:
         BlockStream(DataConfig(sources=config.sources, eval_fraction=0), seq_len=64, seed=0, in_order=True), lanes=2, length=8
     )
     assert np.isin(lanes.take(2).blocks, [*b"hi", 256]).all()
+
+
+def test_an_arrow_file_whose_first_message_has_no_length_is_read(tmp_path: Path) -> None:
+    """The files of polars: readers find the schema by the footer."""
+    path, table = tmp_path / "a.arrow", pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    content = bytearray(path.read_bytes())
+    content[8:16] = b"\x04\0\0\0\xf2\xff\xff\xff"
+    path.write_bytes(content)
+    assert open_source(SourceConfig(path=str(path))).read(0).text.to_pylist() == [b"a", b"b"]
