@@ -39,13 +39,19 @@ def test_a_folder_that_holds_its_own_run_gives_the_bits_of_the_folder_alone(here
     config = here("beside", "run.stop_after=6")
     stopped, _, events = run_to_end(config)
     assert stopped.state == "stopped"
-    assert any("3 files read; left out: files of runs: " in event and "(runs/alone/.lock, " in event for event in events)
+    (said,) = [event for event in events if "3 files read; left out: " in event]
+    assert "files of runs: " in said and "(runs/alone/.lock, " in said
     (notes / "part_00b.txt").write_text("added while the run was stopped " * 99)
     resumed, _, events = run_to_end(resume_config(config.run.dir, []), resume=True)
     assert any("1 files are new since the run began" in event for event in events)
     assert resumed.summary["digest"] == alone.summary["digest"]
     files = read_list(config.run.dir)
     assert files is not None and [os.path.basename(file.path) for file in files.sources[0].files] == [f"part_0{i}.txt" for i in range(3)]
+
+
+def times(run_dir: str) -> list[tuple[Path, int]]:
+    """Return when each file of a run was changed; its lock says who looked last."""
+    return sorted((path, path.stat().st_mtime_ns) for path in Path(run_dir).rglob("*") if path.name != ".lock" and path.is_file())
 
 
 def test_changed_data_are_refused_and_moved_data_go_on(here: Callable[..., Config], notes: Path) -> None:
@@ -55,12 +61,12 @@ def test_changed_data_are_refused_and_moved_data_go_on(here: Callable[..., Confi
     first = notes / "part_00.txt"
     content = first.read_text()
     first.write_text(content[:-9] + "otherwise")
-    before = sorted((path, path.stat().st_mtime_ns) for path in Path(config.run.dir).rglob("*"))
+    before = times(config.run.dir)
     with pytest.raises(DataError, match=rf"^data.sources\[0\]: {first} has changed since the run began"):
         launch(resume_config(config.run.dir, []), resume=True)
     with pytest.raises(UserError, match=r"^data.sources\[0\].weight is 2"):
         launch(resume_config(config.run.dir, [f"data.sources=[{{path: {notes}, weight: 2}}]", "data.eval_fraction=0.2"]), resume=True)
-    assert sorted((path, path.stat().st_mtime_ns) for path in Path(config.run.dir).rglob("*")) == before
+    assert times(config.run.dir) == before
     first.write_text(content)
     (notes / "moved").mkdir()
     for old, new in (("part_00", "z"), ("part_01", "part_01"), ("part_02", "a")):
