@@ -16,8 +16,8 @@ from nlray.actors.types import ENDED, RunState, RunStatus
 from nlray.config import Config
 from nlray.config_loading import parse_run_config
 from nlray.errors import UserError
-from nlray.metrics import EVENTS, METRICS, SUMMARY, read_events, read_rows, warn_once
-from nlray.trust import DAMAGED, read_bounded, read_object, require_regular
+from nlray.metrics import EVENTS, SUMMARY, read_events, read_rows, warn_once
+from nlray.trust import DAMAGED, read_bounded, read_object
 
 _ADDRESS = re.compile(r"[\w.\-]+:\d+|\[[\da-fA-F:.]+\]:\d+")
 _LARGEST = 1 << 62
@@ -63,12 +63,10 @@ class Records:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`."""
-        require_regular(f"{self.run_dir}/{METRICS}")
         return read_rows(self.run_dir)
 
     def events(self) -> list[dict[str, Any]]:
         """Return the lines of `events.jsonl`."""
-        require_regular(f"{self.run_dir}/{EVENTS}")
         found = read_events(self.run_dir)
         kept = [event for event in found if 0 <= event["time"] < _LAST_TIME]
         if len(kept) < len(found):

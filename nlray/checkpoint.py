@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -109,6 +110,7 @@ def read_manifest(url: str, *, verify: bool = True) -> Manifest:
     """
     fs, path = locate(url)
     try:
+        _require_regular(fs, posixpath.join(path, MANIFEST))
         manifest = _parse_manifest(fs.cat_file(posixpath.join(path, MANIFEST)))
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: torn checkpoint: no {MANIFEST}") from error
@@ -120,6 +122,12 @@ def read_manifest(url: str, *, verify: bool = True) -> Manifest:
         with _naming(url, file):
             _verify_file(fs, posixpath.join(path, file), what)
     return manifest
+
+
+def _require_regular(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Raise ValueError where a local path is something else than a file: reading a pipe or a device may have no end."""
+    if isinstance(fs, LocalFileSystem) and os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError("is no regular file")
 
 
 def _content_hash(plain: Mapping[str, Any]) -> str:
@@ -171,6 +179,7 @@ def _naming(url: str, file: str) -> Iterator[None]:
 
 
 def _verify_file(fs: fsspec.AbstractFileSystem, path: str, what: Mapping[str, Any]) -> None:
+    _require_regular(fs, path)
     size, digest = fs.size(path), hashlib.sha256()
     if size != what["size_bytes"]:
         raise ValueError(f"has {size} bytes, the manifest says {what['size_bytes']}")
@@ -267,7 +276,7 @@ def newest_written(run_dir: str) -> str | None:
     for url in list_checkpoints(run_dir):
         try:
             read_manifest(url, verify=False)
-        except CheckpointError:
+        except (CheckpointError, OSError):
             continue
         return url
     return None

@@ -27,6 +27,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nlray.errors import UserError
 from nlray.storage import locate, write_file
+from nlray.trust import require_regular
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -176,6 +177,7 @@ def _read_lines(url: str, needed: Mapping[str, Any], warn: Warn) -> list[dict[st
     fs, path = locate(url)
     if not fs.exists(path):
         return []
+    require_regular(url)
     *lines, _ = fs.cat_file(path).split(b"\n")
     parsed = [(number, _parse(line, needed)) for number, line in enumerate(lines, 1) if line.strip()]
     damaged = [number for number, found in parsed if found is None]

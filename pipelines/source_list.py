@@ -23,6 +23,7 @@ from nlray.pipelines.contents import fingerprint
 from nlray.pipelines.files import ENDINGS, File, counted, inspect, one_line
 from nlray.pipelines.listing import Found, find
 from nlray.storage import locate, write_file
+from nlray.trust import require_regular
 
 SOURCES = "sources.json"
 STDLIB = "stdlib:"
@@ -237,6 +238,7 @@ def read_list(run_dir: str) -> FileList | None:
     url = posixpath.join(run_dir, SOURCES)
     fs, path = locate(url)
     try:
+        require_regular(url)
         plain = json.loads(fs.cat_file(path))
         sources = [_read_source(source, plain["columns"]) for source in plain["sources"]]
         return FileList(sources=sources, tokenizer=plain["tokenizer"])

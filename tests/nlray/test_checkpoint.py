@@ -21,6 +21,7 @@ from nlray.checkpoint import (
     list_checkpoints,
     load_parameters,
     load_tensors,
+    newest_written,
     parameter_digest,
     read_manifest,
     read_shapes,
@@ -221,6 +222,10 @@ def harm_folder(folder: Path, harm: str) -> None:
         victim.write_bytes(bytes(len(data)))
     elif "nowhere" in harm:
         victim.symlink_to("nowhere")
+    elif "pipe" in harm:
+        os.mkfifo(victim)
+    elif "without an end" in harm:
+        victim.symlink_to("/dev/zero")
 
 
 HARMS = [
@@ -232,6 +237,9 @@ HARMS = [
     "a part that is a folder",
     "a part that links to itself",
     "a part of zeros",
+    "a manifest that is a pipe",
+    "a manifest without an end",
+    "a part that is a pipe",
 ]
 
 
@@ -243,6 +251,8 @@ def test_whatever_a_folder_holds_the_checkpoint_before_it_is_used(tmp_path, harm
     told = []
     assert latest_checkpoint(str(tmp_path), warn=told.append) == older
     assert len(told) == 1 and newer in told[0]
+    # What a command that ends offers to resume from; it looks at manifests only.
+    assert newest_written(str(tmp_path)) == (newer if "part" in harm else older)
 
 
 def test_any_exception_while_a_checkpoint_is_read_means_that_it_is_torn(tmp_path, monkeypatch):
