@@ -26,7 +26,6 @@ from nlray.errors import RemoteTimeoutError
 from nlray.flat import FlatLayout, as_tensor
 from nlray.levels import LevelPlan, closes_period, newest_version, open_version, visible_version
 from nlray.local_update import LocalUpdate
-from nlray.prediction import Prediction
 
 
 class RankLink(Protocol):
@@ -47,7 +46,7 @@ class LevelChannel:
     Args:
         plan: the level.
         parameters: the worker's, by name in model order. On a CPU `take_up` makes them views of the version that came, only to be read;
-            on a GPU, or where they are predicted or locally updated, it writes into them.
+            on a GPU, or where they are locally updated, it writes into them.
         ranks: one link per level rank.
         worker: this worker's index.
         exchange: mode delayed or eager.
@@ -87,9 +86,8 @@ class LevelChannel:
         self._arriving: dict[int, Future[tuple[float, list[tuple[Version, np.ndarray]]]]] = {}
         self._sent_s: dict[int, float] = {}
         self.visible = -1
-        self._prediction = Prediction(self._parameters, plan.predict) if plan.predict > 0 else None
         self._local = local
-        self._reads_in_place = device.type == "cpu" and self._prediction is None and local is None
+        self._reads_in_place = device.type == "cpu" and local is None
         self.grad_norm = math.nan
         self.bytes_pushed = 0
         self.bytes_pulled = 0
@@ -103,18 +101,14 @@ class LevelChannel:
         is_news: the run had not come to use `visible` yet; else it is read again, and not counted again.
         """
         counters = self.bytes_pulled, self.skipped_updates, self.stall_s
-        # A prediction is made of the version before, too.
-        first = visible if self._prediction is None else max(0, visible - 1)
-        self._ask(range(first, newest + 1))
-        for version in range(first, visible + 1):
-            self._take(version)
-            if version < visible or not is_news:
-                self.bytes_pulled, self.skipped_updates, self.stall_s = counters
+        self._ask(range(visible, newest + 1))
+        self._take(visible)
+        if not is_news:
+            self.bytes_pulled, self.skipped_updates, self.stall_s = counters
 
     def take_over(self, before: "LevelChannel", step: int) -> None:
         """Go on where `before`, a channel to other ranks of the same level, is after `step`; nothing waits for the new ranks."""
         self.visible, self.grad_norm, self.round_trip_s = before.visible, before.grad_norm, before.round_trip_s
-        self._prediction = before._prediction
         self._ask(range(self.visible + 1, newest_version(step, self.plan.update_period) + 1))
         self.load_accumulators(before.accumulators(), before.num_open_steps)
         self.resume_counters(before.bytes_pushed, before.bytes_pulled, before.stall_s, before.skipped_updates)
@@ -130,15 +124,12 @@ class LevelChannel:
         if due > self.visible:
             self._take(due)
         newest = newest_version(step - 1, self.plan.update_period)
-        if self._prediction is not None and newest > self.visible:
-            self._prediction.predict_()
         if self._local is not None and newest > self.visible:
             self._local.update_(newest)
 
     def true_parameters(self) -> AbstractContextManager[None]:
-        """Have the parameters be a version for a while, where they are predicted or locally updated."""
-        changed = self._prediction or self._local
-        return nullcontext() if changed is None else changed.true_parameters()
+        """Have the parameters be a version for a while, where they are locally updated."""
+        return nullcontext() if self._local is None else self._local.true_parameters()
 
     def take_newest(self, step: int) -> None:
         """Bring the parameters to the newest version after `step`, for the final evaluation."""
@@ -309,8 +300,6 @@ class LevelChannel:
         self._arriving = {v: future for v, future in self._arriving.items() if v > version}
         self._sent_s = {v: sent_s for v, sent_s in self._sent_s.items() if v > version}
         views = [v for layout, (_, array) in zip(self.layouts, received, strict=True) for v in layout.views(as_tensor(array))]
-        if self._prediction is not None:
-            self._prediction.keep_(is_next=self.visible >= 0 and version == self.visible + 1)
         if self._reads_in_place:
             # A tensor keeps the array under it, and with it what a store gave: until the next version is taken.
             for parameter, view in zip(self._parameters, views, strict=True):

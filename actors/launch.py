@@ -78,7 +78,6 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
     for name, level in config.levels.items():
         keys[f"memory.levels.{name}.update_period"] = level.update_period
         keys[f"memory.levels.{name}.delay"] = level.visible_delay
-        keys[f"memory.levels.{name}.predict"] = level.predict
         keys[f"memory.levels.{name}.local_update"] = level.local_update
         keys[f"memory.levels.{name}.in_context"] = asdict(level.in_context) if level.in_context is not None else None
         keys[f"memory.levels.{name}.optimizer.name"] = level.optimizer.name

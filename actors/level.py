@@ -136,7 +136,7 @@ class LevelRank:
         return self.pull(contribution.version)
 
     def pull(self, version: int) -> Version:
-        """Wait for a version and return it; the newest two are kept, three where a version is predicted from the two before it."""
+        """Wait for a version and return it; the newest two are kept."""
         with self._changed:
             self._wait(lambda: any(v >= version for v in self._published), f"version {version}")
             if version not in self._published:
@@ -210,8 +210,6 @@ class LevelRank:
     @property
     def _kept_versions(self) -> dict[str, int]:
         """Which versions before the newest a snapshot has, by the kind of its tensors: how many versions they are behind."""
-        if self.plan.predict > 0:
-            return {"visible": 1, "before": 2}
         return {"visible": 1} if self.plan.delay > 0 or self.config.exchange.mode == "eager" else {}
 
     # The update thread.

@@ -179,8 +179,8 @@ class SequenceWorker:
             self._prepared, self._prepared_generation = dict(levels), generation
 
     def _local_update(self, name: str) -> LocalUpdate:
-        is_summed = self.config.levels[name].local_update == "summed" and self.config.sequence.workers > 1
-        return LocalUpdate(self.level_parameters[name], self.config, name, add_up=self.group.sum_ if is_summed else None)
+        add_up = self.group.sum_ if self.config.sequence.workers > 1 else None
+        return LocalUpdate(self.level_parameters[name], self.config, name, add_up=add_up)
 
     def _channel(self, plan: LevelPlan, ranks: Sequence[RankLink]) -> LevelChannel:
         parameters, run = self.level_parameters[plan.name], self.config.run
@@ -297,7 +297,7 @@ class SequenceWorker:
         for plan in self.plans:
             sums = self._accumulators_of(plan, tensors, state["workers"])
             self._open[plan.name] = (sums, state["open_steps"][plan.name])
-        # Of other workers' number than before, each goes on where one of those was: any one's estimate of the level's updates will do.
+        # All workers have the same state; with another number of workers each takes that of one of them.
         prefix = f"local/{self.worker % state['workers']}/"
         local = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         for update in self.local_updates.values():

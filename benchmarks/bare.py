@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,14 +15,12 @@ from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
 from nlray.flat import FlatLayout
 from nlray.levels import TensorSpec, newest_version, visible_version
-from nlray.local_update import LocalUpdate
 from nlray.malloc import keep_freed_memory
 from nlray.models.compiling import compile_mlps
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream, heldout_blocks
 from nlray.pipelines.tokenizers import checked_vocab_size
-from nlray.prediction import Prediction
 
 HELDOUT_SEED = 0
 WARM_UP_STEPS = 8
@@ -31,8 +29,6 @@ LAST_STEPS = 50
 
 class Learner:
     """The parameters that one optimizer steps: those in the model, or with a delay their newest version beside it.
-
-    With local updates there is a copy of them for each worker, which is in the model while its part of a batch is (`enter`, `leave`).
     """
 
     def __init__(
@@ -44,20 +40,14 @@ class Learner:
         period: int = 1,
         grad_every: int = 1,
         delay: int = 0,
-        predict: float = 0.0,
         codec: Codec | None = None,
-        copies: Sequence[Mapping[str, Tensor]] = (),
-        updates: Sequence[LocalUpdate] = (),
     ) -> None:
         self.shown, self.period, self.grad_every, self.delay, self._clip = dict(shown), period, grad_every, delay, config.clip
         self._newest = {name: p.detach().clone() for name, p in shown.items()} if delay > 0 else self.shown
         self._optimizer = OuterOptimizer(self._newest, config, horizon=horizon)
         self._version, self._under_way = 0, {}
-        self._prediction = Prediction(list(shown.values()), predict)
         self._codec, self._layout = codec, FlatLayout([TensorSpec(name, tuple(p.shape)) for name, p in shown.items()])
-        self._copies, self._updates = [list(copy.values()) for copy in copies], list(updates)
-        self._sums: list[list[Tensor | None]] = [[None] * len(shown) for _ in copies]
-        self._left = [None if codec is None else self._layout.new_buffer() for _ in copies or [None]]
+        self._left = None if codec is None else self._layout.new_buffer()
 
     def show(self, step: int) -> None:
         """Bring the model to what `step` uses."""
@@ -66,24 +56,6 @@ class Learner:
         due = visible_version(step, self.period, self.delay)
         if due > self._version:
             self._take(due)
-        if self._prediction.share > 0 and newest_version(step - 1, self.period) > self._version:
-            self._prediction.predict_()
-        if (newest := newest_version(step - 1, self.period)) > self._version:
-            for update in self._updates:
-                update.update_(newest)
-
-    @torch.no_grad()
-    def enter(self, worker: int) -> None:
-        """Bring the model to what one worker uses; backward then adds up that one's gradients."""
-        if self._copies:
-            torch._foreach_copy_(list(self.shown.values()), self._copies[worker])
-            for parameter, gradient in zip(self.shown.values(), self._sums[worker], strict=True):
-                parameter.grad = gradient
-
-    def leave(self, worker: int) -> None:
-        """Keep the gradients of one worker."""
-        if self._copies:
-            self._sums[worker] = [p.grad for p in self.shown.values()]
 
     def show_newest(self) -> None:
         """Bring the model to the newest version."""
@@ -91,47 +63,35 @@ class Learner:
             self._take(version)
 
     def _take(self, version: int) -> None:
-        if self._prediction.share > 0:
-            self._prediction.keep_(is_next=True)
-        made = self._under_way.pop(version)
         with torch.no_grad():
-            for copy in [list(self.shown.values()), *self._copies]:
-                torch._foreach_copy_(copy, made)
-        for update in self._updates:
-            update.begin(dict(zip(self.shown, made, strict=True)))
+            torch._foreach_copy_(list(self.shown.values()), self._under_way.pop(version))
         self._version = version
 
     def update(self, step: int) -> None:
         """Step by the gradients that lie in the model, the sums over the period that ends with `step`."""
-        sums, num_steps = self._sums if self._copies else [[p.grad for p in self.shown.values()]], self.period // self.grad_every
-        pushed = [self._pushed(of_worker, left) for of_worker, left in zip(sums, self._left, strict=True)]
-        for update, gradients in zip(self._updates, pushed, strict=False):
-            update.keep({name: g.clone() for name, g in zip(self.shown, gradients, strict=True)}, num_steps)
-        for newest, *gradients in zip(self._newest.values(), *pushed, strict=True):
-            for gradient in gradients[1:]:
-                gradients[0].add_(gradient)
-            newest.grad = gradients[0].div_(num_steps)
+        pushed, num_steps = self._pushed([p.grad for p in self.shown.values()]), self.period // self.grad_every
+        for newest, gradient in zip(self._newest.values(), pushed, strict=True):
+            newest.grad = gradient.div_(num_steps)
         clip_gradients_([p.grad for p in self._newest.values()], self._clip)
         self._optimizer.step(step)
         for parameter in self.shown.values():
             parameter.grad = None
-        self._sums = [[None] * len(self.shown) for _ in self._copies]
         if self.delay > 0:
             self._under_way[newest_version(step, self.period)] = [p.clone() for p in self._newest.values()]
 
-    def _pushed(self, gradients: list[Tensor], left: Tensor | None) -> list[Tensor]:
-        """Return the sums of one worker as they come to the level."""
+    def _pushed(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Return the sums as they come to the level."""
         if self._codec is None:
             return gradients
-        torch._foreach_add_(self._layout.views(left), gradients)
-        return self._layout.views(self._codec.decode(take_code(self._codec, left), self._layout.size))
+        torch._foreach_add_(self._layout.views(self._left), gradients)
+        return self._layout.views(self._codec.decode(take_code(self._codec, self._left), self._layout.size))
 
 
 class BareLoop:
     """A model whose levels are each updated once in their period, by the period's mean gradient.
 
-    with_exchange: whether it does to a level what the exchange does in mode delayed: delay, prediction, local updates and compression;
-        else nothing. With local updates a batch goes through the model in `sequence.workers` parts, else in one.
+    with_exchange: whether it does to a level what the exchange does in mode delayed, delay and compression; else nothing. A level with
+        local updates has no delay then: its workers make each update themselves.
     """
 
     def __init__(self, config: Config, *, with_exchange: bool = False) -> None:
@@ -145,14 +105,8 @@ class BareLoop:
             compile_mlps(self.model)
         self.model.set_loss_tokens(config.sequence.global_batch * config.model.seq_len)
         self._learners = [Learner(sequence_parameters(self.model), config.sequence.optimizer, horizon=config.run.steps)]
-        updated = [name for name, level in config.levels.items() if with_exchange and level.has_local_update and level.visible_delay > 0]
-        self._num_workers = config.sequence.workers if updated else 1
-        if summed := [name for name in updated if config.levels[name].local_update == "summed" and self._num_workers > 1]:
-            raise UserError(f"memory.levels.{summed[0]}.local_update is summed; allowed for the bare loop with several workers: none, own")
         for name, parameters in level_parameters(self.model).items():
-            level, copies = config.levels[name], []
-            if name in updated:
-                copies = [{n: p.detach().clone() for n, p in parameters.items()} for _ in range(self._num_workers)]
+            level = config.levels[name]
             self._learners.append(
                 Learner(
                     parameters,
@@ -160,11 +114,8 @@ class BareLoop:
                     horizon=config.run.steps,
                     period=level.update_period,
                     grad_every=level.grad_every,
-                    delay=level.visible_delay if with_exchange else 0,
-                    predict=level.predict if with_exchange else 0.0,
+                    delay=level.visible_delay if with_exchange and not level.local_update else 0,
                     codec=codec_of(config.exchange.compression) if with_exchange else None,
-                    copies=copies,
-                    updates=[LocalUpdate(copy, config, name) for copy in copies],
                 )
             )
 
@@ -174,19 +125,12 @@ class BareLoop:
             learner.show(step)
             for parameter in learner.shown.values():
                 parameter.requires_grad_(step % learner.grad_every == 0)
-        total = torch.zeros(())
-        for worker, part in enumerate(blocks.chunk(self._num_workers)):
-            for learner in self._learners:
-                learner.enter(worker)
-            loss = self.model.token_losses(part)[0].mean() / self._num_workers
-            loss.backward()
-            total += loss.detach()
-            for learner in self._learners:
-                learner.leave(worker)
+        loss = self.model.token_losses(blocks)[0].mean()
+        loss.backward()
         for learner in self._learners:
             if step % learner.period == 0:
                 learner.update(step)
-        return total
+        return loss.detach()
 
     def show_newest(self) -> None:
         """Bring the model to the newest version of every level, as after the last step."""

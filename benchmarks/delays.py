@@ -1,10 +1,9 @@
 """What a delay, fewer gradients and compression cost in loss: `python -m benchmarks.delays [--only NAME] [--seeds N] [key=value ...]`.
 
-table  300 steps of the preset tiny by the plain loop, which delays, predicts and compresses as the exchange does: held-out loss, and
-       training loss over the last 50 steps, each beside the run of the same seed without any of it. Pairs share data and initial
-       parameters; `nothing but rounding` changes an epsilon and with it only the last bits. With local updates each of W workers makes
-       its own, of its part of the batch. Hours. Each finished run is a JSON line in --out; runs that are there are not done again, so it
-       can be stopped and started at will.
+table  300 steps of the preset tiny by the plain loop, which delays and compresses as the exchange does: held-out loss, and training
+       loss over the last 50 steps, each beside the run of the same seed without any of it. Pairs share data and initial parameters;
+       `nothing but rounding` changes an epsilon and with it only the last bits. Hours. Each finished run is a JSON line in --out; runs
+       that are there are not done again, so it can be stopped and started at will.
 cost   CPU time of a step with `grad_every`, in turns of 16 steps.
 """
 
@@ -30,7 +29,6 @@ STEPS = 300
 STEPS_A_TURN = 16
 NO_DELAY = [f"memory.levels.{name}.delay=0" for name in LEVELS]
 WHOLE_PERIODS = [f"memory.levels.{name}.delay={period}" for name, period in LEVELS.items()]
-LOCAL_UPDATE = "memory.levels.fast.local_update=own"
 LESS_MOMENTUM = "memory.levels.fast.optimizer.betas=[0.8,0.95]"
 
 VARIANTS: dict[str, list[str]] = {
@@ -41,20 +39,10 @@ VARIANTS: dict[str, list[str]] = {
     "slow, D = 16": WHOLE_PERIODS[2:3],
     "slowest, D = 64": WHOLE_PERIODS[3:],
     "all, D = C": WHOLE_PERIODS,
-    **{f"fast, D = 1, predict {share}": [*WHOLE_PERIODS[:1], f"memory.levels.fast.predict={share}"] for share in ("1", "1.5", "2", "3")},
-    **{f"fast, D = 1, local update, W = {w}": [*WHOLE_PERIODS[:1], LOCAL_UPDATE, f"sequence.workers={w}"] for w in (1, 2, 4)},
-    "all, D = C, fast local update, W = 2": [*WHOLE_PERIODS, LOCAL_UPDATE, "sequence.workers=2"],
-    "all, D = C, predict 2": [*WHOLE_PERIODS, "memory.defaults.predict=2"],
-    "all, D = C, fast predict 1, beta1 0.8": [*WHOLE_PERIODS, "memory.levels.fast.predict=1", LESS_MOMENTUM],
+    "all, D = C, fast local update": [*WHOLE_PERIODS, "memory.levels.fast.local_update=true"],
     "no delay, fast beta1 0.8": [LESS_MOMENTUM],
     "fast, D = 1, beta1 0.8": [*WHOLE_PERIODS[:1], LESS_MOMENTUM],
     "fast, D = 1, beta1 0.5": [*WHOLE_PERIODS[:1], "memory.levels.fast.optimizer.betas=[0.5,0.95]"],
-    "fast, D = 1, predict 1, beta1 0.8": [*WHOLE_PERIODS[:1], "memory.levels.fast.predict=1", LESS_MOMENTUM],
-    "fast, D = 1, predict 1, beta1 0.5": [
-        *WHOLE_PERIODS[:1],
-        "memory.levels.fast.predict=1",
-        "memory.levels.fast.optimizer.betas=[0.5,0.95]",
-    ],
     "no delay, lr 2e-3": ["memory.defaults.optimizer.lr=2e-3"],
     "fast, D = 1, lr 2e-3": ["memory.defaults.optimizer.lr=2e-3", *WHOLE_PERIODS[:1]],
     "slow, a gradient in 2": ["memory.levels.slow.grad_every=2"],

@@ -22,7 +22,6 @@ STEPS = 5
 """Of Newton-Schulz."""
 
 BYTES = {
-    "adamw": (28, 28),
     "muon": (54, 38),
     "m3": (156, 70),
 }
@@ -77,9 +76,7 @@ def variants(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[s
     numbers = ("lr", "decay", "take1", "take2", "keep1", "keep2", "keep", "take", "eps", "alpha", "beta")
     types = dict.fromkeys(numbers, "fp32") | dict.fromkeys(("scales", "sums", "totals"), "*fp32")
     types |= {"table": "*i64", "tensor_of": "*i32", "R": "i32:16", "K": "i32:16"} | dict.fromkeys(("x", "out", "p"), "*bf16")
-    betas = {"BETA1": 0.9, "BETA2": 0.95, "LOG_BETA1": -0.1, "LOG_BETA2": -0.05}
     for name, columns, constants in (
-        ("adamw", 5, betas),
         ("muon", 3, {"IS_NESTEROV": True}),
         ("m3", 4, {"NUM_SUMS": 1}),
         ("m3_update", 3, {"ALPHAS": (0.5,)}),

@@ -170,7 +170,7 @@ def activation_bytes(model: LanguageModel, blocks: Tensor) -> int:
 def memory(config: Config, blocks: Tensor, weighed: dict[str, int], report: Report) -> None:
     """Print what worker 0's process came to hold beside what is counted of it."""
     system = NestedSystem.build(config, config.model.vocab_size)
-    worker, in_store = system.actors[0], 4 * sum(p.num_parameters for p in system.levels if p.predict == 0 and not p.local_update)
+    worker, in_store = system.actors[0], 4 * sum(p.num_parameters for p in system.levels if not p.local_update)
     activations = activation_bytes(BareLoop(config).model, blocks[: config.sequence.micro_batch_size])
     counted = {
         "parameters but those of levels that are read in the object store": worker.parameters - in_store,

@@ -110,7 +110,7 @@ def _print_tables(system: NestedSystem, config: Config, *, title: str) -> None:
         console.print(f"the workers all-reduce {format_bytes(system.sequence_bytes)} of sequence gradients a step")
     console.print(
         "without activations; a rank's buffers are its published versions, in the object store; on a CPU a worker's parameters of a level "
-        "without predict or local_update are the version itself, there once for all workers of a node",
+        "without local_update are the version itself, there once for all workers of a node",
         style="dim",
     )
 

@@ -4,7 +4,7 @@ Every actor writes the part it owns (`write_part`); the manifest with sizes and 
 (`write_manifest`). A folder without a manifest, or whose files differ from it, is torn, and `latest_checkpoint` uses the one before.
 Only folders named `step_` and nine digits count: a copy `step_000000010_best` is neither used nor deleted.
 Tensor names: `param/NAME`, `optimizer/NAME/KEY`, `visible/NAME` (the version still in use where the newest is not visible
-yet), `before/NAME` (the one before that, where the newest is predicted), `accumulator/WORKER/NAME` (the open period's gradients),
+yet), `accumulator/WORKER/NAME` (the open period's gradients),
 `lanes/WORKER/NAME` (with model.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own updates, see
 `nlray.local_update`); in the nested variant `initial/NAME`,
 `initial_optimizer/NAME/KEY` and `context/NAME` (`nlray.optimizers.level`).

@@ -471,15 +471,10 @@ class LevelConfig(Section):
     """Steps C between two updates of the level (Eq. 71)."""
     delay: Natural | None = None
     """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
-    predict: Annotated[float, Range(0, 10)] = 0.0
-    """With a delay, while an update is under way: the share of the level's last change that the sequence workers add to the version
-    that they have; 0: none. 1 is a guess at that update; 2 looks further ahead, which took most of a delay's cost away, and 3 too far
-    (docs/lab_notes.md). Not of a level of variant nested that is set back."""
-    local_update: Literal["none", "own", "summed"] = "none"
-    """With a delay, while an update is under way: what every sequence worker uses until the version comes. own: the update that it makes
-    itself of its own part of the batch, an estimate. summed: that of the whole batch, for which the workers add the period's gradients up
-    among themselves, so that the delay costs nothing but that traffic. With one worker the two are the same. Not with predict, with
-    exchange.mode=eager, or of a level of variant nested that is set back."""
+    local_update: bool = False
+    """With a delay: whether every sequence worker makes an update itself, for the steps until its version arrives. The workers sum the
+    period's gradients among themselves for it, so that a delay costs that traffic and no loss. Not with exchange.mode=eager, nor of a level
+    of variant nested that is set back."""
     ranks: Count = 1
     """Actors that share the level's tensors."""
     grad_every: Count = 1
@@ -501,15 +496,10 @@ class LevelConfig(Section):
     def check(self) -> None:
         period = self.update_period
         self.require(self.delay is None or self.delay <= period, "delay", f"0 to update_period={period}, or null")
-        self.require(not self.has_local_update or self.predict == 0, "predict", "0", "with local_update")
         self.require(period % self.grad_every == 0, "grad_every", f"a divisor of update_period={period}")
         # Plain gradient descent on a dot product has no minimum: the level would grow along the sequence.
         if self.in_context is not None and self.rule == "gd":
             self.require(self.in_context.objective == "l2", "in_context.objective", "l2", "with rule=gd")
-
-    @property
-    def has_local_update(self) -> bool:
-        return self.local_update != "none"
 
     @property
     def visible_delay(self) -> int:
@@ -561,8 +551,7 @@ class MemoryConfig(Section):
             self.require(is_multiple, f"levels.{name}.update_period", allowed, given)
         # A level that is set back does not move on as it moved before, and to what it is set back is with its ranks.
         for name, level in levels[:-1]:
-            self.require(level.predict == 0, f"levels.{name}.predict", "0 but in the slowest level", given)
-            self.require(not level.has_local_update, f"levels.{name}.local_update", "none but in the slowest level", given)
+            self.require(not level.local_update, f"levels.{name}.local_update", "false but in the slowest level", given)
 
     @property
     def ordered_levels(self) -> dict[str, LevelConfig]:
@@ -696,7 +685,7 @@ class Config(Section):
         self.require(not (compiles and self.sequence.is_sharded), "sequence.compile", "false", "with sequence.shard=full")
         for name, level in self.levels.items():
             key, mode = f"memory.levels.{name}", self.exchange.mode
-            self.require(not level.has_local_update or mode == "delayed", f"{key}.local_update", "none", f"with exchange.mode={mode}")
+            self.require(not level.local_update or mode == "delayed", f"{key}.local_update", "false", f"with exchange.mode={mode}")
             self.require(not compiles or level.in_context is None, "sequence.compile", "false", f"with {key}.in_context")
             if level.in_context is not None:
                 is_within = level.in_context.chunk_size < self.model.seq_len

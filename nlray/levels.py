@@ -55,8 +55,6 @@ class LevelPlan:
     """Steps between two whose gradients the level takes."""
     pushed_bytes_per_value: float = 4.0
     """Less than float32's with `exchange.compression`."""
-    predict: float = 0.0
-    """Share of the last change that is added while an update is under way (`nlray.prediction`); 0 without a delay: none ever is."""
     local_update: bool = False
     """Whether the workers make an update of their own while one is under way (`nlray.local_update`); never without a delay."""
 

@@ -1,14 +1,11 @@
-"""A sequence worker's own update of a level, for the steps that have to do without the one that is made but has not come yet.
+"""A sequence worker's own step of a level's update, for the steps in which the update is made but its version has not arrived.
 
-With a delay D > 0 some steps use version v of a level though version v + 1 is made already (never more than one, since D <= C; see
-`nlray.levels`). In those steps a worker uses, in place of W_v, what it makes of it itself, as in local SGD: the step of the level's own
-optimizer at W_v, at the learning rate and with the clipping of version v + 1, by the mean gradient of the period. The optimizer's state is
-this worker's too. When version v + 1 comes it replaces the parameters.
-
-The gradient is of this worker's part of the batch (`own`): no traffic, and each worker has an estimate of version v + 1. Or of the whole
-batch (`summed`): the workers add it up among themselves at the end of the period, as data parallelism does, and have version v + 1 itself
-but for the order of the sum, while its ranks and the way there and back have the time of the delay. With one worker both are version v + 1,
-to the bit. Either takes an optimizer state in each worker and the time of one optimizer step a period.
+With a delay D > 0 some steps use version v of a level although version v + 1 is made already (never more than one, since D <= C; see
+`nlray.levels`). The workers sum the gradient of a period among themselves at its end, as data parallelism does. Each then makes version
+v + 1 itself: the step of the level's own optimizer at W_v, at the learning rate and with the clipping of version v + 1. It has the bits of
+the ranks' version with one or two workers, and differs by the order of the sum with more. The version replaces it when it arrives, so the
+ranks and the transport have the time of the delay and no step uses parameters that are behind. The cost in each worker: an optimizer state
+of the level, the time of one optimizer step a period, and the all-reduce of the level's gradient.
 """
 
 import math
@@ -27,7 +24,7 @@ from nlray.optimizers import LevelLearner, clip_factor, tensor_norms, total_norm
 class LocalUpdate:
     """Updates a worker's parameters of a level in place, ahead of the version that will replace them.
 
-        local.keep(sums, num_steps)         # the worker's gradient of a period that has ended
+        local.keep(sums, num_steps)         # the gradient of a period that has ended
         local.begin(version)                # a version has been written into the parameters, if one was due
         local.update_(version=7)            # version 7 is made, the parameters are version 6
         with local.true_parameters(): evaluate()
@@ -36,7 +33,7 @@ class LocalUpdate:
         parameters: those that the model uses, by name, float32; their `.grad` is left alone.
         config: the run's configuration.
         name: of the level; not one that variant nested sets back.
-        add_up: adds a tensor up over the workers, in place; None: a worker updates by its own part of the batch.
+        add_up: adds a tensor up over the workers, in place; None: there is one worker.
     """
 
     def __init__(
@@ -46,8 +43,6 @@ class LocalUpdate:
         # Of the same memory, with gradients of their own.
         self._learner = LevelLearner({n: p.detach() for n, p in parameters.items()}, config, name, horizon=config.run.steps)
         self._update_period, self._clip, self._add_up = level.update_period, level.optimizer.clip, add_up
-        self._num_parts = 1 if add_up is not None else config.sequence.workers
-        """Of how many parts of the batch's mean loss a sum has one."""
         self._gradient: dict[str, Tensor] = {}
         """The mean of a period whose update is not made here yet; empty: there is none."""
         self._version: Mapping[str, Tensor] = {}
@@ -76,8 +71,7 @@ class LocalUpdate:
             torch._foreach_copy_(views, list(sums.values()))
             self._add_up(flat)
             sums = dict(zip(sums, views, strict=True))
-        divisor = num_steps / self._num_parts
-        self._gradient = dict(sums) if divisor == 1 else {n: s / divisor for n, s in sums.items()}
+        self._gradient = dict(sums) if num_steps == 1 else {n: s / num_steps for n, s in sums.items()}
 
     def begin(self, version: Mapping[str, Tensor]) -> None:
         """Take note of a version that has been written into the parameters; its tensors are kept, not copied, and must not change."""

@@ -68,9 +68,8 @@ class ActorCost:
     gradients: int
     optimizer: int
     buffers: int
-    """Of a worker: two gradient accumulators per level, a version of each that is predicted, a version and a gradient of each that is
-    locally updated and, beside others, the all-reduce's buckets. Of a level rank: the two newest published versions, three with a
-    prediction."""
+    """Of a worker: two gradient accumulators per level, a version and a gradient of each that is locally updated and, beside others,
+    the all-reduce's buckets. Of a level rank: the two newest published versions."""
 
     @property
     def total(self) -> int:
@@ -146,8 +145,7 @@ def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
             _specs(parameters[name]),
             level.grad_every,
             pushed,
-            level.predict if level.visible_delay > 0 else 0.0,
-            level.has_local_update and level.visible_delay > 0,
+            level.local_update and level.visible_delay > 0,
         )
         for name, level in config.levels.items()
     )
@@ -392,11 +390,10 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
 
 def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
     """A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
-    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it predicts from or
-    updates itself, with the optimizer's state for that; a rank its shard.
+    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it updates
+    itself, with the optimizer's state for that; a rank its shard.
     """
     level_size = sum(plan.num_parameters for plan in levels)
-    predicted_size = sum(plan.num_parameters for plan in levels if plan.predict > 0)
     updated = [plan for plan in levels if plan.local_update]
     updated_size = 2 * sum(plan.num_parameters for plan in updated)
     held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
@@ -410,7 +407,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         gradients=_VALUE_BYTES * ((level_size if is_compressed else 0) + _size(held)),
         optimizer=_optimizer_bytes(config.sequence.optimizer, held)
         + sum(_optimizer_bytes(config.levels[plan.name].optimizer, plan.tensors) for plan in updated),
-        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + predicted_size + updated_size + passing),
+        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + updated_size + passing),
     )
     ranks = []
     for plan in levels:
@@ -420,8 +417,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         slower = config.memory.slower_than(plan.name)
         if slower is not None:
             optimizer += 2 * size + _optimizer_bytes(slower.optimizer, shard)
-        buffers = (3 if plan.predict > 0 else 2) * size
-        ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=buffers))
+        ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))
     return (worker, *ranks)
 
 

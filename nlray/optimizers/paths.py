@@ -1,6 +1,6 @@
 """Whether the Triton kernels beside this file compute an optimizer's step, or torch does; nlray/kernels.py has the choice itself.
 
-Kernels have all of AdamW and Muon, all of M3 but the closing of a slow momentum, and of every other `GradientOptimizer` what its
+Kernels have all of Muon, all of M3 but the closing of a slow momentum, and of every other `GradientOptimizer` what its
 updates do to the weights. Parameters, gradients and state stay the tensors that they are: either may go on where the other ended.
 """
 

@@ -1,4 +1,4 @@
-"""torch's AdamW and Muon, which also list their memories of gradients; on GPUs with the kernels' steps, over the same state."""
+"""torch's AdamW and Muon, which also list their memories of gradients; Muon on GPUs with the kernels' step, over the same state."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,11 +16,8 @@ from nlray.optimizers.paths import uses_triton
 _Closure = Callable[[], Tensor] | None
 
 
-class _KernelSteps:
-    """What AdamW and Muon do alike: a step by kernels where these can run, else torch's."""
-
-    kernels: Path = "auto"
-    """What computes the step: `nlray/optimizers/paths.py`."""
+class _TorchSteps:
+    """The methods of torch's optimizers without what `torch.compile` adds to them."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         undecorated(torch.optim.Optimizer.add_param_group)(self, param_group)
@@ -28,22 +25,10 @@ class _KernelSteps:
     @torch.no_grad()
     def step(self, closure: _Closure = None) -> Tensor | None:
         """Update every parameter that has a `.grad`, in place; return what `closure` returns."""
-        if not uses_triton(self.kernels, [p for group in self.param_groups for p in group["params"]]):
-            return undecorated(super().step.__func__)(self, closure)
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._step_fused(parameters, [p.grad.contiguous() for p in parameters], [self.state[p] for p in parameters], group)
-        return loss
-
-    def _step_fused(
-        self, parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> None:
-        raise NotImplementedError
+        return undecorated(super().step.__func__)(self, closure)
 
 
-class AdamW(_KernelSteps, torch.optim.AdamW):
+class AdamW(_TorchSteps, torch.optim.AdamW):
     """torch's fused AdamW: the element-wise memory of Eq. 101-105, with bias correction, epsilon and decoupled decay."""
 
     def __init__(
@@ -73,23 +58,12 @@ class AdamW(_KernelSteps, torch.optim.AdamW):
             GradientMemory(name="second_moment", value="g^2", objective="|v - g^2|^2", rule=f"decayed sum, beta {beta2:g}", size=size),
         ]
 
-    def _step_fused(
-        self, parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> None:
-        from nlray.optimizers import triton_steps
 
-        for parameter, state in zip(parameters, states, strict=True):
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=parameter.device)
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        moments = [memory(states, key, parameters) for key in ("exp_avg", "exp_avg_sq")]
-        numbers = {"lr": group["lr"], "decay": group["weight_decay"], "betas": group["betas"], "eps": group["eps"]}
-        triton_steps.adamw_(parameters, gradients, *moments, steps, **numbers)
-
-
-class Muon(_KernelSteps, torch.optim.Muon):
+class Muon(_TorchSteps, torch.optim.Muon):
     """torch's Muon at AdamW's update size: a linear memory read through Newton-Schulz (Eq. 52), with Nesterov; matrices only."""
+
+    kernels: Path = "auto"
+    """What computes the step: `nlray/optimizers/paths.py`."""
 
     def __init__(
         self,
@@ -123,12 +97,23 @@ class Muon(_KernelSteps, torch.optim.Muon):
         rule = f"decayed sum, beta {options['momentum']:g}; read through Newton-Schulz (Eq. 52)"
         return [GradientMemory(name="momentum", value="none", objective="-<m, g> (Eq. 10-13)", rule=rule, size=total_size(shapes))]
 
-    def _step_fused(
-        self, parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> None:
+    @torch.no_grad()
+    def step(self, closure: _Closure = None) -> Tensor | None:
+        """Update every parameter that has a `.grad`, in place, by the kernels where these can run; return what `closure` returns."""
+        if not uses_triton(self.kernels, [p for group in self.param_groups for p in group["params"]]):
+            return super().step(closure)
+        loss = loss_of(closure)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step_by_kernels(parameters, [p.grad.contiguous() for p in parameters], group)
+        return loss
+
+    def _step_by_kernels(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         from nlray.optimizers import triton_steps
 
-        momenta, read = memory(states, "momentum_buffer", gradients), [torch.empty_like(g) for g in gradients]
+        momenta = memory([self.state[p] for p in parameters], "momentum_buffer", gradients)
+        read = [torch.empty_like(g) for g in gradients]
         triton_steps.muon_momentum_(gradients, momenta, read, beta=group["momentum"], is_nesterov=group["nesterov"])
         updates = newton_schulz_each(read, group["ns_steps"], path=self.kernels)
         # As torch does for "match_rms_adamw".

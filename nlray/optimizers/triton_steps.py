@@ -1,6 +1,6 @@
 """The element-wise parts of the optimizers as Triton kernels: one launch for all tensors of a group, each value read and written once.
 
-    adamw_(parameters, gradients, first_moments, second_moments, steps, lr=..., decay=..., betas=..., eps=...)
+    muon_momentum_(gradients, momenta, outputs, beta=0.95, is_nesterov=True)
 
 Tensors stay where they are, as the state and the snapshots have them: a launch gets a table of their addresses. A program works on
 BLOCK values of one tensor, so what a tensor gets does not depend on which others are there; sums over a tensor are made block by
@@ -8,7 +8,6 @@ block, in their order, without atomics. All is float32. nlray/optimizers/paths.p
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,30 +43,6 @@ def _values(row, column: tl.constexpr, at, IS_ALIGNED: tl.constexpr, dtype: tl.c
     if IS_ALIGNED:
         address = tl.multiple_of(address, 16)
     return address + at
-
-
-@triton.jit
-def _adamw_kernel(
-    table, tensor_of, lr, decay, take1, take2, eps,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, IS_ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """p <- (1 - lr decay) p - lr (m / c1) / (sqrt(v / c2) + eps) with the decayed averages m, v of g, g^2; c = 1 - beta^step."""
-    _, row, at, ok = _place(table, tensor_of, COLUMNS, BLOCK, IS_ALIGNED)
-    p_at, m_at = _values(row, 0, at, IS_ALIGNED), _values(row, 2, at, IS_ALIGNED)
-    v_at = _values(row, 3, at, IS_ALIGNED)
-    g = tl.load(_values(row, 1, at, IS_ALIGNED), mask=ok, other=0.0)
-    step = tl.load(tl.load(row + _ADDRESSES + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    # In float64: beta^step near 1 leaves few digits of 1 - beta^step.
-    correction1 = (1.0 - tl.exp(step * LOG_BETA1)).to(tl.float32)
-    root2 = tl.sqrt(1.0 - tl.exp(step * LOG_BETA2)).to(tl.float32)
-    m = BETA1 * tl.load(m_at, mask=ok, other=0.0) + take1 * g
-    v = BETA2 * tl.load(v_at, mask=ok, other=0.0) + take2 * g * g
-    p = tl.load(p_at, mask=ok, other=0.0)
-    p -= lr * (decay * p + (m / correction1) / (tl.sqrt(v) / root2 + eps))
-    tl.store(m_at, m, mask=ok)
-    tl.store(v_at, v, mask=ok)
-    tl.store(p_at, p, mask=ok)
 
 
 @triton.jit
@@ -162,11 +137,10 @@ def _total_kernel(table, sums, totals, COLUMNS: tl.constexpr, BLOCK: tl.constexp
 class _Launch:
     """A launch over tensors that go together, column by column; every column has the same sizes."""
 
-    def __init__(self, *columns: Sequence[Tensor], is_scalar_last: bool = False) -> None:
+    def __init__(self, *columns: Sequence[Tensor]) -> None:
         addresses = tuple(tuple(t.data_ptr() for t in tensors) for tensors in columns)
         sizes = tuple(t.numel() for t in columns[0])
-        wide = addresses[:-1] if is_scalar_last else addresses
-        is_aligned = all(a % 16 == 0 for column in wide for a in column) and all(size % 4 == 0 for size in sizes)
+        is_aligned = all(a % 16 == 0 for column in addresses for a in column) and all(size % 4 == 0 for size in sizes)
         self.table, self.tensor_of = _tables(addresses, sizes, BLOCK, columns[0][0].device)
         self.options = {"COLUMNS": len(columns), "BLOCK": BLOCK, "IS_ALIGNED": is_aligned}
 
@@ -183,17 +157,6 @@ def _tables(addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], bloc
     table = np.stack([np.cumsum(counts) - counts, np.array(sizes), *(np.array(column) for column in addresses)], axis=1)
     tensor_of = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
     return torch.from_numpy(table.astype(np.int64)).to(device), torch.from_numpy(tensor_of).to(device)
-
-
-def adamw_(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first_moments: Sequence[Tensor], second_moments: Sequence[Tensor],
-    steps: Sequence[Tensor], *, lr: float, decay: float, betas: Sequence[float], eps: float,
-) -> None:  # fmt: skip
-    """Step parameters and moments in place, as torch's fused AdamW does; `steps` are counters on the device, this step's own counted."""
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
-    constants = {"BETA1": betas[0], "BETA2": betas[1], "LOG_BETA1": logs[0], "LOG_BETA2": logs[1]}
-    launch = _Launch(parameters, gradients, first_moments, second_moments, steps, is_scalar_last=True)
-    launch(_adamw_kernel, lr, decay, 1 - betas[0], 1 - betas[1], eps, **constants)
 
 
 def muon_momentum_(

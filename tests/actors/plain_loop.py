@@ -25,15 +25,12 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
     outer_optimizer = OuterOptimizer(outer, config.sequence.optimizer, horizon=config.run.steps)
     newest, optimizers, sums, versions = {}, {}, {}, {}
     initial, initial_optimizers, context = {}, {}, {}
-    local, local_optimizers, gradients_of = {}, {}, {}
     in_model = level_parameters(model)
     for name, level in config.levels.items():
         newest[name] = {n: p.detach().clone() for n, p in in_model[name].items()}
         optimizers[name] = OuterOptimizer(newest[name], level.optimizer, horizon=config.run.steps)
         sums[name] = {}
         versions[name] = {0: {n: p.clone() for n, p in newest[name].items()}}
-        local[name] = {n: p.clone() for n, p in newest[name].items()}
-        local_optimizers[name] = OuterOptimizer(local[name], level.optimizer, horizon=config.run.steps)
         slower = config.memory.slower_than(name)
         if slower is not None:
             initial[name] = {n: p.clone() for n, p in newest[name].items()}
@@ -42,21 +39,11 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
     losses = []
     for step in range(1, num_steps + 1):
         for name, level in config.levels.items():
-            due = max(v for v in versions[name] if v == 0 or v * level.update_period + level.visible_delay + 1 <= step)
-            predicts = due > 0 and due < (step - 1) // level.update_period
+            # With local updates the workers have made what a delay keeps from them.
+            delay = 0 if level.local_update else level.visible_delay
+            due = max(v for v in versions[name] if v == 0 or v * level.update_period + delay + 1 <= step)
             for n, p in in_model[name].items():
                 p.data.copy_(versions[name][due][n])
-                if predicts and level.predict > 0:
-                    p.data += level.predict * (versions[name][due][n] - versions[name][due - 1][n])
-            if level.has_local_update and level.visible_delay > 0:
-                if level.update_period * due < step - 1 and (step - 1) % level.update_period == 0:
-                    for n, p in local[name].items():
-                        p.copy_(versions[name][due][n])
-                        p.grad = gradients_of[name][n]
-                    local_optimizers[name].step(step - 1)
-                if due < (step - 1) // level.update_period:
-                    for n, p in in_model[name].items():
-                        p.data.copy_(local[name][n])
         batch = stream.take(config.sequence.global_batch)
         blocks, states = torch.from_numpy(batch.blocks), []
         if batch.is_start:
@@ -80,7 +67,6 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
                 gradients = [p.grad for p in newest[name].values()]
                 norm = total_norm([torch.linalg.vector_norm(g).item() for g in gradients])
                 torch._foreach_mul_(gradients, clip_factor(norm, level.optimizer.clip))
-                gradients_of[name] = {n: p.grad.clone() for n, p in newest[name].items()}
                 optimizers[name].step(step)
                 if name in initial:
                     context[name].append({n: p.grad for n, p in newest[name].items()})

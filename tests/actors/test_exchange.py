@@ -143,23 +143,22 @@ def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_withou
         assert of_step.count("mixer") == a_step - 3 == 6
 
 
-def test_evaluations_see_versions_where_the_steps_predict(small):
-    config = small("memory.levels.fast.delay=1", "memory.defaults.predict=1", "eval.every=1")
+def test_evaluations_see_versions_where_the_steps_use_local_updates(small):
+    config = small("memory.levels.fast.delay=1", "memory.defaults.local_update=true", "eval.every=1")
     run = InProcessRun(config)
-    evaluate, predicted = run.worker.evaluate, dict.fromkeys(run.ranks, 0)
+    evaluate, updated = run.worker.evaluate, dict.fromkeys(run.ranks, 0)
 
     def check():
         for channel in run.worker.channels:
-            version = torch.from_numpy(run.ranks[channel.plan.name][0].pull(channel.visible).data)
-            for parameter, expected in zip(channel._parameters, channel.layouts[0].views(version), strict=True):
-                assert torch.equal(parameter, expected)
-            predicted[channel.plan.name] += channel._prediction._is_predicted
+            for name, parameter in zip(channel._names, channel._parameters, strict=True):
+                assert torch.equal(parameter, channel._local._version[name])
+            updated[channel.plan.name] += channel._local.is_updated
         return evaluate()
 
     run.worker.evaluate = check
     run.train()
-    # Delays are whole periods: every step from 2C + 1 on, where version 1 comes, but the last, after which the newest is taken.
-    assert predicted == {"fast": 17, "medium": 11, "slow": 3}
+    # Delays are whole periods: every step from C + 1 on but the last, after which the newest is taken.
+    assert updated == {"fast": 18, "medium": 15, "slow": 11}
 
 
 def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(small):
@@ -185,22 +184,6 @@ def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(sm
     assert channel.visible == 1 and lies_in(pulled[0]) and not any(torch.equal(p, expected[n]) for n, p in parameters.items())
     rank.halt()
     channel.close()
-
-
-def test_a_predicted_level_is_written_into_the_workers_own_memory(small):
-    channel, ranks, parameters = open_channel(small("memory.levels.medium={delay: 4, predict: 0.5}"), "medium")
-    own = {n: p.data_ptr() for n, p in parameters.items()}
-    for step in range(1, 11):
-        channel.take_up(step)
-        channel.accumulate(gradients_like(parameters))
-        channel.end_step(step)
-    assert channel.visible == 1 and channel._prediction._is_predicted
-    before, version = (dict(zip(channel._names, channel.layouts[0].views(as_tensor(ranks[0].pull(v).data)), strict=True)) for v in (0, 1))
-    ranks[0].halt()
-    channel.close()
-    for name, parameter in parameters.items():
-        assert parameter.data_ptr() == own[name]
-        assert torch.equal(parameter, version[name] + (version[name] - before[name]) * 0.5)
 
 
 def test_a_wait_that_reaches_its_limit_says_for_what(small):

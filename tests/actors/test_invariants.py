@@ -74,7 +74,7 @@ def test_the_local_update_of_a_lone_worker_is_the_update_bit_for_bit(small, over
         "memory.levels.fast.delay=1",
         "memory.levels.medium.delay=4",
         "memory.levels.slow.delay=5",
-        "memory.defaults.local_update=own",
+        "memory.defaults.local_update=true",
     ]
     at_once, late = (InProcessRun(small(*overrides, *delays, "memory.defaults.ranks=2")).train() for delays in (NO_DELAY, delayed))
     assert digest_plainly(late.parameters) == digest_plainly(at_once.parameters)
@@ -85,18 +85,17 @@ LATE = ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.le
 
 
 def test_two_workers_that_add_their_local_updates_up_have_the_bits_of_no_delay(small):
-    """Which their own parts alone do not have; with three the order of a sum differs, and with it the last bits."""
+    """With three the order of a sum differs, and with it the last bits."""
 
     def trained(*overrides: str) -> str:
         return digest_plainly(InProcessRun(small("sequence.workers=2", "memory.levels.slow.ranks=2", *overrides)).train().parameters)
 
     at_once = trained(*NO_DELAY)
-    assert trained(*LATE, "memory.defaults.local_update=summed") == at_once
-    assert trained(*LATE, "memory.defaults.local_update=own") != at_once
+    assert trained(*LATE, "memory.defaults.local_update=true") == at_once
 
 
 def test_three_workers_that_add_their_local_updates_up_have_no_delay_up_to_rounding(sized):
-    late = InProcessRun(sized(3, *LATE, "memory.defaults.local_update=summed")).train()
+    late = InProcessRun(sized(3, *LATE, "memory.defaults.local_update=true")).train()
     assert_equal(late.parameters, train_plainly(sized(3, *NO_DELAY), 20)[0], workers=3)
 
 
@@ -106,13 +105,12 @@ def test_three_workers_that_add_their_local_updates_up_have_no_delay_up_to_round
     [
         [],
         NO_DELAY,
-        [*LATE, "memory.defaults.local_update=summed"],
-        [*LATE, "memory.defaults.local_update=own"],
-        ["exchange.compression=int8", "memory.levels.fast={delay: 1, local_update: summed}"],
-        ["memory.levels.fast={delay: 1, local_update: summed}", "memory.defaults.optimizer={name: muon, clip: 0.01}"],
-        ["memory.variant=nested", "memory.levels.slow={delay: 3, local_update: summed}"],
+        [*LATE, "memory.defaults.local_update=true"],
+        ["exchange.compression=int8", "memory.levels.fast={delay: 1, local_update: true}"],
+        ["memory.levels.fast={delay: 1, local_update: true}", "memory.defaults.optimizer={name: muon, clip: 0.01}"],
+        ["memory.variant=nested", "memory.levels.slow={delay: 3, local_update: true}"],
     ],
-    ids=["delays", "no delay", "summed", "own", "int8", "muon", "nested"],
+    ids=["delays", "no delay", "local updates", "int8", "muon", "nested"],
 )
 def test_level_ranks_change_no_bit(sized, workers, overrides):
     def trained(ranks: int) -> str:
@@ -126,7 +124,6 @@ def test_level_ranks_change_no_bit(sized, workers, overrides):
     "overrides",
     [
         ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"],
-        ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 4, predict: 1}", "memory.levels.slow.predict=1"],
         ["memory.defaults.rule=dgd", "memory.levels.slow.delay=3"],
         ["sequence.micro_batch=1", "memory.defaults.optimizer.clip=0"],
         ["model.kind=hope_attention", "model.tie_head=false"],
@@ -139,7 +136,6 @@ def test_level_ranks_change_no_bit(sized, workers, overrides):
     ],
     ids=[
         "delays",
-        "predicted",
         "dgd",
         "micro-batches",
         "hope_attention",
@@ -173,8 +169,8 @@ def test_muon_equals_the_plain_loop(small, overrides):
 
 @pytest.mark.parametrize(("compression", "workers"), [("none", 2), ("int8", 1)])
 def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression, workers):
-    levels = ["memory.levels.fast={delay: 1, predict: 0.7}", "memory.levels.medium={delay: 3, predict: 1, grad_every: 2}"]
-    levels += ["memory.levels.slow={delay: 5, local_update: own}"]
+    levels = ["memory.levels.fast.delay=1", "memory.levels.medium={delay: 3, grad_every: 2}"]
+    levels += ["memory.levels.slow={delay: 5, local_update: true}"]
     config = small(*levels, f"exchange.compression={compression}", f"sequence.workers={workers}")
     run = InProcessRun(config).train()
     loop, stream = BareLoop(config, with_exchange=True), open_stream(config)
@@ -249,7 +245,7 @@ def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_
 
 
 def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(small):
-    settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: own}"]
+    settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: true}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
     two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, vault=one.vault()) for i in range(2)]
@@ -278,7 +274,7 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
     for name in ("a", "b"):
         period = data.draw(st.integers(1, 7))
         levels[name] = {"update_period": period, "delay": data.draw(st.integers(0, period)), "ranks": data.draw(st.integers(1, 2))}
-        levels[name] |= data.draw(st.sampled_from([{}, {"predict": 0.5}, {"local_update": "own"}]))
+        levels[name] |= data.draw(st.sampled_from([{}, {"local_update": True}]))
     levels = "{" + ", ".join(f"{n}: {{{', '.join(f'{k}: {v}' for k, v in level.items())}}}" for n, level in levels.items()) + "}"
     config = small("run.steps=15", "memory.levels={fast: null, medium: null, slow: null}", f"memory.levels={levels}")
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])
@@ -286,7 +282,7 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_late_level_ranks_change_no_bit(sized, workers):
-    config = sized(workers, "memory.levels.slow.ranks=2", "memory.levels.medium.local_update=summed")
+    config = sized(workers, "memory.levels.slow.ranks=2", "memory.levels.medium.local_update=true")
     late, quiet = (InProcessRun(config, rank_class).train().parameters for rank_class in (SleepyRank, LevelRank))
     assert digest_plainly(late) == digest_plainly(quiet)
 

@@ -112,11 +112,10 @@ def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small,
     [
         ["memory.variant=sequential"],
         ["memory.variant=nested"],
-        ["memory.defaults.predict=1", "memory.levels.fast.delay=1"],
-        ["memory.defaults.local_update=own", "memory.levels.fast={delay: 1, local_update: summed}", "sequence.workers=2"],
-        ["memory.defaults.local_update=summed", "memory.levels.fast.delay=1", "sequence.workers=3", "sequence.global_batch=3"],
+        ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "sequence.workers=2"],
+        ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "sequence.workers=3", "sequence.global_batch=3"],
     ],
-    ids=["sequential", "nested", "predicted", "locally updated", "three workers"],
+    ids=["sequential", "nested", "locally updated", "three workers"],
 )
 @pytest.mark.parametrize("stop", [1, 4, 6, 8, 11])
 def test_resume_is_exact_wherever_the_run_stopped(small, tmp_path, stop, setting):

@@ -34,8 +34,8 @@ def scaling(plan: list[tuple[int, dict[str, int]]]):
 @pytest.mark.slow
 def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
     # As many steps as it takes: how many there are until a new process stands depends on the machine.
-    predicted = ["memory.levels.fast={delay: 1, predict: 1}", "memory.levels.medium={delay: 3, predict: 0.5}"]
-    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", *predicted)
+    late = ["memory.levels.fast={delay: 1, local_update: true}", "memory.levels.medium={delay: 3, local_update: true}"]
+    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", *late)
     ask, waiting = scaling([(20, {"fast": 3}), (90, {"fast": 1, "slow": 2}), (180, {"medium": 2})])
     stopped = []
 
@@ -59,10 +59,9 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
 
 
 @pytest.mark.parametrize("step", [8, 10])
-@pytest.mark.parametrize("what", ["predict: 0.5", "local_update: own"])
-def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_under_way(small, step, what):
+def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_under_way(small, step):
     """At the end of a period of medium, and where version 2 has come and none is under way; of fast one always is."""
-    overrides = [f"memory.levels.fast={{delay: 1, {what}}}", f"memory.levels.medium={{delay: 2, {what}}}", "eval.sequences=0"]
+    overrides = ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "memory.levels.medium.delay=2", "eval.sequences=0"]
     config = small(*overrides)
     first, others = InProcessRun(config), InProcessRun(small(*overrides, "memory.levels.fast.ranks=2", "memory.levels.medium.ranks=3"))
     worker = first.worker

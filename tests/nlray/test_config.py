@@ -281,3 +281,18 @@ def test_what_a_run_of_an_earlier_version_wrote_means_the_same():
     assert parse_run_config("config.yaml", earlier) == parse_run_config("config.yaml", written)
     assert [source.text_column for source in parse_run_config("config.yaml", earlier).data.sources] == [None, "body"]
     assert parse_config("mine.yaml", earlier).data.sources[0].text_column == "text"
+
+
+@pytest.mark.parametrize(("earlier", "today"), [("none", False), ("summed", True)])
+def test_a_level_of_an_earlier_version_learns_as_it_did(earlier, today):
+    written = config_to_yaml(load_config("tiny", ["memory.levels.fast.delay=1"]))
+    old = written.replace("local_update: false", f"local_update: {earlier}\n      predict: 0.0")
+    assert old != written
+    assert {level.local_update for level in parse_run_config("config.yaml", old).levels.values()} == {today}
+
+
+@pytest.mark.parametrize(("key", "value"), [("predict", "2.0"), ("local_update", "own")])
+def test_a_level_of_an_earlier_version_that_nlray_cannot_continue_is_told(key, value):
+    old = config_to_yaml(load_config("tiny")).replace("local_update: false", f"{key}: {value}")
+    with pytest.raises(UserError, match=rf"memory\.levels\.fast\.{key} is {value}, which nlray does not do any more; .*true"):
+        parse_run_config("config.yaml", old)

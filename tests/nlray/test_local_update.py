@@ -10,7 +10,7 @@ from nlray.local_update import LocalUpdate
 from nlray.nested_system import NestedSystem, level_plans
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 
-UPDATED = "memory.levels.fast={delay: 1, local_update: own}"
+UPDATED = "memory.levels.fast={delay: 1, local_update: true}"
 
 
 def some(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -19,11 +19,11 @@ def some(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def config_of(*overrides: str) -> Config:
-    return load_config("tiny", [UPDATED, "sequence.workers=4", *overrides])
+    return load_config("tiny", [UPDATED, *overrides])
 
 
-def test_an_update_is_the_optimizers_step_by_the_workers_own_mean_gradient():
-    """Over two steps, of a worker whose part is a quarter of the batch; the next update starts from the version that comes."""
+def test_an_update_is_the_optimizers_step_by_the_mean_gradient():
+    """Of two steps; the next update starts from the version that arrives."""
     config, parameters = config_of(), some(0)
     local, level = LocalUpdate(parameters, config, "fast"), config.levels["fast"]
     expected = some(0)
@@ -40,7 +40,7 @@ def test_an_update_is_the_optimizers_step_by_the_workers_own_mean_gradient():
         local.update_(version)
         local.update_(version)
         for name, parameter in expected.items():
-            parameter.grad = sums[name] * 4 / 2
+            parameter.grad = sums[name] / 2
         clip_gradients_([p.grad for p in expected.values()], level.optimizer.clip)
         optimizer.step(version)
         for name, parameter in parameters.items():
@@ -93,25 +93,24 @@ def test_without_a_finite_gradient_there_is_no_update(gradient):
 
 def test_it_is_counted_in_the_workers_where_there_is_a_delay():
     costs = {}
-    for setting in ("{delay: 1}", "{delay: 1, local_update: own}", "{delay: 0}", "{delay: 0, local_update: own}"):
+    for setting in ("{delay: 1}", "{delay: 1, local_update: true}", "{delay: 0}", "{delay: 0, local_update: true}"):
         config = load_config("tiny", [f"memory.levels.fast={setting}"])
         costs[setting] = {cost.name: (cost.optimizer, cost.buffers) for cost in NestedSystem.build(config, 16).actors}
     size = 4 * level_plans(config_of(), 16)[0].num_parameters
     optimizer, buffers = costs["{delay: 1}"]["sequence"]
-    assert costs["{delay: 1, local_update: own}"] == costs["{delay: 1}"] | {"sequence": (optimizer + 2 * size, buffers + 2 * size)}
-    assert costs["{delay: 0, local_update: own}"] == costs["{delay: 0}"]
+    assert costs["{delay: 1, local_update: true}"] == costs["{delay: 1}"] | {"sequence": (optimizer + 2 * size, buffers + 2 * size)}
+    assert costs["{delay: 0, local_update: true}"] == costs["{delay: 0}"]
 
 
 @pytest.mark.parametrize(
-    ("config", "setting", "message"),
+    ("config", "message"),
     [
-        ({}, {"predict": 1}, r"memory\.levels\.a.*predict is 1.*; allowed with local_update: 0"),
-        ({"exchange": {"mode": "eager"}}, {}, r"memory\.levels\.a\.local_update is own; allowed with exchange\.mode=eager: none"),
-        ({"variant": "nested"}, {}, r"memory\.levels\.a\.local_update is own; allowed for variant nested: none but in the slowest level"),
+        ({"exchange": {"mode": "eager"}}, r"memory\.levels\.a\.local_update is true; allowed with exchange\.mode=eager: false"),
+        ({"variant": "nested"}, r"memory\.levels\.a\.local_update is true; allowed for variant nested: false but in the slowest level"),
     ],
 )
-def test_what_cannot_be_updated_is_refused(config, setting, message):
-    levels = {"a": {"update_period": 2, "local_update": "own", **setting}, "b": {"update_period": 4, "local_update": "own"}}
+def test_what_cannot_be_updated_is_refused(config, message):
+    levels = {"a": {"update_period": 2, "local_update": True}, "b": {"update_period": 4, "local_update": True}}
     memory = {"levels": levels, "variant": config.pop("variant", "sequential")}
     with pytest.raises(UserError, match=message):
         config_from_dict({**config, "memory": memory})

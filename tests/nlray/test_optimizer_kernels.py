@@ -84,7 +84,6 @@ class M3Formula:
 
 M3_OPTIONS = {"beta1": 0.8, "beta2": 0.7, "beta3": 0.6, "alpha": [0.5, 0.25], "slow_every": [2, 1], "eps": 1e-4, "newton_schulz_steps": 1}
 CASES = {
-    "adamw": (AdamWFormula, {}),
     "muon": (MuonFormula, {"momentum": 0.8, "options": {"ns_steps": 1}}),
     "m3": (M3Formula, {"options": M3_OPTIONS}),
 }
@@ -98,7 +97,7 @@ def optimizer_of(name: str, parameters: dict[str, torch.Tensor], path: str) -> O
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_follow_the_formulas_and_go_on_from_the_state_that_torch_left(name):
-    formulas = {n: (AdamWFormula if name != "adamw" and not n.startswith("w_") else CASES[name][0])() for n in SHAPES}
+    formulas = {n: (CASES[name][0] if n.startswith("w_") else AdamWFormula)() for n in SHAPES}
     parameters = random_tensors(0)
     expected = {n: p.double() for n, p in parameters.items()}
     # torch's Muon has bfloat16 throughout, so there the kernels make every step.
@@ -185,7 +184,7 @@ def test_auto_takes_torch_where_the_kernels_cannot_run_and_triton_insists(monkey
     weight.grad = torch.ones(2, 2)
     with caplog.at_level("INFO", logger=kernels.__name__):
         for _ in range(2):
-            optimizer_of("adamw", {"w_a": weight}, "auto").step(1)
+            optimizer_of("muon", {"w_a": weight}, "auto").step(1)
     reason = "the parameters are on the CPU and the kernels need a GPU"
     assert [r.message for r in caplog.records] == [f"optimizer on the CPU: torch: {reason}"]
     with pytest.raises(UserError, match=f"optimizer.kernels is triton, but {reason}; allowed here: auto, torch"):
@@ -197,13 +196,15 @@ def test_auto_takes_torch_where_the_kernels_cannot_run_and_triton_insists(monkey
     optimizer.kernels = "triton"
     with pytest.raises(UserError, match="a parameter is float64 and the kernels need float32"):
         optimizer.step()
+    with pytest.raises(UserError, match=r"kernels is triton; allowed for adamw, which has none: auto, torch"):
+        OuterOptimizer({"w_a": weight}, OptimizerConfig(kernels="triton"), horizon=1)
     with pytest.raises(UserError, match=r"kernels is triton; allowed for torch.optim:SGD, which has none: auto, torch|gradient_memories"):
         OuterOptimizer({"w_a": weight}, OptimizerConfig(name="torch.optim:SGD", kernels="triton"), horizon=1)
 
 
 def test_compiled_kernels_fit_the_gpus_without_spills():
     """Those that need the most registers; `python -m benchmarks.optimizer_kernels --compile 80,90,100` compiles all."""
-    names = ("adamw", "m3_update", "polynomial")
+    names = ("m3", "m3_update", "polynomial")
     capabilities = ",".join(map(str, SHARED_LIMIT_BYTES))
     command = [sys.executable, "-m", "benchmarks.optimizer_kernels", "--compile", capabilities, "--kernels", ",".join(names)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
