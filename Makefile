@@ -49,19 +49,19 @@ bench: $(INSTALLED)  ## run a benchmark suite: make bench SUITE=layer ARGS="--pe
 
 bench-long: $(INSTALLED)  ## measure a trained model far beyond its training length: make bench-long RUN=runs/NAME
 	@test -n "$(RUN)" || { echo 'say which run: make bench-long RUN=runs/NAME' >&2; exit 2; }
-	$(VENV)/bin/python -m benchmarks.long_context $(RUN) $(ARGS)
+	$(VENV)/bin/python -m experiments.long_context $(RUN) $(ARGS)
 
 bench-optimizers: $(INSTALLED)  ## measure a step of each optimizer; ARGS="--part table": the loss each reaches, hours, goes on where it stopped
-	$(VENV)/bin/python -m benchmarks.optimizers $(or $(ARGS),--part cost)
+	$(VENV)/bin/python -m experiments.optimizers $(or $(ARGS),--part cost)
 
 bench-delays: $(INSTALLED)  ## train with and without delays of the levels; hours, goes on where it stopped
-	$(VENV)/bin/python -m benchmarks.delays $(ARGS)
+	$(VENV)/bin/python -m experiments.delays $(ARGS)
 
 bench-memories: $(INSTALLED)  ## train every memory in context on recall and on text; hours, goes on where it stopped
-	$(VENV)/bin/python -m benchmarks.memories $(ARGS)
+	$(VENV)/bin/python -m experiments.memories $(ARGS)
 
 bench-stacking: $(INSTALLED)  ## pretrain a small transformer, stack it, go on with another text; an hour, goes on where it stopped
-	$(VENV)/bin/python -m benchmarks.stacking $(ARGS)
+	$(VENV)/bin/python -m experiments.stacking $(ARGS)
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -19,9 +19,9 @@ from typing import Any, Literal, Protocol
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from nlray.actors.members import CONDUCTOR
-from nlray.actors.nodes import HEAD_RESOURCE
-from nlray.actors.processes import kill_node, signal_actor
+from nlray.actors.hosts.nodes import HEAD_RESOURCE
+from nlray.actors.hosts.pool import CONDUCTOR
+from nlray.actors.hosts.processes import kill_node, signal_actor
 from nlray.actors.types import ENDED, SEQUENCE, RunDescription, RunStatus
 from nlray.errors import NlrayError, UserError
 
@@ -92,7 +92,7 @@ class GoodputReport:
 
 
 class Client(Protocol):
-    """What the injector asks of a run; `nlray.actors.attach.RunClient` is one."""
+    """What the injector asks of a run; `nlray.actors.client.RunClient` is one."""
 
     timeout_s: float
 

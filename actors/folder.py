@@ -13,13 +13,13 @@ from typing import Any, get_args
 
 from fsspec.implementations.local import LocalFileSystem
 
-from nlray.actors.journal import LAUNCHED, STATE
+from nlray.actors.control.journal import LAUNCHED, STATE
 from nlray.actors.types import RunState
 from nlray.checkpoint import MANIFEST, read_manifest
 from nlray.config import Config
-from nlray.config_loading import config_to_yaml, with_run
+from nlray.config.loading import config_to_yaml, with_run
 from nlray.errors import UserError
-from nlray.initial import INITIAL, keep_initial
+from nlray.init_parameters import INITIAL, keep_initial
 from nlray.metrics import EVENTS, METRICS, SUMMARY, TENSORBOARD, MetricsWriter
 from nlray.pipelines.source_list import SOURCES
 from nlray.storage import lies_in, locate, write_file

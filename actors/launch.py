@@ -11,28 +11,28 @@ from typing import Any
 
 import ray
 
-from nlray.actors.attach import Follower, RunClient, RunGoneError, join
-from nlray.actors.conductor import Conductor, namespace_of
+from nlray.actors.client import Follower, RunClient, RunGoneError, join
+from nlray.actors.control.conductor import Conductor, namespace_of
+from nlray.actors.control.run_lock import FileLock, Owner, StoreLock, claim
+from nlray.actors.control.scaling_policy import check_workers
 from nlray.actors.folder import check_free, check_inputs, prepare_dir, remove_run
-from nlray.actors.locks import FileLock, Owner, StoreLock, claim
-from nlray.actors.members import CONDUCTOR, end_run
-from nlray.actors.nodes import HEAD_RESOURCE
-from nlray.actors.one_sided import check_installed
+from nlray.actors.hosts.host import Behaviours
+from nlray.actors.hosts.nodes import HEAD_RESOURCE
+from nlray.actors.hosts.placement import check_fit, check_kernels, cpus_needed, plan_actors, resolve_threads
+from nlray.actors.hosts.pool import CONDUCTOR, end_run
+from nlray.actors.hosts.processes import END_S
 from nlray.actors.own_cluster import Connection, OwnCluster
-from nlray.actors.placement import check_fit, check_kernels, cpus_needed, plan_actors, resolve_threads
-from nlray.actors.processes import END_S
-from nlray.actors.rescale import check_workers
-from nlray.actors.seat import Behaviours
-from nlray.actors.transports import wait_for
+from nlray.actors.ranks.nixl_store import check_installed
+from nlray.actors.ranks.stores import wait_for
 from nlray.actors.types import RunStatus
 from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, newest_written, read_manifest
 from nlray.config import Config
-from nlray.config_loading import parse_run_config, with_absolute_paths
+from nlray.config.loading import parse_run_config, with_absolute_paths
 from nlray.errors import NlrayError, UserError
-from nlray.initial import check_initial
-from nlray.levels import LevelPlan
+from nlray.init_parameters import check_initial
+from nlray.levels.schedule import LevelPlan
 from nlray.metrics import read_events, read_rows
-from nlray.nested_system import level_plans, parameter_shapes
+from nlray.nested_system.problems import level_plans, parameter_shapes
 from nlray.pipelines.source_list import FileList, files_of_run, write_list
 from nlray.pipelines.tokenizers import with_vocabulary
 from nlray.storage import absolute, is_local, locate

@@ -19,8 +19,8 @@ from ray._common.utils import get_default_system_temp_dir
 from ray._raylet import AuthenticationTokenLoader
 from ray._raylet import Config as RayConfig
 
-from nlray.actors.nodes import LOOPBACK
-from nlray.actors.processes import apart, end_processes, family, is_running, ray_signals_off, signals_held
+from nlray.actors.hosts.nodes import LOOPBACK
+from nlray.actors.hosts.processes import apart, end_processes, family, is_running, ray_signals_off, signals_held
 
 HEADS = ("gcs_server", "raylet")
 WATCH_S = 0.5

@@ -9,7 +9,7 @@ import numpy as np
 
 from nlray.checkpoint import FilePart
 from nlray.config import Config
-from nlray.levels import LevelPlan
+from nlray.levels.schedule import LevelPlan
 
 RunState = Literal["starting", "running", "recovering", "finishing", "completed", "stopped", "failed"]
 ENDED: tuple[RunState, ...] = ("completed", "stopped", "failed")
@@ -50,7 +50,7 @@ class Contribution:
     """A worker's gradients of one period for one level rank. Producer: exchange; consumer: level rank.
 
     buffer: [layout.size] float32, the sum over the period's good steps of the gradient of the global mean loss that falls to this
-    worker, or its code where `exchange.compression` says so (`nlray.compression`); on the way what the store returned for it.
+    worker, or its code where `exchange.compression` says so (`nlray.levels.compression`); on the way what the store returned for it.
     num_steps: good steps in it (the same in every worker); 0: all were skipped.
     """
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nlray.compression import Codec, codec_of, take_code
 from nlray.config import Config, OptimizerConfig
 from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
-from nlray.flat import FlatLayout
-from nlray.levels import TensorSpec, newest_version, visible_version
-from nlray.malloc import keep_freed_memory
+from nlray.levels.compression import Codec, codec_of, take_code
+from nlray.levels.flat_buffers import FlatLayout
+from nlray.levels.schedule import TensorSpec, newest_version, visible_version
 from nlray.models.compiling import compile_mlps
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 from nlray.pipelines.stream import BlockStream, heldout_blocks
 from nlray.pipelines.tokenizers import checked_vocab_size
+from nlray.process.malloc import keep_freed_memory
 
 HELDOUT_SEED = 0
 WARM_UP_STEPS = 8
@@ -28,8 +28,7 @@ LAST_STEPS = 50
 
 
 class Learner:
-    """The parameters that one optimizer steps: those in the model, or with a delay their newest version beside it.
-    """
+    """The parameters that one optimizer steps: those in the model, or with a delay their newest version beside it."""
 
     def __init__(
         self,

@@ -21,11 +21,11 @@ from ray.cluster_utils import Cluster
 
 from benchmarks import soak
 from benchmarks.strikes import How, Moment, Strike, striking, struck
+from nlray.actors.hosts.pool import CONDUCTOR
 from nlray.actors.launch import RunHandle, launch, resolve
-from nlray.actors.members import CONDUCTOR
 from nlray.actors.types import ENDED, RunStatus
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 
 SMALL = [
     "run.steps=40",

@@ -1,9 +1,10 @@
 """A level's way to its rank and back: `python -m benchmarks exchange`.
 
-A level rank in a seat under Ray for each transport, its channel in this process: the product's own exchange (actors/exchange.py,
-actors/level.py). First what is pulled is compared with what the rank holds. Then rounds of push, update, publish and pull of a level of
-`--megabytes`, each part by the clock that both processes share, and a copy in memory of as many bytes in the same turns. Last the bytes
-per step of levels of equal size with the periods asked for, as the channel counts them, against updating all of them in every step.
+A level rank in a seat under Ray for each transport, its channel in this process: the product's own exchange
+(actors/ranks/channel.py, actors/ranks/rank.py). First what is pulled is compared with what the rank holds. Then rounds
+of push, update, publish and pull of a level of `--megabytes`, each part by the clock that both processes share, and a
+copy in memory of as many bytes in the same turns. Last the bytes per step of levels of equal size with the periods
+asked for, as the channel counts them, against updating all of them in every step.
 """
 
 import argparse
@@ -20,17 +21,17 @@ import torch
 
 from benchmarks.measure import Cell, Report, Spread, alternate, memory_copy
 from benchmarks.options import choices, positive, whole_numbers
-from nlray.actors.exchange import LevelChannel
+from nlray.actors.hosts.host import Behaviours, Seat
+from nlray.actors.hosts.pool import SEAT_THREADS
 from nlray.actors.launch import resolve
-from nlray.actors.level import LevelRank
-from nlray.actors.members import SEAT_THREADS
-from nlray.actors.one_sided import check_installed
-from nlray.actors.seat import Behaviours, Seat
-from nlray.actors.transports import STORES, RankClient, wait_for
+from nlray.actors.ranks.channel import LevelChannel
+from nlray.actors.ranks.nixl_store import check_installed
+from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.ranks.stores import STORES, RankClient, wait_for
 from nlray.actors.types import Assignment, Role
 from nlray.config import Config
-from nlray.config_loading import load_config
-from nlray.nested_system import level_plans
+from nlray.config.loading import load_config
+from nlray.nested_system.problems import level_plans
 
 PEERS = False
 DIM, LAYERS = 512, 4

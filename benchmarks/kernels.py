@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.compiling import compiled
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 
 BYTES_PER_S, FLOP_PER_S, NUM_SMS = 3.35e12, 989e12, 132
 """H100 SXM: memory, dense bf16 products, multiprocessors."""

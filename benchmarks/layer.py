@@ -20,13 +20,13 @@ from benchmarks.measure import Cell, Report, alternate, matrix_peak
 from benchmarks.options import choices, positive, whole_numbers
 from benchmarks.peers import VERSIONS, Peer, PeerError
 from nlray.config import ModelConfig
-from nlray.malloc import keep_freed_memory
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
 from nlray.memories.mlp.reference import mlp_memory_reference
 from nlray.memories.scan import input_width
 from nlray.models.hope import Titans
-from nlray.models.layers import initialize_, parameter_inits
+from nlray.nn.layers import initialize_, parameter_inits
+from nlray.process.malloc import keep_freed_memory
 
 PEERS = True
 PEER = "titans-pytorch"

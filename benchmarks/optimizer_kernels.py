@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.compiling import compiled
-from nlray.config_loading import load_config
-from nlray.levels import TensorSpec
-from nlray.nested_system import level_plans
+from nlray.config.loading import load_config
+from nlray.levels.schedule import TensorSpec
+from nlray.nested_system.problems import level_plans
 
 BYTES_PER_S, LOW_FLOP_PER_S, FLOAT_FLOP_PER_S = 3.35e12, 989e12, 67e12
 """H100 SXM: memory, dense bf16 products, float32 products without TF32."""

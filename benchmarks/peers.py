@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nlray.malloc import ENVIRONMENT
+from nlray.process.malloc import ENVIRONMENT
 
 VERSIONS = {"titans-pytorch": "0.5.5", "nested-learning": "0.2.0"}
 WORK = Path(__file__).with_name("peer_work.py")

@@ -22,13 +22,13 @@ import ray
 from benchmarks.chaos import keep_nodes, ray_nodes, table
 from benchmarks.measure import Cell, Report, Spread
 from benchmarks.options import choices, positive
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import launch, resolve
-from nlray.actors.level import LevelRank
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
+from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.types import ENDED, RunDescription
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 
 PEERS = False
 PARTS = ("faults", "nodes", "standby", "cost")

@@ -16,12 +16,12 @@ import numpy as np
 import ray
 
 from nlray.actors.chaos import KINDS, Injector
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import resolve
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.clusters.chaos import report_lines
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.pipelines.stream import BlockStream
 
 MAX_STEPS_PER_S = 60

@@ -19,9 +19,9 @@ from benchmarks.measure import Cell, Report, alternate, matrix_peak
 from benchmarks.options import choices, positive
 from benchmarks.peers import VERSIONS, Peer, PeerError
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.nested_system import parameter_shapes
+from nlray.nested_system.problems import parameter_shapes
 
 PEERS = True
 PEER = "nested-learning"

@@ -11,11 +11,11 @@ from typing import Literal
 import psutil
 import ray
 
-from nlray.actors.conductor import namespace_of
-from nlray.actors.level import LevelRank
-from nlray.actors.members import CONDUCTOR
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
+from nlray.actors.control.conductor import namespace_of
+from nlray.actors.hosts.host import Behaviours
+from nlray.actors.hosts.pool import CONDUCTOR
+from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
 
 Moment = Literal["start", "step", "publish", "point", "recovery"]

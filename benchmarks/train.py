@@ -22,14 +22,14 @@ from benchmarks import measure
 from benchmarks.bare import BareLoop
 from benchmarks.measure import Report, Spread, alternate, status_bytes
 from benchmarks.options import positive
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import launch, resolve
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
 from nlray.actors.types import ENDED
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.models.lm import LanguageModel
-from nlray.nested_system import NestedSystem
+from nlray.nested_system.problems import NestedSystem
 from nlray.pipelines.stream import BlockStream
 
 WARM_UP_STEPS = 8

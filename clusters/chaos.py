@@ -25,8 +25,8 @@ def chaos_run(
     as_json: bool,
 ) -> int:
     """Do faults to a run until it ends, or to a limit; print the report and return the exit status."""
-    from nlray.actors.attach import attach
     from nlray.actors.chaos import TICK_S, Injector
+    from nlray.actors.client import attach
 
     chosen = parse_kinds(kinds)
     injector = Injector(

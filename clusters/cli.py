@@ -137,7 +137,7 @@ def train(
 ) -> int:
     """Train a model, here or on a Ray cluster, to the end."""
     from nlray.clusters.train import train_run
-    from nlray.config_loading import PRESETS, default_run_name, load_config
+    from nlray.config.loading import PRESETS, default_run_name, load_config
 
     source, overrides = split_arguments(arguments or [])
     name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -235,8 +235,8 @@ def chaos(
 @app.command()
 def levels(arguments: _Arguments = None, as_json: _Json = False, trust: _Trust = False, debug: _Debug = False) -> None:
     """List every optimization problem of a model, where it runs and what it costs."""
-    from nlray.clusters.levels import print_levels
-    from nlray.config_loading import load_config
+    from nlray.clusters.show_levels import print_levels
+    from nlray.config.loading import load_config
 
     source, overrides = split_arguments(arguments or [])
     print_levels(load_config(source, overrides, trust=trust), title=source or "tiny", as_json=as_json)

@@ -1,6 +1,6 @@
 """`nlray status`, `logs`, `stop` and `scale`: look at a run that another process started, and ask things of it.
 
-RUN is the run's folder or URL, or its name; see `nlray.actors.attach` for how it is found. A run that has ended is read from its
+RUN is the run's folder or URL, or its name; see `nlray.actors.client` for how it is found. A run that has ended is read from its
 folder, without Ray.
 """
 
@@ -16,9 +16,9 @@ from nlray.errors import NlrayError, UserError
 from nlray.terminal import clean
 
 if TYPE_CHECKING:
-    from nlray.actors.attach import RunClient
-    from nlray.actors.records import Records
+    from nlray.actors.client import RunClient
     from nlray.actors.types import RunDescription
+    from nlray.actors.workers.records import Records
 
 STATUS_LIMIT_S = 30.0
 SETTLE_S = 5.0  # sizes that are neither wanted nor in force for so long will not be
@@ -26,7 +26,7 @@ SETTLE_S = 5.0  # sizes that are neither wanted nor in force for so long will no
 
 def print_status(run: str, *, address: str | None, as_json: bool) -> int:
     """Print where a run is; of one that has ended, how."""
-    from nlray.actors.records import find_records
+    from nlray.actors.workers.records import find_records
 
     records = find_records(run, address)
     if records is not None and records.ended is not None:
@@ -49,8 +49,8 @@ def print_status(run: str, *, address: str | None, as_json: bool) -> int:
 
 def print_logs(run: str, *, address: str | None, following: bool) -> int:
     """Print a run's events, and, following, what comes until its end."""
-    from nlray.actors.attach import Follower
-    from nlray.actors.records import find_records
+    from nlray.actors.client import Follower
+    from nlray.actors.workers.records import find_records
 
     records = find_records(run, address)
     client = _reach(run, address, None) if records is None else None
@@ -77,8 +77,8 @@ def print_logs(run: str, *, address: str | None, following: bool) -> int:
 
 def stop_run(run: str, *, address: str | None, waiting: bool) -> int:
     """Have a run stop with a checkpoint, and wait until it has."""
-    from nlray.actors.attach import Follower
-    from nlray.actors.records import find_records
+    from nlray.actors.client import Follower
+    from nlray.actors.workers.records import find_records
 
     records = find_records(run, address)
     if records is not None and records.ended is not None:
@@ -101,8 +101,8 @@ def stop_run(run: str, *, address: str | None, waiting: bool) -> int:
 
 def scale_run(run: str, arguments: list[str], *, address: str | None, waiting: bool) -> int:
     """Have groups of a run change their sizes, and wait until they have."""
-    from nlray.actors.attach import Follower
-    from nlray.actors.records import find_records
+    from nlray.actors.client import Follower
+    from nlray.actors.workers.records import find_records
 
     sizes = parse_sizes(arguments)
     records = find_records(run, address)
@@ -205,7 +205,7 @@ def _faults_text(recoveries: tuple[dict[str, Any], ...]) -> str:
 
 def _ended_as_dict(records: "Records") -> dict[str, Any]:
     """Return what `nlray status --json` prints of a run that has ended."""
-    from nlray.actors.rescale import sizes_of
+    from nlray.actors.control.scaling_policy import sizes_of
 
     rows, config, summary = records.rows(), records.config, records.summary
     return {
@@ -228,7 +228,7 @@ def _ended_as_dict(records: "Records") -> dict[str, Any]:
 
 def _reach(run: str, address: str | None, records: "Records | None", **options: Any) -> "RunClient":
     """Attach to a run; of one that was cut off, say where it was and how it goes on."""
-    from nlray.actors.attach import RunGoneError, attach
+    from nlray.actors.client import RunGoneError, attach
 
     if records is not None and records.ended is None and records.state is None and address is None:
         print("nlray: the run has not started yet; waiting for it", file=sys.stderr)

@@ -76,7 +76,7 @@ def _nlray() -> dict[str, Any]:
     import nlray.actors.launch
     import nlray.evals
     import nlray.metrics
-    import nlray.nested_system
+    import nlray.nested_system.problems
 
     folder = Path(nlray.__file__).parent
     return {"version": nlray.__version__, "folder": str(folder), "commit": _commit(folder.parent)}

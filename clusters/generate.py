@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nlray.checkpoint import latest_checkpoint, load_parameters, read_manifest
 from nlray.config import Config
-from nlray.config_loading import parse_run_config
+from nlray.config.loading import parse_run_config
 from nlray.errors import CheckpointError, UserError
 from nlray.trust import confirm, read_bounded
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from nlray.clusters.progress import describe_levels, format_count
 from nlray.config import Config
-from nlray.decoders import open_source
 from nlray.errors import UserError
-from nlray.nested_system import NestedSystem
+from nlray.nested_system.problems import NestedSystem
 from nlray.pipelines.tokenizers import HFTokenizer, checked_vocab_size, load_tokenizer
-from nlray.stacking import check_free, stacked_config, write_stacked
+from nlray.stacking.decoders import open_source
+from nlray.stacking.stack import check_free, stacked_config, write_stacked
 from nlray.storage import absolute
 
 

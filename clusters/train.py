@@ -12,12 +12,12 @@ from nlray.clusters.output import LastingOutput
 from nlray.clusters.progress import View, describe_levels, describe_run, format_count, open_view, summary_lines
 from nlray.clusters.signals import StopSignals
 from nlray.config import Config
-from nlray.config_loading import values_of
+from nlray.config.loading import values_of
 from nlray.terminal import clean, clean_lines
 from nlray.trust import confirm
 
 if TYPE_CHECKING:
-    from nlray.actors.attach import Follower
+    from nlray.actors.client import Follower
     from nlray.actors.launch import RunHandle
     from nlray.actors.types import RunStatus
 
@@ -61,7 +61,7 @@ def _run(
     if config.levels:
         print(describe_levels(config), flush=True)
 
-    from nlray.config_loading import with_absolute_paths
+    from nlray.config.loading import with_absolute_paths
     from nlray.pipelines.source_list import files_of_run
     from nlray.pipelines.sources import check_sources
     from nlray.pipelines.tokenizers import checked_vocab_size
@@ -71,7 +71,7 @@ def _run(
     check_sources(resolved.data, files)
     vocab_size = checked_vocab_size(resolved)
 
-    from nlray.nested_system import NestedSystem
+    from nlray.nested_system.problems import NestedSystem
 
     system = NestedSystem.build(config, vocab_size)
     print(f"size     {format_count(system.num_parameters)} parameters, vocabulary {vocab_size}", flush=True)

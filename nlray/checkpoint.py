@@ -6,8 +6,8 @@ Only folders named `step_` and nine digits count: a copy `step_000000010_best` i
 Tensor names: `param/NAME`, `optimizer/NAME/KEY`, `visible/NAME` (the version still in use where the newest is not visible
 yet), `accumulator/WORKER/NAME` (the open period's gradients),
 `lanes/WORKER/NAME` (with model.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own updates, see
-`nlray.local_update`); in the nested variant `initial/NAME`,
-`initial_optimizer/NAME/KEY` and `context/NAME` (`nlray.optimizers.level`).
+`nlray.levels.local_update`); in the nested variant `initial/NAME`,
+`initial_optimizer/NAME/KEY` and `context/NAME` (`nlray.levels.learner`).
 """
 
 import hashlib

@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from nlray.config_values import nearest, read
+from nlray.config.values import nearest, read
 from nlray.errors import UserError
 
 
@@ -91,7 +91,7 @@ def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, tak
     """Return every option of a class in force: the defaults of its constructor, then what is given.
 
     Options are what the constructor takes by name, beside its first argument and those in `taken`. A value is read by its annotation as
-    a key of the configuration is, ranges of `nlray.config_values` included; without one, or with one beyond the plain types, it is left
+    a key of the configuration is, ranges of `nlray.config.values` included; without one, or with one beyond the plain types, it is left
     to the constructor.
 
     Args:

@@ -1,7 +1,7 @@
 """JSON files that others wrote, such as a decoder's config.json: every mistake in one is one line with file and key.
 
-    config = JsonObject.read(folder / "config.json")
-    config.get("hidden_size", int), config.get("head_dim", int, default=64), config.get("rope_scaling", dict, default={})
+config = JsonObject.read(folder / "config.json")
+config.get("hidden_size", int), config.get("head_dim", int, default=64), config.get("rope_scaling", dict, default={})
 """
 
 import json

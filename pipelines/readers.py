@@ -134,9 +134,7 @@ def is_text(kind: pa.DataType) -> bool:
     return is_string or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def table_records(
-    table: pa.Table | pa.RecordBatch, config: SourceConfig, *, bad: BadRecords, place: Callable[[int], str]
-) -> Records:
+def table_records(table: pa.Table | pa.RecordBatch, config: SourceConfig, *, bad: BadRecords, place: Callable[[int], str]) -> Records:
     """Return a table's records; those whose text or tags are not UTF-8 are bad ones.
 
     Args:

@@ -16,12 +16,12 @@ from torch import nn
 
 from nlray.clusters.cli import app, split_arguments
 from nlray.config import OPTIMIZERS, Config, LevelConfig, ModelConfig
-from nlray.config_loading import PRESETS, load_config, parse_config
+from nlray.config.loading import PRESETS, load_config, parse_config
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
 from nlray.memories.scan import GATE_BOXES, MemoryWeights, input_width
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
-from nlray.nested_system import NestedSystem
+from nlray.nested_system.problems import NestedSystem
 from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
 
@@ -88,7 +88,8 @@ def test_every_named_function_exists(document):
 
 
 def test_a_name_that_is_not_there_is_found():
-    assert missing_names("nlray/levels.py: newest_version, LevelPlan.shards, LevelPlan.nothing, shards") == ["LevelPlan.nothing", "shards"]
+    text = "nlray/levels/schedule.py: newest_version, LevelPlan.shards, LevelPlan.nothing, shards"
+    assert missing_names(text) == ["LevelPlan.nothing", "shards"]
 
 
 def test_every_departure_in_the_code_is_in_the_paper_map():

@@ -16,7 +16,7 @@ from nlray.actors import local_clusters
 from nlray.actors.local_clusters import own_raylet, take_token
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.clusters.cli import main
-from nlray.config_loading import config_to_yaml, load_config
+from nlray.config.loading import config_to_yaml, load_config
 from nlray.errors import UserError
 from nlray.extensions import is_installed
 from nlray.metrics import warn_once

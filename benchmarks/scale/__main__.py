@@ -18,7 +18,7 @@ from benchmarks.scale.machine import PLACES, Machine
 from benchmarks.scale.model import VARIANTS, Prediction, failure_costs, failure_rate, predict
 from benchmarks.scale.workload import Workload, layout_of, workload_of
 from nlray.clusters.progress import format_bytes, format_count
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
 
 SETTINGS, STEPS = "1x1,1x2,1x3,2x1,2x2,2x3", 96  # of --check

@@ -25,12 +25,12 @@ from benchmarks.scale.exchange import bytes_moved, level_routes
 from benchmarks.scale.machine import Machine
 from benchmarks.scale.workload import Layout, Workload, workload_of
 from benchmarks.train import rows_of
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import resolve
-from nlray.actors.level import LevelRank
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
+from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
 from nlray.pipelines.stream import BlockStream
 

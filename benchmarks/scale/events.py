@@ -1,7 +1,8 @@
 """The steps and the exchange of a run as discrete events: who waits for whom, and how long.
 
-All sequence workers are alike, so one stands for them all; what they put on a link together is in the time for which that link is held.
-Which version a step uses, and what a period's end sends, is asked of `nlray.levels`, as the runtime does. Pure functions, no clock.
+All sequence workers are alike, so one stands for them all; what they put on a link together is in the time for which
+that link is held. Which version a step uses, and what a period's end sends, is asked of `nlray.levels.schedule`, as the
+runtime does. Pure functions, no clock.
 """
 
 import heapq
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from nlray.levels import closes_period, open_version, visible_version
+from nlray.levels.schedule import closes_period, open_version, visible_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from benchmarks.scale.exchange import Loads, level_routes
 from benchmarks.scale.failures import mean_interval_s
 from benchmarks.scale.machine import Machine, Place, exposed_s, sum_cost
 from benchmarks.scale.workload import Layout, Workload, layout_of, with_ranks
-from nlray.actors.collective import BUCKET_BYTES
+from nlray.actors.workers.data_parallel import BUCKET_BYTES
 
 Variant = Literal["built", "whole", "summed", "plain"]
 VARIANTS: dict[Variant, str] = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from benchmarks.scale.machine import Link, Machine, Place, link_between
 from nlray.config import Config, ModelConfig
 from nlray.errors import UserError
-from nlray.levels import LevelPlan
-from nlray.nested_system import NestedSystem
+from nlray.levels.schedule import LevelPlan
+from nlray.nested_system.problems import NestedSystem
 from nlray.pipelines.tokenizers import checked_vocab_size
 
 

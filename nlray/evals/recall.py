@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlray.config import Config
-from nlray.config_loading import parse_config
+from nlray.config.loading import parse_config
 from nlray.models.lm import LanguageModel, build_model
 
 

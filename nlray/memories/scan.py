@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nlray.config import ModelConfig
 from nlray.memories.layer import Coefficients, MomentumCoefficients, chunk_coefficients
-from nlray.models.layers import Init
-from nlray.models.norms import unit
+from nlray.nn.layers import Init
+from nlray.nn.norms import unit
 
 GATE_BOXES = ("eta", "alpha")
 """Memories that answer with one number; all others answer with a vector of the head width."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlray.config import ModelConfig
-from nlray.models.layers import ParameterModule, constant, normal, normalize, out_std, rms_norm
+from nlray.nn.layers import ParameterModule, constant, normal, normalize, out_std, rms_norm
 
 
 class AttentionState(NamedTuple):

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nlray.models.in_context import LevelState, change_in_context
-from nlray.models.layers import ParameterModule, constant
 from nlray.models.level import Level
+from nlray.nn.layers import ParameterModule, constant
 
 
 class ContinuumMemory(ParameterModule):

@@ -15,7 +15,7 @@ from torch import Tensor
 from nlray.config import ModelConfig
 from nlray.memories.family import memory_of
 from nlray.memories.scan import GATE_BOXES, MemoryState, MemoryWeights
-from nlray.models.layers import ParameterModule, ShortConvolution, constant, normal, out_std, rms_norm
+from nlray.nn.layers import ParameterModule, ShortConvolution, constant, normal, out_std, rms_norm
 
 
 class TitansState(NamedTuple):

@@ -1,7 +1,7 @@
 """A level of the continuum memory system in one block: norm, MLP, residual; its forms, by name or by the user's import path.
 
 When a level's weights change over the steps is not decided here: the runtime does that, once per `update_period` steps (Eq. 71), by
-`nlray.optimizers.level`. How they change within a sequence, where they do, is nlray/models/in_context.py.
+`nlray.levels.learner`. How they change within a sequence, where they do, is nlray/models/in_context.py.
 """
 
 from abc import ABC, abstractmethod
@@ -15,9 +15,9 @@ from torch import Tensor
 from nlray.config import Config, InContextConfig, LevelConfig
 from nlray.errors import UserError
 from nlray.extensions import one_line, options_of, resolve_class
-from nlray.models.delta_linear import delta_linear
 from nlray.models.in_context import Chunk, LevelState, change_in_context
-from nlray.models.layers import NORM_EPS, ParameterModule, constant, normal, normalize, out_std
+from nlray.nn.delta_linear import delta_linear
+from nlray.nn.layers import NORM_EPS, ParameterModule, constant, normal, normalize, out_std
 
 RATE_BIAS = -2.0
 """Bias of the sigmoid of a level's rate in context at the start: a rate of 0.12 `lr`."""

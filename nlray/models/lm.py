@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlray.config import Config, ModelConfig
-from nlray.initial import fill_parameters_
+from nlray.init_parameters import fill_parameters_
 from nlray.models.attention import Attention
 from nlray.models.cms import ContinuumMemory
 from nlray.models.hope import Titans
-from nlray.models.layers import GatedMLP, ParameterModule, constant, normal, normalize, parameter_inits
 from nlray.models.level import Level, LevelForm, SiluLevel, build_level
 from nlray.models.state import BlockState, State
+from nlray.nn.layers import GatedMLP, ParameterModule, constant, normal, normalize, parameter_inits
 
 EMBEDDING_STD = 0.02
 

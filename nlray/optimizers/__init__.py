@@ -10,7 +10,6 @@ from nlray.optimizers.base import GradientMemory, GradientOptimizer
 from nlray.optimizers.clip import clip_factor, clip_gradients_, tensor_norms, total_norm
 from nlray.optimizers.deep_momentum import DeepMomentum
 from nlray.optimizers.delta import DeltaGradientDescent, DeltaLinear, exact_learning_rate
-from nlray.optimizers.level import LevelLearner
 from nlray.optimizers.m3 import M3
 from nlray.optimizers.momentum import AdaGrad, DeltaMomentum, GradientDescent, Momentum
 from nlray.optimizers.newton_schulz import newton_schulz
@@ -30,7 +29,6 @@ __all__ = [
     "GradientDescent",
     "GradientMemory",
     "GradientOptimizer",
-    "LevelLearner",
     "Momentum",
     "Muon",
     "OuterOptimizer",

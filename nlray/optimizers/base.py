@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nlray.kernels import Path
-from nlray.optimizers.paths import uses_triton
+from nlray.backend import Path
+from nlray.optimizers.backend import uses_triton
 
 TINY = 1e-30
 """Smallest norm that a tensor is divided by, so that a zero gradient stays zero."""
@@ -54,7 +54,7 @@ class GradientOptimizer(Optimizer):
     """
 
     kernels: Path = "auto"
-    """What computes the step: `nlray/optimizers/paths.py`."""
+    """What computes the step: `nlray/optimizers/backend.py`."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlray.models.delta_linear import delta_linear
+from nlray.nn.delta_linear import delta_linear
 from nlray.optimizers.base import require
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlray.config_values import Epsilon, Iterations, Rate
-from nlray.kernels import Path
+from nlray.backend import Path
+from nlray.config.values import Epsilon, Iterations, Rate
+from nlray.optimizers.backend import uses_triton
 from nlray.optimizers.base import GradientMemory, GradientOptimizer, memory, require, require_share, total_size
 from nlray.optimizers.newton_schulz import newton_schulz_each
-from nlray.optimizers.paths import uses_triton
 
 
 class M3(GradientOptimizer):

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nlray.kernels import Path
+from nlray.backend import Path
+from nlray.optimizers.backend import uses_triton
 from nlray.optimizers.base import TINY
-from nlray.optimizers.paths import uses_triton
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of Muon's iteration: steep at 0, so that small singular values come up within few steps."""

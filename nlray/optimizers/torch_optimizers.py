@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlray.config_values import Iterations
-from nlray.kernels import Path
+from nlray.backend import Path
+from nlray.config.values import Iterations
+from nlray.optimizers.backend import uses_triton
 from nlray.optimizers.base import GradientMemory, loss_of, memory, total_size, undecorated
 from nlray.optimizers.newton_schulz import newton_schulz_each
-from nlray.optimizers.paths import uses_triton
 
 _Closure = Callable[[], Tensor] | None
 
@@ -63,7 +63,7 @@ class Muon(_TorchSteps, torch.optim.Muon):
     """torch's Muon at AdamW's update size: a linear memory read through Newton-Schulz (Eq. 52), with Nesterov; matrices only."""
 
     kernels: Path = "auto"
-    """What computes the step: `nlray/optimizers/paths.py`."""
+    """What computes the step: `nlray/optimizers/backend.py`."""
 
     def __init__(
         self,

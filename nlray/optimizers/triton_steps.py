@@ -4,7 +4,7 @@
 
 Tensors stay where they are, as the state and the snapshots have them: a launch gets a table of their addresses. A program works on
 BLOCK values of one tensor, so what a tensor gets does not depend on which others are there; sums over a tensor are made block by
-block, in their order, without atomics. All is float32. nlray/optimizers/paths.py says where the kernels can be used.
+block, in their order, without atomics. All is float32. nlray/optimizers/backend.py says where the kernels can be used.
 """
 
 import functools

@@ -11,9 +11,9 @@ import ray
 from nlray.actors.launch import launch, resolve
 from nlray.actors.types import ENDED
 from nlray.config import Config
-from nlray.config_loading import load_config
-from nlray.flat import FlatLayout
-from nlray.nested_system import level_plans
+from nlray.config.loading import load_config
+from nlray.levels.flat_buffers import FlatLayout
+from nlray.nested_system.problems import level_plans
 
 SMALL = [
     "run.steps=20",

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from nlray.actors.level import LevelRank
-from nlray.actors.recovery import Vault
-from nlray.actors.sequence import SequenceWorker
-from nlray.actors.storage import whole_state
-from nlray.actors.transports import Store
+from nlray.actors.control.checkpoints import whole_state
+from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.ranks.stores import Store
+from nlray.actors.recovery.snapshots import Vault
 from nlray.actors.types import Contribution, PieceKey, Version
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.checkpoint import write_manifest
 from nlray.config import Config
-from nlray.nested_system import level_plans
+from nlray.nested_system.problems import level_plans
 
 
 class DirectStore:

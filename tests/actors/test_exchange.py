@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from nlray.actors.exchange import LevelChannel
 from nlray.actors.faults import Fault, RunFailedError
-from nlray.actors.level import LevelRank
-from nlray.actors.members import SeatLostError
-from nlray.actors.recovery import Vault
+from nlray.actors.hosts.pool import SeatLostError
+from nlray.actors.ranks.channel import LevelChannel
+from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.recovery.snapshots import Vault
 from nlray.actors.types import Contribution
 from nlray.config import ExchangeConfig
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
-from nlray.flat import as_tensor
-from nlray.nested_system import level_plans
+from nlray.levels.flat_buffers import as_tensor
+from nlray.nested_system.problems import level_plans
 
 from .in_process import DirectLink, DirectStore, InProcessRun
 

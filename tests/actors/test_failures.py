@@ -7,10 +7,10 @@ import pytest
 import ray
 import torch
 
-from nlray.actors.conductor import namespace_of
+from nlray.actors.control.conductor import namespace_of
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import launch, leave_deaths_to_the_run, resume_config
-from nlray.actors.level import LevelRank
-from nlray.actors.seat import Behaviours
+from nlray.actors.ranks.rank import LevelRank
 from nlray.checkpoint import load_parameters
 from nlray.config import Config
 from nlray.errors import NonFiniteLossError, UserError
@@ -126,7 +126,7 @@ def test_more_gpus_than_there_are_is_the_users_mistake(small, cluster, tmp_path)
 
 
 def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_not(small):
-    from nlray.actors.placement import plan_actors
+    from nlray.actors.hosts.placement import plan_actors
 
     config = small("memory.levels.slow.ranks=2")
     assert list(config.levels) == ["fast", "medium", "slow"]
@@ -155,8 +155,8 @@ def test_ray_prints_nothing_of_actors_that_die_but_what_else_it_has_to_say(monke
 
 
 def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(small):
+    from nlray.actors.hosts.placement import check_kernels, plan_actors
     from nlray.actors.launch import fixed_on_resume
-    from nlray.actors.placement import check_kernels, plan_actors
 
     config = small("model.kernels=triton")
     check_kernels(config, plan_actors(config, 1)[0])
@@ -179,7 +179,7 @@ def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(sma
 
 
 def test_the_fit_is_checked_per_node_and_per_label(small):
-    from nlray.actors.placement import check_fit, plan_actors
+    from nlray.actors.hosts.placement import check_fit, plan_actors
 
     def node(labels=None, **resources):
         return {"Alive": True, "Resources": resources, "Labels": labels or {}}

@@ -12,7 +12,7 @@ from nlray.actors.folder import check_free, check_inputs, prepare_dir, read_own_
 from nlray.actors.launch import launch, resume_config
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
 
 STEP = "step_000000010"

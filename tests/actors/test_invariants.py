@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.bare import BareLoop
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import resume_config
-from nlray.actors.level import LevelRank
-from nlray.actors.seat import Behaviours
-from nlray.actors.sequence import SequenceWorker
+from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.workers.worker import SequenceWorker
 from nlray.checkpoint import load_parameters
 from nlray.pipelines.lanes import open_stream
 

@@ -6,9 +6,9 @@ import pytest
 import ray
 
 import nlray.actors.launch
-from nlray.actors.conductor import namespace_of
+from nlray.actors.control.conductor import namespace_of
+from nlray.actors.hosts.pool import CONDUCTOR
 from nlray.actors.launch import launch
-from nlray.actors.members import CONDUCTOR
 from nlray.errors import RemoteTimeoutError, UserError
 from tests.actors.conftest import run_to_end
 

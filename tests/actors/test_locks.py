@@ -13,15 +13,15 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import nlray.actors.locks
-from nlray.actors.locks import FileLock, FolderLostError, Owner, StoreLock, claim, hold
+import nlray.actors.control.run_lock
+from nlray.actors.control.run_lock import FileLock, FolderLostError, Owner, StoreLock, claim, hold
 from nlray.errors import UserError
 
 
 @pytest.fixture(params=["disk", "store"])
 def folder(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, seconds in {"BEAT_S": 0.05, "STALE_S": 1.0, "SETTLE_S": 0.2, "WATCH_S": 0.1}.items():
-        monkeypatch.setattr(nlray.actors.locks, name, seconds)
+        monkeypatch.setattr(nlray.actors.control.run_lock, name, seconds)
     return str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run"
 
 
@@ -122,13 +122,14 @@ def test_a_file_url_and_a_path_are_the_same_folder(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = "import sys, os; from nlray.actors.locks import *; claim(sys.argv[1], Owner(run='r')); print('held', flush=True); os._exit(1)"
+    code = "import sys, os\nfrom nlray.actors.control.run_lock import *\n"
+    code += "claim(sys.argv[1], Owner(run='r')); print('held', flush=True); os._exit(1)"
     assert "held" in subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=120).stdout
     claim(str(tmp_path / "run"), owner()).close()
 
 
 def test_where_a_file_system_has_no_locks_the_object_stands_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(nlray.actors.locks, "SETTLE_S", 0.05)
+    monkeypatch.setattr(nlray.actors.control.run_lock, "SETTLE_S", 0.05)
 
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -11,10 +11,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from nlray.actors.control.journal import Journal
+from nlray.actors.control.outages import Outage
+from nlray.actors.control.run_lock import FolderLostError, Owner, claim, hold
 from nlray.actors.faults import RunFailedError
-from nlray.actors.journal import Journal
-from nlray.actors.locks import FolderLostError, Owner, claim, hold
-from nlray.actors.outages import Outage
 from nlray.metrics import read_events, read_json, read_rows
 from nlray.storage import may_pass
 
@@ -64,8 +64,8 @@ def row(step: int) -> dict:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nlray.actors.outages.RETRY_S", 0.0)
-    monkeypatch.setattr("nlray.actors.locks.SETTLE_S", 0.01)
+    monkeypatch.setattr("nlray.actors.control.outages.RETRY_S", 0.0)
+    monkeypatch.setattr("nlray.actors.control.run_lock.SETTLE_S", 0.01)
 
 
 def test_a_full_disk_is_waited_out_and_nothing_is_lost_or_written_twice(tmp_path):

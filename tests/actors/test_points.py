@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlray.actors.faults import Fault, RepeatGuard, root_causes
-from nlray.actors.points import deal_keepers, needs_shared_copy, sources_of, whole_points
+from nlray.actors.recovery.points import deal_keepers, needs_shared_copy, sources_of, whole_points
 from nlray.actors.types import Holding, PieceKey, Role
 
 GROUPS = ["sequence", "fast"]

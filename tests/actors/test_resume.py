@@ -12,7 +12,7 @@ import torch
 
 from nlray.actors.launch import RUN_STATE, check_resume, find_checkpoint, fixed_on_resume, launch, resolve, resume_config
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
-from nlray.config_loading import config_to_yaml
+from nlray.config.loading import config_to_yaml
 from nlray.errors import CheckpointError, UserError
 
 from .conftest import message_bytes, run_to_end

@@ -5,15 +5,15 @@ import time
 import pytest
 import ray
 
-from nlray.actors.conductor import namespace_of
+from nlray.actors.control.conductor import namespace_of
+from nlray.actors.control.scaling_policy import Autoscaler, check_sizes
+from nlray.actors.hosts.host import Behaviours
 from nlray.actors.launch import launch, resume_config
-from nlray.actors.level import LevelRank
-from nlray.actors.rescale import Autoscaler, check_sizes
-from nlray.actors.seat import Behaviours
+from nlray.actors.ranks.rank import LevelRank
 from nlray.config import AutoscaleConfig
 from nlray.errors import UserError
-from nlray.levels import newest_version
-from nlray.nested_system import level_plans
+from nlray.levels.schedule import newest_version
+from nlray.nested_system.problems import level_plans
 
 from .conftest import message_bytes, run_to_end
 from .in_process import InProcessRun

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from nlray.actors.collective import WorkerGroup
-from nlray.actors.recovery import Snapshot
-from nlray.actors.sequence import SequenceWorker
-from nlray.actors.sharding import ShardedParameters
-from nlray.config_loading import load_config
+from nlray.actors.recovery.snapshots import Snapshot
+from nlray.actors.workers.data_parallel import WorkerGroup
+from nlray.actors.workers.sharding import ShardedParameters
+from nlray.actors.workers.worker import SequenceWorker
+from nlray.config.loading import load_config
 from nlray.models.lm import build_model, level_parameters, place_parameters, sequence_parameters
-from nlray.nested_system import NestedSystem
+from nlray.nested_system.problems import NestedSystem
 
 from . import in_process
 from .in_process import InProcessRun

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from nlray.actors import storage
+from nlray.actors.control import checkpoints as storage
+from nlray.actors.control.checkpoints import Checkpoints
 from nlray.actors.faults import RunFailedError
-from nlray.actors.points import Point
-from nlray.actors.storage import Checkpoints
+from nlray.actors.recovery.points import Point
 from nlray.actors.types import SEQUENCE, PartWritten, Role
 from nlray.checkpoint import checkpoint_dir, read_manifest, write_manifest, write_part
 

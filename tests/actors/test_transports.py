@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from nlray.actors.launch import launch
-from nlray.actors.transports import STORES
+from nlray.actors.ranks.stores import STORES
 from nlray.errors import NlrayError, UserError
-from nlray.flat import as_tensor
+from nlray.levels.flat_buffers import as_tensor
 
 from .in_process import InProcessRun
 from .plain_loop import digest_plainly

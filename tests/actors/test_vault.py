@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from nlray.actors.recovery import MAX_OPEN_POINTS, Snapshot, Vault
+from nlray.actors.recovery.snapshots import MAX_OPEN_POINTS, Snapshot, Vault
 from nlray.actors.types import PieceCopy, PieceKey, Role
 from nlray.errors import NlrayError, RemoteTimeoutError
 

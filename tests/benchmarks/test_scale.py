@@ -20,11 +20,11 @@ from benchmarks.scale.failures import best_interval_s, drawn_interval_s, mean_in
 from benchmarks.scale.machine import Machine, exposed_s, link_between, sum_cost
 from benchmarks.scale.model import VARIANTS, predict
 from benchmarks.scale.workload import Layout, layout_of, token_flops, with_ranks, workload_of
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.levels import LevelPlan, TensorSpec, closes_period, visible_version
+from nlray.levels.schedule import LevelPlan, TensorSpec, closes_period, visible_version
 from nlray.models.lm import build_model
-from nlray.nested_system import NestedSystem
+from nlray.nested_system.problems import NestedSystem
 
 AT_ONCE = replace(
     Machine(),

@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from benchmarks import delays
 from benchmarks.bare import BareLoop
-from benchmarks.memories import CONTROLS, VARIANTS
-from benchmarks.stacking import FROZEN, LEVELS, STEPS
 from benchmarks.table import Runs, spread
-from nlray.config_loading import load_config, parse_config
+from experiments import delays
+from experiments.memories import CONTROLS, VARIANTS
+from experiments.stacking import FROZEN, LEVELS, STEPS
+from nlray.config.loading import load_config, parse_config
 from nlray.errors import UserError
-from nlray.stacking import DEFAULTS
+from nlray.stacking.stack import DEFAULTS
 
 
 def test_a_row_that_is_there_is_not_made_again(tmp_path):

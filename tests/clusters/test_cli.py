@@ -16,7 +16,7 @@ import nlray.actors.launch
 from nlray.actors.types import RunStatus
 from nlray.clusters.cli import main, split_arguments
 from nlray.config import Config
-from nlray.config_loading import config_to_yaml, load_config
+from nlray.config.loading import config_to_yaml, load_config
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
 
 SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "sequence.global_batch=2", "run.steps=4"]

@@ -20,7 +20,7 @@ import ray
 from nlray.actors.types import MemberStatus, RunDescription
 from nlray.clusters.cli import main
 from nlray.clusters.control import parse_sizes, status_lines
-from nlray.config_loading import config_to_yaml, load_config
+from nlray.config.loading import config_to_yaml, load_config
 from nlray.errors import UserError
 
 SMALL = [

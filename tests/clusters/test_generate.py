@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.clusters.cli import main
 from nlray.clusters.generate import decode_pieces
-from nlray.config_loading import config_to_yaml, load_config
+from nlray.config.loading import config_to_yaml, load_config
 from nlray.models.lm import build_model
 from nlray.pipelines.tokenizers import ByteTokenizer
 

@@ -19,7 +19,7 @@ from nlray.clusters.progress import (
     resume_line,
     summary_lines,
 )
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 
 LEVEL = {"version": 3, "lag_steps": 2, "bytes_pushed": 5_720_000, "bytes_pulled": 1_000, "grad_norm": 1.0, "stall_s": 0.0}
 

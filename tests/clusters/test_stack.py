@@ -8,7 +8,7 @@ import tokenizers
 from nlray.checkpoint import read_manifest
 from nlray.clusters.cli import main
 from nlray.clusters.generate import stream_text
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.evals import generate as sampling
 from tests.nlray.decoder_folders import save_source
 

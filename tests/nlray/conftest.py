@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nlray.config import Config
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 
 # Small tensors gain nothing from a second thread, and lose much when the cores are busy.
 torch.set_num_threads(1)

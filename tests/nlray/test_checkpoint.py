@@ -29,9 +29,9 @@ from nlray.checkpoint import (
     write_manifest,
     write_part,
 )
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import CheckpointError, UserError
-from nlray.initial import check_initial
+from nlray.init_parameters import check_initial
 
 
 @pytest.fixture(params=["local", "memory"])

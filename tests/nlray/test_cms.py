@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from nlray.config import OptimizerConfig, ScheduleConfig
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
+from nlray.levels.learner import LevelLearner
 from nlray.models.cms import ContinuumMemory
 from nlray.models.level import Level, LevelForm, SiluLevel
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
-from nlray.nested_system import NestedSystem
-from nlray.optimizers import LevelLearner, OuterOptimizer
+from nlray.nested_system.problems import NestedSystem
+from nlray.optimizers import OuterOptimizer
 
 LEVELS = ("fast", "medium", "slow", "slowest")
 

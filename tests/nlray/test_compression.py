@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nlray.compression import CODECS, codec_of, take_code
-from nlray.flat import ALIGN, FlatLayout
-from nlray.levels import TensorSpec
+from nlray.levels.compression import CODECS, codec_of, take_code
+from nlray.levels.flat_buffers import ALIGN, FlatLayout
+from nlray.levels.schedule import TensorSpec
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlray.config import Config, LevelConfig
-from nlray.config_loading import (
+from nlray.config.loading import (
     PRESETS,
     config_from_dict,
     config_to_yaml,
@@ -22,7 +22,7 @@ from nlray.config_loading import (
 )
 from nlray.errors import UserError
 
-PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "presets").glob("*.yaml"))
+PRESET_FILES = sorted((Path(__file__).parents[2] / "nlray" / "config" / "presets").glob("*.yaml"))
 
 
 def test_every_preset_file_is_a_preset():

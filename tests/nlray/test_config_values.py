@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nlray.config import Config, OptimizerConfig
-from nlray.config_loading import load_config
-from nlray.config_values import LIMITS, SMALLEST, Range, Scalar, read
+from nlray.config.loading import load_config
+from nlray.config.values import LIMITS, SMALLEST, Range, Scalar, read
 from nlray.errors import UserError
 from nlray.models.lm import build_model
 from nlray.optimizers import OuterOptimizer

@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from nlray.config_loading import config_to_yaml, load_config, parse_config
-from nlray.config_yaml import dump_yaml, load_yaml
+from nlray.config.loading import config_to_yaml, load_config, parse_config
+from nlray.config.yaml_text import dump_yaml, load_yaml
 from nlray.errors import UserError
 
 SOURCE = ["data.sources=[a.txt, {path: b.txt, weight: 2}]"]
@@ -22,9 +22,7 @@ def message_of(*arguments, **named):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["20240101_1200", "010", "yes", "1e3", "0x10", "1_000", "12:30", "2026-11-30", "1.10", "on", "a b", "#5"]
-)
+@pytest.mark.parametrize("name", ["20240101_1200", "010", "yes", "1e3", "0x10", "1_000", "12:30", "2026-11-30", "1.10", "on", "a b", "#5"])
 def test_a_string_is_the_characters_as_they_are_written(name, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlray.decoders import open_source
 from nlray.errors import UserError
-from nlray.stacking import stack
+from nlray.stacking.decoders import open_source
+from nlray.stacking.stack import stack
 from tests.nlray.decoder_folders import save_source
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nlray.models.delta_linear import delta_linear
 from nlray.models.lm import build_model
+from nlray.nn.delta_linear import delta_linear
 
 BATCH, TIME, DIM, OUT = 2, 3, 6, 4
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import nlray.nested_system as nested_system
+import nlray.nested_system.problems as nested_system
 from nlray.config import InContextConfig
-from nlray.config_loading import config_from_dict, config_to_yaml, load_config
+from nlray.config.loading import config_from_dict, config_to_yaml, load_config
 from nlray.errors import NlrayError, UserError
 from nlray.evals.generate import generate
 from nlray.evals.streaming import stream_losses
@@ -15,7 +15,7 @@ from nlray.models.in_context import change_in_context
 from nlray.models.level import CLASSES, Level, LevelForm
 from nlray.models.lm import build_model, level_parameters
 from nlray.models.state import state_from_tensors, state_tensors
-from nlray.nested_system import NestedSystem
+from nlray.nested_system.problems import NestedSystem
 
 DIM, HIDDEN, LAMBDA, LOSS_TOKENS = 4, 3, 0.7, 20
 IN_CONTEXT = [

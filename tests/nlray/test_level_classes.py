@@ -5,11 +5,11 @@ import torch
 import yaml
 
 from nlray.config import LEVEL_FORMS
-from nlray.config_loading import config_from_dict, config_to_yaml, load_config
+from nlray.config.loading import config_from_dict, config_to_yaml, load_config
 from nlray.errors import UserError
 from nlray.models.level import CLASSES, Level
 from nlray.models.lm import build_model, level_parameters
-from nlray.nested_system import NestedSystem, level_plans
+from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import is_matrix
 
 OWN = """

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlray.levels import LevelPlan, TensorSpec, closes_period, deal_tensors, newest_version, open_version, visible_version
+from nlray.levels.schedule import LevelPlan, TensorSpec, closes_period, deal_tensors, newest_version, open_version, visible_version
 
 periods = st.integers(1, 50).flatmap(lambda c: st.tuples(st.just(c), st.integers(0, c)))
 

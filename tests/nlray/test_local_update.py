@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nlray.config import Config
-from nlray.config_loading import config_from_dict, load_config
+from nlray.config.loading import config_from_dict, load_config
 from nlray.errors import UserError
-from nlray.local_update import LocalUpdate
-from nlray.nested_system import NestedSystem, level_plans
+from nlray.levels.local_update import LocalUpdate
+from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 
 UPDATED = "memory.levels.fast={delay: 1, local_update: true}"

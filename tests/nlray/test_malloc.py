@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from nlray.malloc import keep_freed_memory
+from nlray.process.malloc import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
 def faults(rounds):
@@ -26,7 +26,7 @@ print(faults(3) - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
 def test_the_next_tensors_need_no_new_pages():
-    from nlray.malloc import ENVIRONMENT
+    from nlray.process.malloc import ENVIRONMENT
 
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
 

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.models.layers import initialize_, parameter_inits
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
+from nlray.nn.layers import initialize_, parameter_inits
 
 
 def test_every_parameter_gets_a_finite_gradient(kind, small_config, random_blocks, vocab_size):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import nlray.memories.problems as memory_problems
-import nlray.nested_system as nested_system
+import nlray.nested_system.problems as nested_system
 from nlray.config import OPTIMIZERS, LevelConfig, ModelConfig, OptimizerConfig
-from nlray.config_loading import PRESETS, load_config
+from nlray.config.loading import PRESETS, load_config
 from nlray.errors import NlrayError
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
-from nlray.nested_system import NestedSystem, level_plans, optimizer_problems
+from nlray.nested_system.problems import NestedSystem, level_plans, optimizer_problems
 from nlray.optimizers import OuterOptimizer
 
 KINDS = get_args(get_type_hints(ModelConfig)["kind"])

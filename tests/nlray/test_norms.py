@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nlray.models.norms import UNIT_EPS, rms_norm, unit
+from nlray.nn.norms import UNIT_EPS, rms_norm, unit
 
 
 def plain_rms_norm(x, weight, eps):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.compiling import SHARED_LIMIT_BYTES
-from nlray import kernels
+from nlray import backend
 from nlray.config import OptimizerConfig, ScheduleConfig
 from nlray.errors import UserError
 from nlray.optimizers import M3, OuterOptimizer, has_decay
@@ -179,10 +179,10 @@ def test_newton_schulz_in_bf16_brings_the_singular_values_near_one_and_keeps_zer
 
 def test_auto_takes_torch_where_the_kernels_cannot_run_and_triton_insists(monkeypatch, caplog):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    kernels.log_once.cache_clear()
+    backend.log_once.cache_clear()
     weight = torch.ones(2, 2)
     weight.grad = torch.ones(2, 2)
-    with caplog.at_level("INFO", logger=kernels.__name__):
+    with caplog.at_level("INFO", logger=backend.__name__):
         for _ in range(2):
             optimizer_of("muon", {"w_a": weight}, "auto").step(1)
     reason = "the parameters are on the CPU and the kernels need a GPU"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nlray.config import OPTIMIZERS, OptimizerConfig
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.nested_system import NestedSystem, level_plans
+from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import OuterOptimizer, check_optimizers
 from nlray.optimizers.registry import CLASSES, gradient_memories
 

@@ -5,11 +5,11 @@ import textwrap
 import pytest
 
 from nlray.config import MEMORIES, ModelConfig
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import UserError
 from nlray.memories.delta.general import MatrixMemory
 from nlray.memories.family import memory_of
-from nlray.nested_system import NestedSystem, level_plans
+from nlray.nested_system.problems import NestedSystem, level_plans
 
 OWN = """
 from nlray.memories.delta.general import MatrixMemory

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
-from nlray.config_loading import config_to_yaml, load_config
+from nlray.config.loading import config_to_yaml, load_config
 from nlray.errors import CheckpointError, UserError
 from nlray.evals.generate import generate
-from nlray.initial import check_initial
+from nlray.init_parameters import check_initial
 from nlray.models.lm import build_model, level_parameters
-from nlray.nested_system import NestedSystem, parameter_shapes
-from nlray.stacking import stack
+from nlray.nested_system.problems import NestedSystem, parameter_shapes
+from nlray.stacking.stack import stack
 from tests.nlray.decoder_folders import SOURCES, save_source
 
 TOLERANCE = 1e-5
+
+
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 

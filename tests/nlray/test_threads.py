@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from nlray.threads import compute_here_with, compute_with_one
+from nlray.process.threads import compute_here_with, compute_with_one
 
 
 def test_the_thread_that_works_has_all_threads_and_others_before_and_after_it_one():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.compiling import SHARED_LIMIT_BYTES
-from nlray import kernels
+from nlray import backend
 from nlray.config import ModelConfig
 from nlray.errors import UserError
 from nlray.memories.delta import chunk, paths
@@ -137,14 +137,14 @@ def test_auto_takes_torch_where_the_kernels_cannot_run_and_says_why_once(monkeyp
     (u, q), parameters = make(1, 1, 3, 5)
     assert torch.equal(titans_memory(u, q, parameters, **OPTIONS)[0], titans_memory(u, q, parameters, path="torch", **OPTIONS)[0])
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    kernels.log_once.cache_clear()
-    with caplog.at_level("INFO", logger=kernels.__name__):
+    backend.log_once.cache_clear()
+    with caplog.at_level("INFO", logger=backend.__name__):
         for _ in range(2):
             assert not paths.uses_triton("auto", torch.device("cpu"), torch.float32, 5)
     assert [r.message for r in caplog.records] == ["memory in context: torch: the memory is on the CPU and the kernels need a GPU"]
     with pytest.raises(UserError, match=r"model.kernels is triton, but the memory is on the CPU .* allowed here: auto, torch"):
         titans_memory(u, q, parameters, path="triton", **OPTIONS)
-    monkeypatch.setattr(kernels, "is_installed", lambda: False)
+    monkeypatch.setattr(backend, "is_installed", lambda: False)
     assert paths.why_not(torch.device("cuda"), torch.bfloat16, 64) == "Triton is not installed"
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nlray.config import DataConfig, SourceConfig
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import DataError, UserError
 from nlray.pipelines.continuations import PARTS, part_tokenizers
 from nlray.pipelines.order import is_held_out

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nlray.config import DataConfig, SourceConfig
-from nlray.config_loading import load_config
+from nlray.config.loading import load_config
 from nlray.errors import DataError, UserError
 from nlray.pipelines.source_list import list_sources, read_list, write_list
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nlray.config import DataConfig, SourceConfig
-from nlray.config_loading import load_config, with_run
+from nlray.config.loading import load_config, with_run
 from nlray.errors import DataError, UserError
 from nlray.pipelines import source_list, stdlib
 from nlray.pipelines.contents import PIECE_BYTES

@@ -16,7 +16,7 @@ from torch import Tensor
 from nlray.memories.delta.collapsed import Settings, scan
 from nlray.memories.delta.paths import Path, uses_triton
 from nlray.memories.scan import MemoryState
-from nlray.models.norms import unit
+from nlray.nn.norms import unit
 
 SCAN_VALUES = 1 << 18
 """Values of a scan's inputs: longer sequences are several scans, so that intermediate results do not grow with them."""

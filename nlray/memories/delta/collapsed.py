@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nlray.memories.layer import decays
-from nlray.models.norms import UNIT_EPS
+from nlray.nn.norms import UNIT_EPS
 
 
 class Settings(NamedTuple):

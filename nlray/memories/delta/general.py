@@ -10,7 +10,7 @@ from torch import Tensor
 from nlray.memories.layer import Layer, answer_at_start, close, read, renewed, rows_of, write
 from nlray.memories.problems import box_problems
 from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
-from nlray.models.layers import constant, eye_noise
+from nlray.nn.layers import constant, eye_noise
 
 
 class MatrixMemory(ChunkedMemory):

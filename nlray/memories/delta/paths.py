@@ -1,11 +1,11 @@
 """Whether the Triton kernels beside this file can compute the collapsed memory, or the torch products of chunk.py do.
 
-`titans_memory` asks `uses_triton` once a call; nlray/kernels.py has the choice itself.
+`titans_memory` asks `uses_triton` once a call; nlray/backend.py has the choice itself.
 """
 
 import torch
 
-from nlray.kernels import Path, takes_kernels, why_not_here
+from nlray.backend import Path, takes_kernels, why_not_here
 
 LARGEST_WIDTH = {8: 32, 9: 64, 10: 32}
 """Largest head width d by the first digit of the GPU's compute capability (8: A100, 9: H100, 10: B200). Beyond it registers spill, and

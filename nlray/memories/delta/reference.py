@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nlray.config import ModelConfig
 from nlray.memories.scan import GATE_BOXES, MemoryWeights
-from nlray.models.norms import unit
+from nlray.nn.norms import unit
 
 Weights = tuple[Tensor, ...]
 """The layers of one box, each [B, H, V, K]."""

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nlray.models.norms import UNIT_EPS
+from nlray.nn.norms import UNIT_EPS
 
 if TYPE_CHECKING:
     from nlray.memories.delta.chunk import MemoryParameters

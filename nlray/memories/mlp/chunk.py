@@ -12,7 +12,7 @@ from nlray.memories.mlp.linear import Linear
 from nlray.memories.mlp.update import Layers, Settings, project, update
 from nlray.memories.problems import box_problems
 from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
-from nlray.models.layers import normal
+from nlray.nn.layers import normal
 
 
 class MLPMemory(ChunkedMemory):

@@ -1,0 +1,1 @@
+"""The conductor: who decides in a run."""

@@ -1,0 +1,205 @@
+"""Checkpoints on storage: recovery points that the seats write from their vaults, in the background, made whole by the manifest."""
+
+import posixpath
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from nlray.actors.control.assignment import Lineup
+from nlray.actors.control.outages import RETRY_S, Outage
+from nlray.actors.faults import Fault, RunFailedError
+from nlray.actors.hosts.pool import CONDUCTOR, SeatLostError
+from nlray.actors.recovery.points import Point, whole_points
+from nlray.actors.types import SEQUENCE, PartWritten, PieceKey, Role
+from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
+from nlray.errors import CheckpointError, RemoteTimeoutError
+from nlray.rotation import delete_old_checkpoints, put_aside_after
+from nlray.storage import locate, may_pass, reason
+
+
+@dataclass
+class Writing:
+    """A checkpoint on its way to storage. parts: owner by the call that writes its part; begun_s: when they were called."""
+
+    point: Point
+    url: str
+    parts: dict[Any, str]
+    begun_s: float
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        lineup: who sits where.
+        first: URL of the checkpoint that the run started from, or None.
+        flush: writes out the rows up to now; called before a manifest, so that a resumed run finds them.
+        note: takes events.
+    """
+
+    def __init__(self, lineup: Lineup, first: str | None, flush: Callable[[], None], note: Callable[[str], None]) -> None:
+        self.lineup, self.first, self.flush, self.note = lineup, first, flush, note
+        self.run_dir, self.recovery = lineup.config.run.dir, lineup.config.recovery
+        self.timeout_s = lineup.config.run.timeout_s
+        self.newest: str | None = first
+        self.written_step = 0 if first is None else read_manifest(first, verify=False).step
+        self.digest: str | None = None
+        self._known = set() if first is None else {first}
+        self._writing: dict[int, Writing] = {}
+        self._outage = Outage(f"checkpoints in {self.run_dir}", self.timeout_s, note)
+
+    def start(self) -> None:
+        """Put aside what the run does not continue from: checkpoints that are newer than its first, damaged or not."""
+        self._put_aside_after(-1 if self.first is None else self.written_step)
+
+    def _put_aside_after(self, step: int) -> None:
+        for renamed in put_aside_after(self.run_dir, step):
+            self.note(f"put aside {renamed}: it is not what the run continues from")
+
+    @property
+    def steps_under_way(self) -> tuple[int, ...]:
+        return tuple(self._writing)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the recovery point of a step goes to storage."""
+        every = self.recovery.checkpoint_every
+        return every > 0 and step % every == 0
+
+    def begin(self, point: Point) -> None:
+        """Have a recovery point written by those who hold its pieces, unless that has been done."""
+        if point.step > self.written_step and point.step not in self._writing:
+            self._writing[point.step] = self._write(point)
+
+    def _write(self, point: Point) -> Writing:
+        shared_owner, shared_seat = min(point.shared)
+        calls = {}
+        for role, seats in point.holders.items():
+            holder = self.lineup.holder(shared_seat if role == shared_owner else seats[0])
+            calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
+        return Writing(point, checkpoint_dir(self.run_dir, point.step), calls, time.monotonic())
+
+    def advance(self) -> None:
+        """Write the manifest of each checkpoint whose parts are all on storage, in the order of their steps.
+
+        Where the storage fails for a while the newest is written again, and older ones are given up.
+
+        Raises:
+            SeatLostError: a role died while it wrote.
+            RunFailedError: the storage has failed for too long.
+        """
+        for step, writing in sorted(self._writing.items()):
+            ready, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=0)
+            try:
+                for ref in ready:
+                    self._part(ref, writing.parts[ref], step)
+                if late:
+                    # What is older than a complete checkpoint is deleted.
+                    break
+                self._complete(step, writing)
+                del self._writing[step]
+                self._outage.end()
+            except Exception as error:
+                self._meet(error, writing)
+                if late:
+                    break
+                if step < max(self._writing):
+                    self._give_up(step, writing)
+                elif time.monotonic() - writing.begun_s > RETRY_S:
+                    self._writing[step] = self._write(writing.point)
+        self._outage.check()
+
+    def _meet(self, error: Exception, writing: Writing) -> None:
+        """Take in that a checkpoint could not be written; raise where that will not pass."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if may_pass(cause):
+            self._outage.meet(cause)
+        elif isinstance(cause, OSError):
+            raise RunFailedError(f"{writing.url} cannot be written: {reason(cause)}") from error
+        else:
+            raise error
+
+    def _give_up(self, step: int, writing: Writing) -> None:
+        del self._writing[step]
+        # What has been written of it takes up the room that may be lacking.
+        with suppress(Exception):
+            fs, path = locate(writing.url)
+            fs.rm(path, recursive=True)
+        self.note(f"step {step}: no checkpoint; that of step {max(self._writing)} takes its place")
+
+    def abandon(self) -> None:
+        """Let the parts that are being written end; the folder stays without a manifest and is written again."""
+        for writing in self._writing.values():
+            _, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=self.recovery.hang_timeout_s)
+            if late:
+                self.note(f"the checkpoint {posixpath.basename(writing.url)} is left torn: {len(late)} parts were not written in time")
+        self._writing = {}
+
+    def stored(self) -> tuple[int, str] | None:
+        """Return step and URL of the newest complete checkpoint on storage, or None; a damaged one that is newer is put aside."""
+        try:
+            url = latest_checkpoint(self.run_dir, warn=self.note)
+        except CheckpointError as error:
+            if self.newest is not None:
+                # Not put aside: where it is the storage that fails, they are good again later.
+                self.note(f"{error}; the next one is the first")
+            self.newest, self.written_step, self.digest = None, 0, None
+            return None
+        manifest = read_manifest(url, verify=False)
+        if url != self.newest:
+            self._put_aside_after(manifest.step)
+        self.newest, self.written_step, self.digest = url, manifest.step, manifest.digest
+        self._known.add(url)
+        return manifest.step, url
+
+    def rescue(self) -> None:
+        """Write the best recovery point in memory, from whoever holds its pieces, before the run is given up."""
+        self.abandon()
+        held = {n: m.report.holdings for n, m in self.lineup.members.all.items() if m.report is not None}
+        point = next(iter(whole_points(held | {CONDUCTOR: self.lineup.vault.holdings()}, self.lineup.groups)), None)
+        if point is not None and point.step > self.written_step:
+            self.begin(point)
+            ray.wait(list(self._writing[point.step].parts), num_returns=len(point.holders), timeout=self.timeout_s)
+            self.advance()
+            if self._writing:
+                raise self._outage.error or RemoteTimeoutError(f"not written after {self.timeout_s:g} s (run.timeout_s)")
+
+    def _write_call(self, handle: Any, key: PieceKey, *, with_shared: bool) -> Any:
+        file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"
+        return handle.write.remote(key, checkpoint_dir(self.run_dir, key.step), f"{file.replace('-', '_')}.safetensors", with_shared)
+
+    def _part(self, ref: Any, owner: str, step: int) -> PartWritten:
+        try:
+            return ray.get(ref, timeout=self.timeout_s)
+        except RayActorError as error:
+            raise SeatLostError(Fault("died", owner, step, f"{owner} died while it wrote the checkpoint of step {step}")) from error
+
+    def _complete(self, step: int, writing: Writing) -> None:
+        by_owner = {owner: self._part(ref, owner, step) for ref, owner in writing.parts.items()}
+        written = list(by_owner.values())
+        state = whole_state(by_owner, [plan.name for plan in self.lineup.plans])
+        self.flush()
+        self.digest = write_manifest(writing.url, step, [w.part for w in written], state).digest
+        self.newest, self.written_step = writing.url, step
+        self._known.add(writing.url)
+        self._delete_old()
+        size = sum(w.part.size_bytes for w in written)
+        self.note(f"step {step}: checkpoint {posixpath.basename(writing.url)} written, {size / 1e6:.1f} MB")
+
+    def _delete_old(self) -> None:
+        protected = {self.newest, self.first}
+        try:
+            delete_old_checkpoints(self.run_dir, self.recovery.keep, known=self._known, protected=protected, warn=self.note)
+        except Exception as error:
+            if not may_pass(error) and not isinstance(error, OSError):
+                raise
+            self.note(f"an old checkpoint could not be deleted: {reason(error)}")
+
+
+def whole_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
+    """Return what a manifest holds beside tensors: worker 0's state, and as `levels` that of each level, in which its ranks agree."""
+    return written[str(Role(SEQUENCE, 0))].state | {"levels": {name: written[str(Role(name, 0))].state for name in levels}}

@@ -1,0 +1,220 @@
+"""A seat: a warm process with resources and a vault, in which a role - a sequence worker or a level rank - sits down.
+
+A plain class; `nlray.actors.hosts.pool` makes it an actor. All actors of a run but the conductor are seats. A seat without a role is a
+standby. On a fault the seats that live stay, with what their vaults hold, and every role begins anew in them.
+
+The conductor imports this module and starts in half the time without torch: a seat imports it as it is made.
+"""
+
+import gc
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from nlray.actors.hosts.processes import end_with_raylet, signal_actor
+from nlray.actors.ranks.stores import STORES, wait_for
+from nlray.actors.recovery.snapshots import Keeper, Snapshot, Vault, VaultHolder
+from nlray.actors.types import SEQUENCE, Assignment, PieceCopy, Role, SeatReport, Source
+from nlray.errors import HaltedError, RemoteTimeoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nlray.actors.ranks.rank import LevelRank
+    from nlray.actors.workers.worker import SequenceWorker
+
+CONDUCTOR_PATIENCE = 3  # times `recovery.hang_timeout_s`: it may be writing to a slow storage
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviours:
+    """The plain classes that sit in the seats, None for the run's own: a fault injector puts its own subclasses here."""
+
+    sequence_worker: "type[SequenceWorker] | None" = None
+    level_rank: "type[LevelRank] | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A role that is made and not restored yet."""
+
+    role: Role
+    generation: int
+    made: "SequenceWorker | LevelRank"
+
+
+class Seat(VaultHolder):
+    """One process of a run.
+
+    Args:
+        name: of the actor.
+        timeout_s: limit of each wait.
+        hang_timeout_s: silence after which an actor is taken for hung.
+        gpus: GPUs that Ray gave this actor.
+        behaviours: the classes of the roles.
+    """
+
+    def __init__(self, name: str, *, timeout_s: float, hang_timeout_s: float, gpus: float, behaviours: Behaviours) -> None:
+        # A tenth of the time of importing torch is a search for garbage among modules, which are none.
+        gc.disable()
+        from nlray.actors.ranks.rank import LevelRank
+        from nlray.actors.workers.worker import SequenceWorker
+
+        gc.freeze()
+        gc.enable()
+        self.name, self.timeout_s, self.hang_timeout_s, self.gpus = name, timeout_s, hang_timeout_s, gpus
+        self.sequence_worker = behaviours.sequence_worker or SequenceWorker
+        self.level_rank = behaviours.level_rank or LevelRank
+        self.vault = Vault(name, timeout_s)
+        self._changed = threading.Condition()
+        self._role: SequenceWorker | LevelRank | None = None
+        self._generation = 0
+        self._prepared: Prepared | None = None
+        self._conductor: tuple[int, str] | None = None
+        self._asked_s = math.inf
+        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+        if ray.is_initialized():
+            end_with_raylet()
+        threading.Thread(target=self._watch_conductor, name="watch", daemon=True).start()
+
+    # Roles.
+
+    def become(self, assignment: Assignment) -> str:
+        """Take a role, restored; return `cpu` or `cuda`, where its tensors live. The role before is let go of."""
+        with self._changed:
+            prepared, self._prepared = self._prepared, None
+        is_ready = prepared is not None and (prepared.role, prepared.generation) == (assignment.role, assignment.generation)
+        is_restored = bool(assignment.sources) or assignment.checkpoint is not None
+        role = prepared.made if is_ready else self._make(assignment, is_restored=is_restored)
+        if assignment.sources:
+            role.restore(self._gather(assignment.sources, role))
+        elif assignment.checkpoint is not None:
+            role.load(assignment.checkpoint)
+        with self._changed:
+            before, self._role, self._generation = self._role, role, assignment.generation
+            self._changed.notify_all()
+        if before is not None:
+            before.halt()
+        return role.device_type()
+
+    def prepare(self, assignment: Assignment) -> None:
+        """Make a role that this seat is going to become, beside the present one; its state comes with `become`."""
+        made = self._make(assignment, is_restored=True)
+        with self._changed:
+            self._prepared = Prepared(assignment.role, assignment.generation, made)
+
+    def call(self, generation: int, method: str, *args: Any) -> Any:
+        """Call a method of the role of `generation`, waiting for it to sit down.
+
+        Raises:
+            HaltedError: that role is over.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._generation >= generation, self.timeout_s):
+                raise RemoteTimeoutError(
+                    f"{self.name}: waited {self.timeout_s:g} s for the role of generation {generation} (run.timeout_s)"
+                )
+            role = self._role
+            if role is None or self._generation > generation:
+                raise HaltedError(f"{self.name}: the role of generation {generation} is over")
+        return getattr(role, method)(*args)
+
+    def halt(self, generation: int) -> None:
+        """End the role; `generation` is the one that begins. What the vault holds stays."""
+        with self._changed:
+            role, self._role, self._prepared = self._role, None, None
+            self._generation = max(self._generation, generation - 1)
+            self._changed.notify_all()
+        self.vault.begin(generation)
+        if role is not None:
+            role.halt()
+
+    def report(self, conductor: tuple[int, str], rows_after: int, release_below: int, kept: Collection[int]) -> SeatReport:
+        """Say how the role is, and let go of the pieces of steps before `release_below`, except `kept`.
+
+        conductor: process id and node of who asks.
+        """
+        self._conductor, self._asked_s = conductor, time.monotonic()
+        self.vault.release(release_below, kept)
+        # Holdings first: a worker puts a piece into the vault after the rows that belong to it.
+        holdings, bytes_held, bytes_copied = self.vault.holdings(), self.vault.bytes_held, self.vault.bytes_copied
+        with self._changed:
+            role, generation = self._role, self._generation
+        return SeatReport(
+            None if role is None else role.role,
+            generation,
+            0 if role is None else role.group_size,
+            role is not None and role.is_started,
+            os.getpid(),
+            self._node,
+            holdings,
+            bytes_held,
+            bytes_copied,
+            None if role is None else role.error,
+            role.report(rows_after) if role is not None and role.role.is_worker else None,
+        )
+
+    def _make(self, assignment: Assignment, *, is_restored: bool) -> "SequenceWorker | LevelRank":
+        role, config, plans = assignment.role, assignment.config, assignment.plans
+        if role.is_worker:
+            return self.sequence_worker(
+                config,
+                plans,
+                role.index,
+                vault=self.vault,
+                generation=assignment.generation,
+                gpus=self.gpus,
+                is_restored=is_restored,
+            )
+        plan = next(plan for plan in plans if plan.name == role.group)
+        store = STORES[config.exchange.transport](self.timeout_s)
+        return self.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus, is_restored=is_restored)
+
+    def _gather(self, sources: Sequence[Source], role: "SequenceWorker | LevelRank") -> Snapshot:
+        """Put together what the role wants from the pieces that hold it; what is not a tensor comes from the first."""
+        from nlray.levels.flat_buffers import as_tensor
+
+        tensors: dict[str, Tensor] = {}
+        first: Snapshot | PieceCopy | None = None
+        for source in sources:
+            if source.holder is None:
+                piece = self.vault.get(source.key)
+                found = {n: t for n, t in piece.tensors.items() if n not in tensors and role.wants(n)}
+            else:
+                what = f"the piece of {source.key.owner} of step {source.key.step}"
+                names = wait_for(source.holder.names.remote(source.key), what, self.timeout_s)
+                wanted = [n for n in names if n not in tensors and role.wants(n)]
+                piece = wait_for(source.holder.fetch.remote(source.key, wanted), what, self.timeout_s)
+                found = {n: as_tensor(a) for n, a in piece.arrays.items()}
+            tensors |= found
+            first = first or piece
+        return Snapshot(first.key, first.group_size, tensors, first.state)
+
+    def _watch_conductor(self) -> None:
+        """In worker 0's seat: kill a conductor that asks no more; Ray starts it again. Nobody else would notice that it hangs."""
+        while True:
+            time.sleep(self.hang_timeout_s / 2)
+            role, silent_s = self._role, time.monotonic() - self._asked_s
+            if role is None or role.role != Role(SEQUENCE, 0) or silent_s < CONDUCTOR_PATIENCE * self.hang_timeout_s:
+                continue
+            self._asked_s = time.monotonic()
+            try:
+                if signal_actor(*self._conductor, signal.SIGKILL, timeout_s=self.hang_timeout_s):
+                    logger.warning("the conductor did not ask for %.0f s: killed, for Ray to start it again", silent_s)
+            except (GetTimeoutError, RayError) as error:
+                logger.warning("the conductor does not ask and could not be killed: %s", error)
+
+    def set_keeper(self, keeper: Keeper | None, keeps_shared: bool) -> None:
+        """Say who holds this seat's copies from now on."""
+        self.vault.set_keeper(keeper, keeps_shared=keeps_shared)

@@ -1,0 +1,1 @@
+"""Level ranks and the exchange with them."""

@@ -1,0 +1,1 @@
+"""Snapshots in memory and the recovery points that they make up."""

@@ -1,0 +1,1 @@
+"""Sequence workers: data-parallel training of the sequence parameters."""

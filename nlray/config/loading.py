@@ -1,0 +1,242 @@
+"""Reading and writing the configuration: presets, YAML files and `key=value` overrides become one checked `Config`.
+
+Nothing here imports torch or ray, so that a mistake is told before anything slow starts.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import resources as package_files
+from pathlib import Path
+from typing import Any
+
+from nlray.config import Config, OptimizerConfig
+from nlray.config.old_keys import upgraded
+from nlray.config.values import Scalar, build, shown
+from nlray.config.yaml_text import dump_yaml, load_yaml
+from nlray.errors import UserError
+from nlray.storage import absolute
+from nlray.trust import confirm, read_bounded
+
+PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
+
+_KEY = re.compile(r"[^.\[\]\s]+(?:\.[^.\[\]\s]+|\[[^\[\]]+\])*")
+
+
+def load_config(source: str | None, overrides: list[str] | None = None, *, default_name: str | None = None, trust: bool = False) -> Config:
+    """Read a preset or YAML file, apply `key=value` overrides, and return the checked configuration.
+
+    Args:
+        source: a preset's name, a path of a YAML file, or None: what `init` says, if it is among the overrides, else the preset `tiny`.
+        overrides: `key=value` strings with dotted keys; values are YAML.
+        default_name: `run.name` where neither file nor overrides set it; `run.dir` is then filled in too.
+        trust: what the configuration in the folder `init` names may be imported and contacted (`nlray.trust`).
+
+    Raises:
+        UserError: an unknown preset, file or key, or a value out of range; one line that names the key.
+    """
+    init = _init_of(overrides or [])
+    if source is not None or not init:
+        return _parse(_read_source(source), overrides, default_name)
+    run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
+    config = _parse(_read_init(init, run_dir), overrides, default_name)
+    confirm(config, run_dir, trust=trust, typed=values_of(overrides or []))
+    return config
+
+
+def parse_config(name: str, text: str | bytes, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
+    """Return the checked configuration of a YAML text with overrides; `name` is for messages. Raises as `load_config`."""
+    return _parse(_load_mapping(name, text), overrides, default_name)
+
+
+def parse_run_config(name: str, text: str | bytes, overrides: list[str] | None = None) -> Config:
+    """Return the configuration that a run wrote, of an earlier version of nlray too, with overrides. Raises as `load_config`."""
+    return _parse(upgraded(_load_mapping(name, text)), overrides, None)
+
+
+def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str | None) -> Config:
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals or not _KEY.fullmatch(key):
+            raise UserError(f"argument {override!r}: not of the form key=value")
+        _expand_sources(plain)
+        parts = [part.strip("[]") for part in re.findall(r"\[[^\[\]]+\]|[^.\[\]]+", key)]
+        plain = _changed(plain, parts, _read_value(key, value), key)
+    _expand_sources(plain)
+    _expand_levels(plain)
+    if default_name is not None:
+        run = plain.setdefault("run", {})
+        if isinstance(run, dict):
+            run["name"] = run.get("name") or default_name
+            run["dir"] = run.get("dir") or f"runs/{run['name']}"
+    return config_from_dict(plain)
+
+
+def config_from_dict(plain: dict[str, Any]) -> Config:
+    """Return the checked configuration of a plain mapping; raise UserError in one line."""
+    return build(Config, plain)
+
+
+def config_to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML; `load_config` of it gives an equal one."""
+    return dump_yaml(asdict(config))
+
+
+def default_run_name(source: str | None, overrides: list[str], stamp: str) -> str:
+    """Return `<preset or file>-<stamp>`, or that of the folder that `init` names where there is neither."""
+    if source is None:
+        init = _init_of(overrides)
+        return f"{Path(init).resolve().name if init else 'tiny'}-{stamp}"
+    return f"{source if source in PRESETS else Path(source).stem}-{stamp}"
+
+
+def _init_of(overrides: list[str]) -> str | None:
+    value = next((_read_value("init", o.partition("=")[2]) for o in reversed(overrides) if o.startswith("init=")), None)
+    return value if isinstance(value, str) else None
+
+
+def with_run(config: Config, **changes: Any) -> Config:
+    """Return the configuration with fields of `run` replaced."""
+    return replace(config, run=replace(config.run, **changes))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with every path absolute, for processes that run in other folders; URLs stay.
+
+    Raises:
+        UserError: an empty path, or `~` of a user without a home; names the key.
+    """
+
+    def resolved(key: str, path: str) -> str:
+        try:
+            return absolute(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+
+    data = config.data
+    sources = [replace(source, path=resolved(f"data.sources[{i}].path", source.path)) for i, source in enumerate(data.sources)]
+    tokenizer = data.tokenizer if data.tokenizer == "bytes" else resolved("data.tokenizer", data.tokenizer)
+    init = None if config.init is None else resolved("init", config.init)
+    config = replace(config, data=replace(data, sources=sources, tokenizer=tokenizer), init=init)
+    return with_run(config, dir=None if config.run.dir is None else resolved("run.dir", config.run.dir))
+
+
+def _read_source(source: str | None) -> dict[str, Any]:
+    name = source or "tiny"
+    if name in PRESETS:
+        return _load_mapping(name, (package_files.files("nlray.config") / "presets" / f"{name}.yaml").read_bytes())
+    path = Path(absolute(name))
+    try:
+        is_file, exists = path.is_file(), path.exists()
+        content = path.read_bytes() if is_file else b""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if is_file:
+        return _load_mapping(name, content)
+    if exists:
+        raise UserError(f"{name}: {'a folder' if path.is_dir() else 'no regular file'}; allowed: a preset, or a YAML file")
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"{name}: no such file")
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"{name!r}: no such preset or file; {hint}presets: {', '.join(PRESETS)}")
+
+
+def _read_init(init: str, run_dir: str) -> dict[str, Any]:
+    """Return what the parameters need of the configuration that belongs to a run's folder or one of its checkpoints."""
+    name = f"{run_dir}/config.yaml"
+    try:
+        content = read_bounded(name)
+    except (OSError, ImportError) as error:
+        raise UserError(f"init: {init}: {name} cannot be read: {error}") from error
+    if content is None:
+        raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`")
+    plain = upgraded(_load_mapping(name, content))
+    kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}
+    data = plain.get("data")
+    taken = {key: data[key] for key in ("tokenizer", "end_token", "begin_token") if key in data} if isinstance(data, dict) else {}
+    return kept | ({"data": taken} if taken else {})
+
+
+def _load_mapping(name: str, content: str | bytes) -> dict[str, Any]:
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    plain = load_yaml(name, text)
+    if not isinstance(plain, dict | None):
+        raise UserError(f"{name}: is {shown(plain)}; allowed: a mapping of keys")
+    return plain or {}
+
+
+def _read_value(key: str, text: str) -> Any:
+    """Return the value of an override: YAML where brackets, braces or quotes begin it, else the characters as they are."""
+    text = text.strip()
+    return load_yaml(key, text) if text[:1] in ("[", "{", '"', "'") or text in ("", "~", "null") else Scalar(text)
+
+
+def values_of(overrides: Sequence[str]) -> set[str]:
+    """Return every string that `key=value` arguments set."""
+    left, found = [_read_value(key, value) for key, _, value in (override.partition("=") for override in overrides)], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, str):
+            found.add(str(value))
+    return found
+
+
+def _changed(tree: Any, parts: list[str], value: Any, key: str) -> Any:
+    """Return what `tree` is with one entry of it, named by the parts of a key, set or, where both are mappings, merged."""
+    if not parts:
+        return _merged(tree, value)
+    part, *rest = parts
+    if isinstance(tree, list):
+        if not (part.isdecimal() and int(part) < len(tree)):
+            allowed = f"0 to {len(tree) - 1}" if tree else "a whole list"
+            raise UserError(f"{key}: no entry {part} in a list of {len(tree)}; allowed: {allowed}")
+        return [_changed(one, rest, value, key) if index == int(part) else one for index, one in enumerate(tree)]
+    tree = tree if isinstance(tree, dict) else {}
+    return tree | {part: _changed(tree.get(part), rest, value, key)}
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Return `new`, or two mappings as one; `new` wins."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+def _expand_sources(plain: dict[str, Any]) -> None:
+    """Turn path strings into sources."""
+    data = plain.get("data")
+    if isinstance(data, dict) and isinstance(data.get("sources"), str):
+        data["sources"] = [data["sources"]]
+    if isinstance(data, dict) and isinstance(data.get("sources"), list):
+        data["sources"] = [{"path": s} if isinstance(s, str) else s for s in data["sources"]]
+
+
+def _expand_levels(plain: dict[str, Any]) -> None:
+    """Drop removed levels, and give every level the defaults."""
+    memory = plain.get("memory")
+    if isinstance(memory, dict) and isinstance(memory.get("levels"), dict):
+        # Defaults that are no mapping are told where they are read.
+        defaults = memory.get("defaults") if isinstance(memory.get("defaults"), dict) else {}
+        memory["levels"] = {
+            name: _merged(_defaults_of(level, defaults), level) if isinstance(level, dict) else level
+            for name, level in memory["levels"].items()
+            if level is not None
+        }
+
+
+def _defaults_of(level: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults that hold for a level: options belong to an optimizer, so not those of another one than the level's."""
+    optimizer, own = defaults.get("optimizer"), level.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(own, dict):
+        return defaults
+    name = optimizer.get("name", OptimizerConfig().name)
+    if own.get("name", name) == name:
+        return defaults
+    return defaults | {"optimizer": {key: value for key, value in optimizer.items() if key != "options"}}

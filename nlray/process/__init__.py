@@ -1,0 +1,1 @@
+"""What belongs to an operating system process: threads, freed memory, the device."""

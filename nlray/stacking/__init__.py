@@ -1,0 +1,1 @@
+"""Level stacking: the first state of the levels from a pretrained decoder."""
