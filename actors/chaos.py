@@ -106,8 +106,8 @@ class Client(Protocol):
 
 def targets_of(kind: ChaosKind, run: RunDescription, nodes: Collection[str]) -> list[Target]:
     """Return what a fault of a kind can be done to. nodes: those that may be taken away."""
-    seated = [m for m in run.members if m.is_ready and m.role.rpartition("-")[0] in run.sizes]
-    roles = [Target(kind, (m.role,), m.pid, m.node) for m in seated]
+    hosted = [m for m in run.actors if m.is_ready and m.role.rpartition("-")[0] in run.sizes]
+    roles = [Target(kind, (m.role,), m.pid, m.node) for m in hosted]
     if kind == "worker":
         return [t for t in roles if t.roles[0].startswith(f"{SEQUENCE}-")]
     if kind == "rank":
@@ -117,7 +117,7 @@ def targets_of(kind: ChaosKind, run: RunDescription, nodes: Collection[str]) -> 
     if kind == "conductor":
         return [Target(kind, (CONDUCTOR,), run.pid, run.node)]
     used: dict[str, list[str]] = {}
-    for role, node in [*((m.role, m.node) for m in seated), (CONDUCTOR, run.node)]:
+    for role, node in [*((m.role, m.node) for m in hosted), (CONDUCTOR, run.node)]:
         if node in nodes:
             used.setdefault(node, []).append(role)
     return [Target(kind, tuple(found), 0, node) for node, found in sorted(used.items())]

@@ -28,14 +28,14 @@ class RunFailedError(NlrayError):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that went wrong. role: whose; step: where the run was, as far as is known; message: one line; seat: the actor, if known."""
+    """One thing that went wrong. role: whose; step: where the run was, as far as is known; message: one line; host: the actor, if known."""
 
     kind: FaultKind
     role: str
     step: int
     message: str
     details: str = ""
-    seat: str = ""
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

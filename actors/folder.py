@@ -67,7 +67,7 @@ def read_own_state(run_dir: str) -> dict[str, Any] | None:
         state = json.loads(fs.cat_file(posixpath.join(path, STATE)))
     except (OSError, ValueError):
         return None
-    is_own = isinstance(state, dict) and state.get("status") in (LAUNCHED, *get_args(RunState)) and "generation" in state
+    is_own = isinstance(state, dict) and state.get("status") in (LAUNCHED, *get_args(RunState)) and {"attempt", "generation"} & set(state)
     return state if is_own else None
 
 
@@ -96,7 +96,7 @@ def prepare_dir(config: Config, checkpoint: str | None) -> Config:
     """
     run_dir = config.run.dir
     # First, and never absent from here on: whatever comes in between, the folder holds a run.
-    write_file(posixpath.join(run_dir, STATE), json.dumps({"status": LAUNCHED, "generation": 0, "address": ""}).encode())
+    write_file(posixpath.join(run_dir, STATE), json.dumps({"status": LAUNCHED, "attempt": 0, "address": ""}).encode())
     if checkpoint is None:
         _delete(run_dir, with_results=True)
         config = keep_initial(config)

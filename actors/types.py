@@ -32,7 +32,7 @@ class Command(IntFlag):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Role:
-    """What a seat is: worker `index` (group `sequence`) or rank `index` of the level `group`."""
+    """What a host is: worker `index` (group `sequence`) or rank `index` of the level `group`."""
 
     group: str
     index: int
@@ -76,23 +76,23 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class PieceKey:
-    """Names one role's piece of a recovery point: the boundary after `step`, as of one generation of the workers."""
+class PartKey:
+    """Names one role's part of a recovery point: the boundary after `step`, as of one attempt of the workers."""
 
-    generation: int
+    attempt: int
     step: int
     owner: Role
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A piece that a seat holds. Producer: seat; consumer: conductor.
+    """A part that a host holds. Producer: host; consumer: conductor.
 
     group_size: roles in the owner's group when it was taken. has_shared: the state that all workers have alike is in it.
-    is_protected: this is the owner's own piece and another actor holds a copy.
+    is_protected: this is the owner's own part and another actor holds a copy.
     """
 
-    key: PieceKey
+    key: PartKey
     group_size: int
     size_bytes: int
     has_shared: bool
@@ -100,34 +100,34 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class PieceCopy:
-    """A piece on its way to its keeper or to a role that restores. arrays: by tensor name; None: those of the piece `same_as`."""
+class PartCopy:
+    """A part on its way to its backup or to a role that restores. arrays: by tensor name; None: those of the part `same_as`."""
 
-    key: PieceKey
+    key: PartKey
     group_size: int
     state: dict[str, Any]
     arrays: Mapping[str, np.ndarray] | None
-    same_as: PieceKey | None = None
+    same_as: PartKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a role that restores finds a piece: in the seat `holder`, or (None) in its own."""
+    """Where a role that restores finds a part: in the host `holder`, or (None) in its own."""
 
-    key: PieceKey
+    key: PartKey
     holder: Any | None
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A role for a seat and the state to begin with. Producer: conductor; consumer: seat.
+    """A role for a host and the state to begin with. Producer: conductor; consumer: host.
 
-    generation: of the role; calls meant for another one do not reach it. sources: pieces to restore from; none: `checkpoint`, a URL;
+    attempt: of the role; calls meant for another one do not reach it. sources: parts to restore from; none: `checkpoint`, a URL;
     neither: the initial state.
     """
 
     role: Role
-    generation: int
+    attempt: int
     config: Config
     plans: tuple[LevelPlan, ...]
     sources: tuple[Source, ...] = ()
@@ -158,8 +158,8 @@ class RoleError:
 class WorkerReport:
     """What a sequence worker tells at a poll. rows: lines of metrics.jsonl after the step that the conductor has written.
 
-    state: `idle` before the start; `ended` after the last step or a stop; `paused` for another number of workers. switched: generation ->
-    step of the boundary at which the prepared ranks of that generation were taken over. prepared: generation of those that are not yet.
+    state: `idle` before the start; `ended` after the last step or a stop; `paused` for another number of workers. switched: attempt ->
+    step of the boundary at which the prepared ranks of that attempt were taken over. prepared: attempt of those that are not yet.
     """
 
     state: Literal["idle", "running", "paused", "ended", "failed"]
@@ -172,11 +172,11 @@ class WorkerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class SeatReport:
-    """What a seat tells the conductor at a poll. role None: a standby. bytes_copied: sent to keepers since the seat's start."""
+class HostReport:
+    """What a host tells the conductor at a poll. role None: a standby. bytes_copied: sent to backups since the host's start."""
 
     role: Role | None
-    generation: int
+    attempt: int
     group_size: int
     is_started: bool
     pid: int
@@ -189,8 +189,8 @@ class SeatReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MemberStatus:
-    """One actor of a run, for `nlray status` and the fault injector. role: `standby` or `keeper` where it has none."""
+class ActorStatus:
+    """One actor of a run, for `nlray status` and the fault injector. role: `standby` or `backup` where it has none."""
 
     role: str
     actor: str
@@ -229,7 +229,7 @@ class RunDescription:
     point: int | None
     sizes: dict[str, int]
     wanted: dict[str, int]
-    members: tuple[MemberStatus, ...]
+    actors: tuple[ActorStatus, ...]
     recoveries: tuple[dict[str, Any], ...]
     row: dict[str, Any] | None
     pid: int

@@ -12,7 +12,7 @@ from torch import Tensor
 from nlray.config import Config, OptimizerConfig
 from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
-from nlray.levels.compression import Codec, codec_of, take_code
+from nlray.levels.compression import Codec, codec_of, encode_with_feedback
 from nlray.levels.flat_buffers import FlatLayout
 from nlray.levels.schedule import TensorSpec, newest_version, visible_version
 from nlray.models.compiling import compile_mlps
@@ -83,7 +83,7 @@ class Learner:
         if self._codec is None:
             return gradients
         torch._foreach_add_(self._layout.views(self._left), gradients)
-        return self._layout.views(self._codec.decode(take_code(self._codec, self._left), self._layout.size))
+        return self._layout.views(self._codec.decode(encode_with_feedback(self._codec, self._left), self._layout.size))
 
 
 class BareLoop:

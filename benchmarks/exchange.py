@@ -1,6 +1,6 @@
 """A level's way to its rank and back: `python -m benchmarks exchange`.
 
-A level rank in a seat under Ray for each transport, its channel in this process: the product's own exchange
+A level rank in a host under Ray for each transport, its channel in this process: the product's own exchange
 (actors/ranks/channel.py, actors/ranks/rank.py). First what is pulled is compared with what the rank holds. Then rounds
 of push, update, publish and pull of a level of `--megabytes`, each part by the clock that both processes share, and a
 copy in memory of as many bytes in the same turns. Last the bytes per step of levels of equal size with the periods
@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.measure import Cell, Report, Spread, alternate, memory_copy
 from benchmarks.options import choices, positive, whole_numbers
-from nlray.actors.hosts.host import Behaviours, Seat
-from nlray.actors.hosts.pool import SEAT_THREADS
+from nlray.actors.hosts.host import ActorHost, Behaviours
+from nlray.actors.hosts.pool import HOST_THREADS
 from nlray.actors.launch import resolve
 from nlray.actors.ranks.channel import LevelChannel
 from nlray.actors.ranks.nixl_store import check_installed
@@ -111,25 +111,25 @@ def configure(
 
 
 class Level:
-    """A seat for a level rank, and the other end of it in this process."""
+    """A host for a level rank, and the other end of it in this process."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self._generation = config, 0
+        self.config, self._attempt = config, 0
         options = {"timeout_s": config.run.timeout_s, "hang_timeout_s": config.recovery.hang_timeout_s, "gpus": 0}
         behaviours = Behaviours(level_rank=TimedRank)
-        self.seat = ray.remote(num_cpus=1, max_concurrency=SEAT_THREADS)(Seat).remote("seat", behaviours=behaviours, **options)
+        self.host = ray.remote(num_cpus=1, max_concurrency=HOST_THREADS)(ActorHost).remote("host", behaviours=behaviours, **options)
 
     @contextmanager
     def channel(self, config: Config) -> Iterator[tuple[LevelChannel, dict[str, torch.Tensor]]]:
         """Have the rank of a configuration sit down; the channel to it, and the parameters that it writes."""
         (plan,) = level_plans(config, config.model.vocab_size)
-        self._generation += 1
-        self._ask(self.seat.become.remote(Assignment(Role(plan.name, 0), self._generation, config, (plan,))))
+        self._attempt += 1
+        self._ask(self.host.become.remote(Assignment(Role(plan.name, 0), self._attempt, config, (plan,))))
         self.call("start")
         parameters = {spec.name: torch.empty(spec.shape) for spec in plan.tensors}
         timeout_s = config.run.timeout_s
         store = STORES[config.exchange.transport](timeout_s)
-        link = RankClient(self.seat, self._generation, f"level {plan.name} rank 0", store, timeout_s)
+        link = RankClient(self.host, self._attempt, f"level {plan.name} rank 0", store, timeout_s)
         channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=timeout_s)
         channel.start(0, 0)
         try:
@@ -138,7 +138,7 @@ class Level:
             channel.close()
 
     def call(self, method: str) -> object:
-        return self._ask(self.seat.call.remote(self._generation, method))
+        return self._ask(self.host.call.remote(self._attempt, method))
 
     def _ask(self, ref: ray.ObjectRef) -> object:
         return wait_for(ref, "the level rank", self.config.run.timeout_s)
@@ -161,7 +161,7 @@ class Rounds:
         self.channel.accumulate(self.gradients)
         left = time.monotonic()
         self.channel.end_step(self.step)
-        self.channel.take_up(self.step + 1)
+        self.channel.apply(self.step + 1)
         there = time.monotonic()
         came, made, published = self.level.call("get_marks")
         times = (left - began, came - left, made - came, published - made, there - published)
@@ -216,10 +216,10 @@ def traffic(level: Level, periods: list[int], folder: str, transport: str, repor
         with level.channel(config) as (channel, parameters):
             gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
             for step in range(1, steps + 1):
-                channel.take_up(step)
+                channel.apply(step)
                 channel.accumulate(gradients)
                 channel.end_step(step)
-            channel.take_newest(steps)
+            channel.apply_newest(steps)
             counted[period] = (channel.bytes_pushed / steps, channel.bytes_pulled / steps)
             pushes, rest = divmod(channel.bytes_pushed, channel.layouts[0].size_bytes)
             is_right = rest == 0 and pushes == steps // period and channel.bytes_pulled == channel.bytes_pushed

@@ -3,7 +3,7 @@
 Part `faults`: one run, in which each kind of fault is injected some times, one after the other; told are the seconds until it is seen,
 until all roles have started again, and until the run is where it had been. Part `nodes`: the same for the loss of one of three nodes, that
 of a level's rank; another joins. Part `standby`: the same with a standby. Part `cost`: one run without faults, in which blocks of steps
-with recovery points (copies to their keepers included) alternate with blocks without any; printed is the ratio of their speeds.
+with recovery points (copies to their backups included) alternate with blocks without any; printed is the ratio of their speeds.
 """
 
 import argparse
@@ -40,19 +40,19 @@ LIMIT_S = 120.0
 
 def strike(kind: str, run: RunDescription, trigger: Path) -> None:
     """Do a fault of a kind. trigger: the file that makes a rank of `raising` raise."""
-    members = {m.role: m for m in run.members}
+    hosts = {m.role: m for m in run.actors}
     if kind == "worker":
-        os.kill(members["sequence-0"].pid, signal.SIGKILL)
+        os.kill(hosts["sequence-0"].pid, signal.SIGKILL)
     elif kind == "rank":
-        os.kill(members["medium-0"].pid, signal.SIGKILL)
+        os.kill(hosts["medium-0"].pid, signal.SIGKILL)
     elif kind == "conductor":
         os.kill(run.pid, signal.SIGKILL)
     elif kind == "hang":
-        os.kill(members["medium-0"].pid, signal.SIGSTOP)
+        os.kill(hosts["medium-0"].pid, signal.SIGSTOP)
     elif kind == "raise":
         trigger.touch()
     else:
-        os.kill(psutil.Process(members["medium-0"].pid).ppid(), signal.SIGKILL)
+        os.kill(psutil.Process(hosts["medium-0"].pid).ppid(), signal.SIGKILL)
 
 
 def raising(trigger: Path) -> Behaviours:
@@ -86,7 +86,7 @@ def measure_faults(
     handle = launch(config, behaviours=raising(trigger))
     try:
         for kind in [kind for _ in range(repeats) for kind in kinds]:
-            count = wait_for(handle, during, lambda run: run.state == "running" and all(m.is_ready for m in run.members), settle_steps=20)
+            count = wait_for(handle, during, lambda run: run.state == "running" and all(m.is_ready for m in run.actors), settle_steps=20)
             run = handle.client.describe()
             injected_at = time.time()
             strike(kind, run, trigger)

@@ -58,7 +58,7 @@ def make_config(path: Path, kind: str, *, shuffle: bool, eval_fraction: float) -
     return DataConfig(sources=[source], eval_fraction=eval_fraction, stream=StreamConfig(shuffle=shuffle))
 
 
-def is_whole(path: Path, kind: str) -> bool:
+def is_complete(path: Path, kind: str) -> bool:
     """Return whether one epoch of blocks is the file's tokens."""
     records = make_records(2_000_000)
     text = b"".join(r.encode() if kind == "text" else r.encode() + b"\xff" for r in records)
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in KINDS:
-            report.check(is_whole(write_file(folder, kind, 2_000_000), kind), f"{kind}: the blocks are the file's tokens")
+            report.check(is_complete(write_file(folder, kind, 2_000_000), kind), f"{kind}: the blocks are the file's tokens")
             path, large = write_file(folder, kind, size), write_file(folder, kind, 4 * size)
             for seq_len in (256, 1024):
                 rates = [measure_pass(path, kind, num_bytes=size, seq_len=seq_len) / 1e6 for _ in range(REPEATS)]

@@ -59,8 +59,8 @@ def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
             self._strike("step", self.step + 1)
             return super()._forward_backward(blocks)
 
-        def _take_point(self, step):
-            snapshot = super()._take_point(step)
+        def _capture_point(self, step):
+            snapshot = super()._capture_point(step)
             self._strike("point", step)
             return snapshot
 
@@ -85,10 +85,10 @@ def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
             self._strike("publish", version)
             super()._publish(version, norm, is_skipped=is_skipped)
 
-        def snapshot(self, step, generation):
+        def snapshot(self, step, attempt):
             if self.rank == 0:
                 strike(self.config, folder, strikes, ("rank", "point"), step, self.plan.name)
-            return super().snapshot(step, generation)
+            return super().snapshot(step, attempt)
 
         def restore(self, snapshot):
             super().restore(snapshot)
@@ -110,7 +110,7 @@ def strike(config: Config, folder: Path, strikes: Sequence[Strike], now: tuple[s
             raise ArithmeticError(f"broken on purpose at {planned.moment} {step}")
         conductor = ray.get_actor(CONDUCTOR, namespace_of(config.run.name))
         run = ray.get(conductor.describe.remote(), timeout=30)
-        pids = {member.role: member.pid for member in run.members if member.is_ready} | {CONDUCTOR: run.pid}
+        pids = {host.role: host.pid for host in run.actors if host.is_ready} | {CONDUCTOR: run.pid}
         hit = {pids[victim] for victim in planned.victims}
         if planned.how == "node":
             hit = {psutil.Process(pid).ppid() for pid in hit}

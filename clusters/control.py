@@ -182,8 +182,8 @@ def status_lines(run: "RunDescription") -> list[str]:
         f"faults     {_faults_text(run.recoveries)}",
         "",
     ]
-    members = [(m.role, m.actor, str(m.pid or "-"), m.node[:8] or "not yet ready") for m in run.members]
-    table = [("role", "actor", "pid", "node"), ("conductor", "conductor", str(run.pid), run.node[:8]), *members]
+    hosts = [(m.role, m.actor, str(m.pid or "-"), m.node[:8] or "not yet ready") for m in run.actors]
+    table = [("role", "actor", "pid", "node"), ("conductor", "conductor", str(run.pid), run.node[:8]), *hosts]
     widths = [max(len(line[column]) for line in table) for column in range(3)]
     lines += [f"{role:<{widths[0]}}  {actor:<{widths[1]}}  {pid:>{widths[2]}}  {node}" for role, actor, pid, node in table]
     return [clean(line) for line in lines]
@@ -218,7 +218,7 @@ def _ended_as_dict(records: "Records") -> dict[str, Any]:
         "point": None,
         "sizes": sizes_of(config),
         "wanted": {},
-        "members": [],
+        "actors": [],
         "recoveries": summary.get("recovery_log", []),
         "row": rows[-1] if rows else None,
         "conductor": None,

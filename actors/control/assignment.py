@@ -1,6 +1,6 @@
-"""Who sits where: gives every role a seat, has it begin at a recovery point, and connects the roles with each other.
+"""Who sits where: gives every role a host, has it begin at a recovery point, and connects the roles with each other.
 
-`Lineup.begin` is the one way in which training starts: the first start, a resume, every recovery, and another number of sequence
+`Assigner.begin` is the one way in which training starts: the first start, a resume, every recovery, and another number of sequence
 workers.
 """
 
@@ -13,11 +13,11 @@ import ray
 
 from nlray.actors.control.scaling_policy import resized, sizes_of
 from nlray.actors.faults import Fault
-from nlray.actors.hosts.placement import KEEPER, STANDBY, ActorPlan, plan_keeper, plan_standbys
-from nlray.actors.hosts.pool import CONDUCTOR, Member, Members
-from nlray.actors.ranks.stores import STORES, PeerNorms, RankClient, SeatKeeper
-from nlray.actors.recovery.points import Point, deal_keepers, needs_shared_copy, sources_of, whole_points
-from nlray.actors.recovery.snapshots import Vault
+from nlray.actors.hosts.placement import BACKUP, STANDBY, ActorPlan, plan_backup, plan_standbys
+from nlray.actors.hosts.pool import CONDUCTOR, HostHandle, HostPool
+from nlray.actors.ranks.stores import STORES, HostBackup, PeerNorms, RankClient
+from nlray.actors.recovery.points import Point, complete_points, deal_backups, needs_shared_copy, sources_of
+from nlray.actors.recovery.snapshots import SnapshotStore
 from nlray.actors.types import SEQUENCE, Assignment, Command, Role, Source
 from nlray.config import Config
 from nlray.errors import NlrayError
@@ -30,15 +30,15 @@ class StoppedError(NlrayError):
     """The run was stopped before it could begin."""
 
 
-class Lineup:
-    """The roles of a run and their seats.
+class Assigner:
+    """The roles of a run and their hosts.
 
     Args:
         config: the run's configuration, with the sizes in force.
         plans: the levels, fastest first.
         actors: what each actor asks for; actors that come later ask for what those of their group do.
-        members: the seats.
-        vault: the conductor's own, for the copies of a run with a single actor.
+        hosts: the hosts.
+        snapshots: the conductor's own, for the copies of a run with a single actor.
         note: takes events.
         should_stop: whether a start that waits for resources is to be given up.
     """
@@ -48,22 +48,22 @@ class Lineup:
         config: Config,
         plans: Sequence[LevelPlan],
         actors: Sequence[ActorPlan],
-        members: Members,
-        vault: Vault,
+        hosts: HostPool,
+        snapshots: SnapshotStore,
         *,
         note: Callable[[str], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.config, self.plans, self.members, self.vault, self.note = config, list(plans), members, vault, note
+        self.config, self.plans, self.hosts, self.snapshots, self.note = config, list(plans), hosts, snapshots, note
         self._should_stop = should_stop
         self.timeout_s = config.run.timeout_s
-        self.generation = 0
-        self.last_generation = 0
-        self.role_generations: dict[str, int] = {}
+        self.attempt = 0
+        self.last_attempt = 0
+        self.role_attempts: dict[str, int] = {}
         self._templates = {actor.group: actor for actor in reversed(actors)}
         for standby in plan_standbys(config, [a for a in actors if a.group != STANDBY])[:1]:
             self._templates.setdefault(STANDBY, standby)
-        self._templates[KEEPER] = plan_keeper()
+        self._templates[BACKUP] = plan_backup()
         self._dealt: set[str] = set()
         self._looked_s = -NODES_LOOK_S
 
@@ -87,77 +87,77 @@ class Lineup:
         self.config = resized(self.config, sizes)
         self.plans = [replace(plan, ranks=sizes.get(plan.name, plan.ranks)) for plan in self.plans]
 
-    def seat(self, role: Role) -> Member:
-        member = self.members.of_role(role)
-        assert member is not None, f"{role} has no seat"
-        return member
+    def host(self, role: Role) -> HostHandle:
+        host = self.hosts.of_role(role)
+        assert host is not None, f"{role} has no host"
+        return host
 
     @property
-    def workers(self) -> list[Member]:
-        return [self.seat(Role(SEQUENCE, i)) for i in range(self.sizes[SEQUENCE])]
+    def workers(self) -> list[HostHandle]:
+        return [self.host(Role(SEQUENCE, i)) for i in range(self.sizes[SEQUENCE])]
 
-    # Seats.
+    # Hosts.
 
     def fill(self) -> None:
-        """Give every role a seat: a standby that fits, or a new one; ask for new standbys. Seats that are left over are marked."""
+        """Give every role a host: a standby that fits, or a new one; ask for new standbys. Hosts that are left over are marked."""
         roles = self.roles
-        for member in self.members.all.values():
-            if member.assigned not in roles:
-                member.assigned = None
+        for host in self.hosts.all.values():
+            if host.assigned not in roles:
+                host.assigned = None
         for role in roles:
-            if self.members.of_role(role) is None:
+            if self.hosts.of_role(role) is None:
                 plan = self.plan_of(role.group, role.index)
-                member = self._free_seat(role, plan) or self.members.add(plan)
-                if member.plan.group == STANDBY:
-                    self.note(f"{role}: the standby {member.name} takes its place")
-                member.assigned, member.is_reserved, member.surplus_at = role, False, None
-        for member in self.left_over():
+                host = self._free_host(role, plan) or self.hosts.add(plan)
+                if host.plan.group == STANDBY:
+                    self.note(f"{role}: the standby {host.name} takes its place")
+                host.assigned, host.is_reserved, host.surplus_at = role, False, None
+        for host in self.left_over():
             # Its copies are needed until the first recovery point of those who begin now.
-            member.surplus_at = member.surplus_at or (self.generation, -1)
-        standbys = [m for m in self.members.all.values() if m.assigned is None and m.plan.group == STANDBY]
+            host.surplus_at = host.surplus_at or (self.attempt, -1)
+        standbys = [m for m in self.hosts.all.values() if m.assigned is None and m.plan.group == STANDBY]
         for index in range(self.config.recovery.standbys - len(standbys)):
-            self.members.add(self.plan_of(STANDBY, index))
+            self.hosts.add(self.plan_of(STANDBY, index))
 
-    def _free_seat(self, role: Role, plan: ActorPlan) -> Member | None:
+    def _free_host(self, role: Role, plan: ActorPlan) -> HostHandle | None:
         groups = (role.group, STANDBY)
-        free = [m for m in self.members.all.values() if m.assigned is None and not m.is_reserved and m.plan.group in groups]
+        free = [m for m in self.hosts.all.values() if m.assigned is None and not m.is_reserved and m.plan.group in groups]
         free = [m for m in free if m.report is not None and plan.fits(m.plan)]
         return min(free, key=lambda m: (groups.index(m.plan.group), m.name), default=None)
 
-    def left_over(self) -> list[Member]:
-        """Return the seats that no role needs any more, standbys and keepers beyond those that are wanted among them."""
-        idle = [m for m in self.members.all.values() if m.assigned is None and not m.is_reserved]
+    def left_over(self) -> list[HostHandle]:
+        """Return the hosts that no role needs any more, standbys and backups beyond those that are wanted among them."""
+        idle = [m for m in self.hosts.all.values() if m.assigned is None and not m.is_reserved]
         standbys = [m for m in idle if m.plan.group == STANDBY]
-        keepers = [m for m in idle if m.plan.group == KEEPER and not self._is_apart(m)]
-        return [m for m in idle if m.plan.group not in (STANDBY, KEEPER)] + standbys[self.config.recovery.standbys :] + keepers
+        backups = [m for m in idle if m.plan.group == BACKUP and not self._is_apart(m)]
+        return [m for m in idle if m.plan.group not in (STANDBY, BACKUP)] + standbys[self.config.recovery.standbys :] + backups
 
     def _nodes(self) -> set[str]:
-        """Return the nodes on which seats are, beside a keeper."""
-        return {m.report.node for m in self.members.all.values() if m.report is not None and m.plan.group != KEEPER}
+        """Return the nodes on which hosts are, beside a backup."""
+        return {m.report.node for m in self.hosts.all.values() if m.report is not None and m.plan.group != BACKUP}
 
-    def _is_apart(self, keeper: Member) -> bool:
-        """Return whether all other seats are on one node and the keeper is, or is going to be, on another."""
+    def _is_apart(self, backup: HostHandle) -> bool:
+        """Return whether all other hosts are on one node and the backup is, or is going to be, on another."""
         nodes = self._nodes()
-        return len(nodes) == 1 and (keeper.report is None or keeper.report.node not in nodes)
+        return len(nodes) == 1 and (backup.report is None or backup.report.node not in nodes)
 
     def adopt(self) -> bool:
-        """Take over the roles as the seats report them; return whether they are all there and running, of one generation each."""
-        for member in self.members.all.values():
-            member.assigned = member.report.role if member.report.is_started else None
-            self.last_generation = max(self.last_generation, member.report.generation)
-        seats = {role: self.members.of_role(role) for role in self.roles}
-        if any(seat is None or seat.report.group_size != self.sizes[role.group] for role, seat in seats.items()):
+        """Take over the roles as the hosts report them; return whether they are all there and running, of one attempt each."""
+        for host in self.hosts.all.values():
+            host.assigned = host.report.role if host.report.is_started else None
+            self.last_attempt = max(self.last_attempt, host.report.attempt)
+        hosts = {role: self.hosts.of_role(role) for role in self.roles}
+        if any(host is None or host.report.group_size != self.sizes[role.group] for role, host in hosts.items()):
             return False
-        for worker in (seats[role].report.worker for role in self.roles if role.is_worker):
+        for worker in (hosts[role].report.worker for role in self.roles if role.is_worker):
             # A change of sizes was cut short: the workers go, or have gone, over to ranks that are not there.
-            handed_over = {s.report.generation for s in seats.values()}
+            handed_over = {s.report.attempt for s in hosts.values()}
             if worker is None or worker.prepared or max(worker.switched, default=0) > max(handed_over):
                 return False
-        found = {group: {s.report.generation for r, s in seats.items() if r.group == group} for group in self.groups}
-        if any(len(generations) != 1 for generations in found.values()):
+        found = {group: {s.report.attempt for r, s in hosts.items() if r.group == group} for group in self.groups}
+        if any(len(attempts) != 1 for attempts in found.values()):
             return False
-        self.role_generations = {group: generations.pop() for group, generations in found.items()}
-        self.generation = self.role_generations[SEQUENCE]
+        self.role_attempts = {group: attempts.pop() for group, attempts in found.items()}
+        self.attempt = self.role_attempts[SEQUENCE]
         self.fill()
         return True
 
@@ -172,185 +172,184 @@ class Lineup:
             the step, where it came from, and who was found lost on the way.
 
         Raises:
-            SeatLostError: a seat was lost after the roles were ended; call again.
+            HostLostError: a host was lost after the roles were ended; call again.
             StoppedError: it waited for resources, and the run is to stop.
         """
-        self.last_generation += 1
-        generation = self.generation = self.last_generation
-        self.role_generations = dict.fromkeys(self.groups, generation)
+        self.last_attempt += 1
+        attempt = self.attempt = self.last_attempt
+        self.role_attempts = dict.fromkeys(self.groups, attempt)
         # Lost ones first, so that their processes start while the others end.
         self.fill()
-        standing = [m for m in self.members.all.values() if m.report is not None]
-        halts = {m.name: m.handle.halt.remote(generation) for m in standing}
-        _, lost = self.members.gather(halts, "to end what they did", tolerates_loss=True)
+        standing = [m for m in self.hosts.all.values() if m.report is not None]
+        halts = {m.name: m.handle.halt.remote(attempt) for m in standing}
+        _, lost = self.hosts.gather(halts, "to end what they did", tolerates_loss=True)
         self.fill()
-        self._await_seats()
-        standing = [n for n, m in self.members.all.items() if m.report is not None]
-        reports, _ = self.members.gather(self.members.ask(standing), "to say what they hold")
-        held = {name: report.holdings for name, report in reports.items()} | {CONDUCTOR: self.vault.holdings()}
-        point = next(iter(whole_points(held, self.groups)), None)
+        self._await_hosts()
+        standing = [n for n, m in self.hosts.all.items() if m.report is not None]
+        reports, _ = self.hosts.gather(self.hosts.ask(standing), "to say what they hold")
+        held = {name: report.holdings for name, report in reports.items()} | {CONDUCTOR: self.snapshots.holdings()}
+        point = next(iter(complete_points(held, self.groups)), None)
         stored = checkpoint()
         if stored is not None and point is not None and stored[0] > point.step:
             point = None
         url = None if point is not None or stored is None else stored[1]
-        self._assign(generation, point, url)
+        self._assign(attempt, point, url)
         step = point.step if point is not None else 0 if stored is None else stored[0]
         source = "memory" if point is not None else "the start" if stored is None else "storage"
-        self._connect(generation, is_first=point is None)
+        self._connect(attempt, is_first=point is None)
         return step, source, lost
 
-    def _await_seats(self) -> None:
-        """Wait until every role's seat stands; where the cluster has no resources for one, until it has."""
-        seats = [self.seat(role) for role in self.roles]
+    def _await_hosts(self) -> None:
+        """Wait until every role's host stands; where the cluster has no resources for one, until it has."""
+        hosts = [self.host(role) for role in self.roles]
 
         def look() -> bool:
             self.note_waiting()
-            is_waiting = any(seat.is_waiting for seat in seats)
+            is_waiting = any(host.is_waiting for host in hosts)
             if is_waiting and self._should_stop():
                 raise StoppedError("the run was stopped while it waited for resources")
             return is_waiting
 
-        self.members.gather(self.members.ask([seat.name for seat in seats if seat.report is None]), "to stand", on_wait=look)
+        self.hosts.gather(self.hosts.ask([host.name for host in hosts if host.report is None]), "to stand", on_wait=look)
 
     def note_waiting(self) -> None:
-        """Say once of each seat that it waits for resources."""
-        for member in self.members.waiting_for_resources():
-            amounts = ", ".join(f"{amount:g} {name}" for name, amount in member.plan.bundle.items())
-            self.note(f"{member.label} waits for resources: {amounts} on one node ({member.plan.key})")
+        """Say once of each host that it waits for resources."""
+        for host in self.hosts.waiting_for_resources():
+            amounts = ", ".join(f"{amount:g} {name}" for name, amount in host.plan.bundle.items())
+            self.note(f"{host.label} waits for resources: {amounts} on one node ({host.plan.key})")
 
-    def _assign(self, generation: int, point: Point | None, url: str | None) -> None:
+    def _assign(self, attempt: int, point: Point | None, url: str | None) -> None:
         calls = {}
         for role in self.roles:
-            member = self.seat(role)
-            calls[member.name] = member.handle.become.remote(self.assignment(role, generation, member, point, url))
-        devices, _ = self.members.gather(calls, "to take up their roles")
-        seats = [self.seat(role) for role in self.roles]
-        blind = [m.label for m in seats if m.plan.gpus > 0 and devices[m.name] == "cpu"]
-        if blind and generation == 1:
+            host = self.host(role)
+            calls[host.name] = host.handle.become.remote(self.assignment(role, attempt, host, point, url))
+        devices, _ = self.hosts.gather(calls, "to take up their roles")
+        hosts = [self.host(role) for role in self.roles]
+        blind = [m.label for m in hosts if m.plan.gpus > 0 and devices[m.name] == "cpu"]
+        if blind and attempt == 1:
             self.note(f"{', '.join(blind)}: given a GPU, but torch sees none there; running on the CPU")
 
-    def assignment(self, role: Role, generation: int, member: Member, point: Point | None, url: str | None = None) -> Assignment:
-        """Return what a seat needs to take a role and restore it from a point or a checkpoint."""
-        sources = [] if point is None else sources_of(point, role, self.sizes[role.group], member.name)
-        found = tuple(Source(key, None if seat == member.name else self.holder(seat)) for key, seat in sources)
-        return Assignment(role, generation, self.config, tuple(self.plans), found, url)
+    def assignment(self, role: Role, attempt: int, host: HostHandle, point: Point | None, url: str | None = None) -> Assignment:
+        """Return what a host needs to take a role and restore it from a point or a checkpoint."""
+        sources = [] if point is None else sources_of(point, role, self.sizes[role.group], host.name)
+        found = tuple(Source(key, None if name == host.name else self.holder(name)) for key, name in sources)
+        return Assignment(role, attempt, self.config, tuple(self.plans), found, url)
 
-    def holder(self, seat: str) -> Any:
-        """Return the handle of a seat or of the conductor."""
-        return ray.get_actor(CONDUCTOR, self.members.namespace) if seat == CONDUCTOR else self.members.all[seat].handle
+    def holder(self, host: str) -> Any:
+        """Return the handle of a host or of the conductor."""
+        return ray.get_actor(CONDUCTOR, self.hosts.namespace) if host == CONDUCTOR else self.hosts.all[host].handle
 
-    def _connect(self, generation: int, *, is_first: bool) -> None:
+    def _connect(self, attempt: int, *, is_first: bool) -> None:
         """Give the roles each other and start them: ranks first, so that the version in use is there to pull."""
-        links = {plan.name: self.links(plan, [self.seat(Role(plan.name, i)) for i in range(plan.ranks)], generation) for plan in self.plans}
+        links = {plan.name: self.links(plan, [self.host(Role(plan.name, i)) for i in range(plan.ranks)], attempt) for plan in self.plans}
         self._call({w: ("connect", links) for w in self.workers}, "to be connected")
         for plan in self.plans:
-            self.connect_ranks([self.seat(Role(plan.name, i)) for i in range(plan.ranks)], generation)
+            self.connect_ranks([self.host(Role(plan.name, i)) for i in range(plan.ranks)], attempt)
         if len(self.workers) > 1:
             first = self.workers[0]
             host, port = self._call({first: ("open_store",)}, "to open the group's store")[first.name]
             self._call({w: ("join", host, port) for w in self.workers}, "to join the group of workers")
         if is_first:
             self._call(dict.fromkeys(self.workers, ("load_heldout",)), "to read the held-out sequences")
-        self.set_keepers()
-        ranks = [self.seat(role) for role in self.roles if not role.is_worker]
+        self.set_backups()
+        ranks = [self.host(role) for role in self.roles if not role.is_worker]
         self._call(dict.fromkeys(ranks, ("start",)), "to start")
         self._call(dict.fromkeys(self.workers, ("start",)), "to start")
 
-    def connect_ranks(self, ranks: Sequence[Member], generation: int) -> None:
+    def connect_ranks(self, ranks: Sequence[HostHandle], attempt: int) -> None:
         """Have the ranks of a level send each other their norms."""
-        peers = {r: PeerNorms([p.handle for p in ranks if p is not r], generation) for r in ranks}
-        calls = {r.name: r.handle.call.remote(generation, "connect", peers[r]) for r in ranks}
-        self.members.gather(calls, "to be connected")
+        peers = {r: PeerNorms([p.handle for p in ranks if p is not r], attempt) for r in ranks}
+        calls = {r.name: r.handle.call.remote(attempt, "connect", peers[r]) for r in ranks}
+        self.hosts.gather(calls, "to be connected")
 
-    def links(self, plan: LevelPlan, ranks: Sequence[Member], generation: int) -> list[RankClient]:
+    def links(self, plan: LevelPlan, ranks: Sequence[HostHandle], attempt: int) -> list[RankClient]:
         """Return what a worker pushes to and pulls from."""
         store = STORES[self.config.exchange.transport]
         return [
-            RankClient(m.handle, generation, f"level {plan.name} rank {i}", store(self.timeout_s), self.timeout_s)
-            for i, m in enumerate(ranks)
+            RankClient(m.handle, attempt, f"level {plan.name} rank {i}", store(self.timeout_s), self.timeout_s) for i, m in enumerate(ranks)
         ]
 
-    def new_group(self, plan: LevelPlan, size: int, seats: Mapping[Role, Member]) -> tuple[LevelPlan, list[Member]]:
-        """Return a level's plan of another size and its seats: the present ones, and `seats` for the ranks that are new."""
-        members = [seats[role] if (role := Role(plan.name, i)) in seats else self.seat(role) for i in range(size)]
-        return replace(plan, ranks=size), members
+    def new_group(self, plan: LevelPlan, size: int, hosts: Mapping[Role, HostHandle]) -> tuple[LevelPlan, list[HostHandle]]:
+        """Return a level's plan of another size and its hosts: the present ones, and `hosts` for the ranks that are new."""
+        group = [hosts[role] if (role := Role(plan.name, i)) in hosts else self.host(role) for i in range(size)]
+        return replace(plan, ranks=size), group
 
-    def prepare_switch(self, levels: Mapping[str, tuple[LevelPlan, Sequence[Member]]], generation: int) -> None:
+    def prepare_switch(self, levels: Mapping[str, tuple[LevelPlan, Sequence[HostHandle]]], attempt: int) -> None:
         """Have the new ranks made, and tell the workers that they go over to them at the command SWITCH."""
         config = resized(self.config, {name: plan.ranks for name, (plan, _) in levels.items()})
         plans = tuple(levels[plan.name][0] if plan.name in levels else plan for plan in self.plans)
         calls = {
-            m.name: m.handle.prepare.remote(Assignment(Role(name, i), generation, config, plans))
-            for name, (_, members) in levels.items()
-            for i, m in enumerate(members)
+            m.name: m.handle.prepare.remote(Assignment(Role(name, i), attempt, config, plans))
+            for name, (_, hosts) in levels.items()
+            for i, m in enumerate(hosts)
         }
-        self.members.gather(calls, "to make their new roles")
-        links = {name: (plan, self.links(plan, members, generation)) for name, (plan, members) in levels.items()}
-        self._call({w: ("prepare_switch", links, generation) for w in self.workers}, "to know the new ranks")
+        self.hosts.gather(calls, "to make their new roles")
+        links = {name: (plan, self.links(plan, hosts, attempt)) for name, (plan, hosts) in levels.items()}
+        self._call({w: ("prepare_switch", links, attempt) for w in self.workers}, "to know the new ranks")
 
-    def take_over(self, levels: Mapping[str, tuple[LevelPlan, Sequence[Member]]], generation: int, point: Point) -> None:
+    def switch_levels(self, levels: Mapping[str, tuple[LevelPlan, Sequence[HostHandle]]], attempt: int, point: Point) -> None:
         """Have the ranks of some levels take over at a point that the ranks before hold; from now on these sizes are in force."""
         self.resize({name: plan.ranks for name, (plan, _) in levels.items()})
         calls = {}
-        for name, (_, members) in levels.items():
-            self.role_generations[name] = generation
-            for member in self.members.all.values():
-                if member.assigned is not None and member.assigned.group == name:
-                    member.assigned = None
-            for index, member in enumerate(members):
+        for name, (_, hosts) in levels.items():
+            self.role_attempts[name] = attempt
+            for host in self.hosts.all.values():
+                if host.assigned is not None and host.assigned.group == name:
+                    host.assigned = None
+            for index, host in enumerate(hosts):
                 role = Role(name, index)
-                calls[member.name] = member.handle.become.remote(self.assignment(role, generation, member, point))
-                member.assigned = role
-        self.members.gather(calls, "to take up their roles")
-        for name, (_, members) in levels.items():
-            self.connect_ranks(members, generation)
-            self._call(dict.fromkeys(members, ("start",)), f"to start as ranks of {name}")
-        for member in self.left_over():
-            member.surplus_at = (self.generation, point.step)
-        self.set_keepers()
+                calls[host.name] = host.handle.become.remote(self.assignment(role, attempt, host, point))
+                host.assigned = role
+        self.hosts.gather(calls, "to take up their roles")
+        for name, (_, hosts) in levels.items():
+            self.connect_ranks(hosts, attempt)
+            self._call(dict.fromkeys(hosts, ("start",)), f"to start as ranks of {name}")
+        for host in self.left_over():
+            host.surplus_at = (self.attempt, point.step)
+        self.set_backups()
 
     def spread_copies(self, committed: tuple[int, int]) -> None:
-        """Have copies lie on another node where all roles are on one and the cluster has another: in a seat there that only keeps them.
+        """Have copies lie on another node where all roles are on one and the cluster has another: in a host there that only keeps them.
 
-        Called again and again. committed: the last recovery point; a keeper that is not needed any more goes after the next.
+        Called again and again. committed: the last recovery point; a backup that is not needed any more goes after the next.
         """
-        keepers = [m for m in self.members.all.values() if m.plan.group == KEEPER]
-        for member in keepers:
-            member.surplus_at = None if self._is_apart(member) else member.surplus_at or committed
-        useful = [m for m in keepers if m.surplus_at is None]
+        backups = [m for m in self.hosts.all.values() if m.plan.group == BACKUP]
+        for host in backups:
+            host.surplus_at = None if self._is_apart(host) else host.surplus_at or committed
+        useful = [m for m in backups if m.surplus_at is None]
         # One stands that has no copies yet, or one has them that is not needed any more.
-        if {m.name for m in useful if m.report is not None} != {m.name for m in keepers if m.name in self._dealt}:
-            self.set_keepers()
+        if {m.name for m in useful if m.report is not None} != {m.name for m in backups if m.name in self._dealt}:
+            self.set_backups()
         if not useful and len(self._nodes()) == 1 and time.monotonic() - self._looked_s > NODES_LOOK_S:
             self._looked_s = time.monotonic()
             (node,) = self._nodes()
-            if self.members.nodes.others(node):
-                member = self.members.add(self._templates[KEEPER], avoided=[node])
-                self.note(f"all actors are on one node: {member.name} is to keep copies on another")
+            if self.hosts.nodes.others(node):
+                host = self.hosts.add(self._templates[BACKUP], avoided=[node])
+                self.note(f"all actors are on one node: {host.name} is to keep copies on another")
 
-    def set_keepers(self) -> None:
-        """Say who keeps whose copies, and have those of the pieces that are held already sent there."""
-        seated = {self.seat(role).name: role for role in self.roles}
-        nodes = {n: m.report.node for n, m in self.members.all.items() if m.report is not None and m.surplus_at is None}
+    def set_backups(self) -> None:
+        """Say who keeps whose copies, and have those of the parts that are held already sent there."""
+        hosted = {self.host(role).name: role for role in self.roles}
+        nodes = {n: m.report.node for n, m in self.hosts.all.items() if m.report is not None and m.surplus_at is None}
         sizes = {
-            n: max((h.size_bytes for h in self.members.all[n].report.holdings if h.key.owner == role), default=0)
-            for n, role in seated.items()
+            n: max((h.size_bytes for h in self.hosts.all[n].report.holdings if h.key.owner == role), default=0)
+            for n, role in hosted.items()
         }
         worker_nodes = [nodes[m.name] for m in self.workers]
         self._dealt = set(nodes)
         copies_shared = needs_shared_copy(worker_nodes, nodes.values())
-        keepers = deal_keepers(sizes, nodes, CONDUCTOR)
+        backups = deal_backups(sizes, nodes, CONDUCTOR)
         calls = {}
-        for name, keeper in keepers.items():
-            member, role = self.members.all[name], seated[name]
-            keeper_of = SeatKeeper(self.holder(keeper), keeper, self.timeout_s)
-            calls[name] = member.handle.set_keeper.remote(keeper_of, copies_shared and role.index == 0)
-        self.members.gather(calls, "to know who keeps their copies")
+        for name, backup in backups.items():
+            host, role = self.hosts.all[name], hosted[name]
+            backup_of = HostBackup(self.holder(backup), backup, self.timeout_s)
+            calls[name] = host.handle.set_backup.remote(backup_of, copies_shared and role.index == 0)
+        self.hosts.gather(calls, "to know who keeps their copies")
 
     def command(self, command: Command) -> None:
         """Have every worker act after the step under way."""
         self._call({self.workers[0]: ("command", command)}, "to take a command")
 
-    def _call(self, calls: dict[Member, tuple], what: str) -> dict[str, Any]:
-        refs = {m.name: m.handle.call.remote(self.role_generations[m.assigned.group], *call) for m, call in calls.items()}
-        return self.members.gather(refs, what)[0]
+    def _call(self, calls: dict[HostHandle, tuple], what: str) -> dict[str, Any]:
+        refs = {m.name: m.handle.call.remote(self.role_attempts[m.assigned.group], *call) for m, call in calls.items()}
+        return self.hosts.gather(refs, what)[0]

@@ -1,4 +1,4 @@
-"""Checkpoints on storage: recovery points that the seats write from their vaults, in the background, made whole by the manifest."""
+"""Checkpoints on storage: the hosts write recovery points from their snapshot stores, in the background; the manifest completes them."""
 
 import posixpath
 import time
@@ -10,12 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from nlray.actors.control.assignment import Lineup
+from nlray.actors.control.assignment import Assigner
 from nlray.actors.control.outages import RETRY_S, Outage
 from nlray.actors.faults import Fault, RunFailedError
-from nlray.actors.hosts.pool import CONDUCTOR, SeatLostError
-from nlray.actors.recovery.points import Point, whole_points
-from nlray.actors.types import SEQUENCE, PartWritten, PieceKey, Role
+from nlray.actors.hosts.pool import CONDUCTOR, HostLostError
+from nlray.actors.recovery.points import Point, complete_points
+from nlray.actors.types import SEQUENCE, PartKey, PartWritten, Role
 from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
 from nlray.errors import CheckpointError, RemoteTimeoutError
 from nlray.rotation import delete_old_checkpoints, put_aside_after
@@ -36,16 +36,16 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        lineup: who sits where.
+        assigner: who sits where.
         first: URL of the checkpoint that the run started from, or None.
         flush: writes out the rows up to now; called before a manifest, so that a resumed run finds them.
         note: takes events.
     """
 
-    def __init__(self, lineup: Lineup, first: str | None, flush: Callable[[], None], note: Callable[[str], None]) -> None:
-        self.lineup, self.first, self.flush, self.note = lineup, first, flush, note
-        self.run_dir, self.recovery = lineup.config.run.dir, lineup.config.recovery
-        self.timeout_s = lineup.config.run.timeout_s
+    def __init__(self, assigner: Assigner, first: str | None, flush: Callable[[], None], note: Callable[[str], None]) -> None:
+        self.assigner, self.first, self.flush, self.note = assigner, first, flush, note
+        self.run_dir, self.recovery = assigner.config.run.dir, assigner.config.recovery
+        self.timeout_s = assigner.config.run.timeout_s
         self.newest: str | None = first
         self.written_step = 0 if first is None else read_manifest(first, verify=False).step
         self.digest: str | None = None
@@ -71,15 +71,15 @@ class Checkpoints:
         return every > 0 and step % every == 0
 
     def begin(self, point: Point) -> None:
-        """Have a recovery point written by those who hold its pieces, unless that has been done."""
+        """Have a recovery point written by those who hold its parts, unless that has been done."""
         if point.step > self.written_step and point.step not in self._writing:
             self._writing[point.step] = self._write(point)
 
     def _write(self, point: Point) -> Writing:
-        shared_owner, shared_seat = min(point.shared)
+        shared_owner, shared_host = min(point.shared)
         calls = {}
-        for role, seats in point.holders.items():
-            holder = self.lineup.holder(shared_seat if role == shared_owner else seats[0])
+        for role, hosts in point.holders.items():
+            holder = self.assigner.holder(shared_host if role == shared_owner else hosts[0])
             calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
         return Writing(point, checkpoint_dir(self.run_dir, point.step), calls, time.monotonic())
 
@@ -89,7 +89,7 @@ class Checkpoints:
         Where the storage fails for a while the newest is written again, and older ones are given up.
 
         Raises:
-            SeatLostError: a role died while it wrote.
+            HostLostError: a role died while it wrote.
             RunFailedError: the storage has failed for too long.
         """
         for step, writing in sorted(self._writing.items()):
@@ -157,10 +157,10 @@ class Checkpoints:
         return manifest.step, url
 
     def rescue(self) -> None:
-        """Write the best recovery point in memory, from whoever holds its pieces, before the run is given up."""
+        """Write the best recovery point in memory, from whoever holds its parts, before the run is given up."""
         self.abandon()
-        held = {n: m.report.holdings for n, m in self.lineup.members.all.items() if m.report is not None}
-        point = next(iter(whole_points(held | {CONDUCTOR: self.lineup.vault.holdings()}, self.lineup.groups)), None)
+        held = {n: m.report.holdings for n, m in self.assigner.hosts.all.items() if m.report is not None}
+        point = next(iter(complete_points(held | {CONDUCTOR: self.assigner.snapshots.holdings()}, self.assigner.groups)), None)
         if point is not None and point.step > self.written_step:
             self.begin(point)
             ray.wait(list(self._writing[point.step].parts), num_returns=len(point.holders), timeout=self.timeout_s)
@@ -168,7 +168,7 @@ class Checkpoints:
             if self._writing:
                 raise self._outage.error or RemoteTimeoutError(f"not written after {self.timeout_s:g} s (run.timeout_s)")
 
-    def _write_call(self, handle: Any, key: PieceKey, *, with_shared: bool) -> Any:
+    def _write_call(self, handle: Any, key: PartKey, *, with_shared: bool) -> Any:
         file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"
         return handle.write.remote(key, checkpoint_dir(self.run_dir, key.step), f"{file.replace('-', '_')}.safetensors", with_shared)
 
@@ -176,12 +176,12 @@ class Checkpoints:
         try:
             return ray.get(ref, timeout=self.timeout_s)
         except RayActorError as error:
-            raise SeatLostError(Fault("died", owner, step, f"{owner} died while it wrote the checkpoint of step {step}")) from error
+            raise HostLostError(Fault("died", owner, step, f"{owner} died while it wrote the checkpoint of step {step}")) from error
 
     def _complete(self, step: int, writing: Writing) -> None:
         by_owner = {owner: self._part(ref, owner, step) for ref, owner in writing.parts.items()}
         written = list(by_owner.values())
-        state = whole_state(by_owner, [plan.name for plan in self.lineup.plans])
+        state = complete_state(by_owner, [plan.name for plan in self.assigner.plans])
         self.flush()
         self.digest = write_manifest(writing.url, step, [w.part for w in written], state).digest
         self.newest, self.written_step = writing.url, step
@@ -200,6 +200,6 @@ class Checkpoints:
             self.note(f"an old checkpoint could not be deleted: {reason(error)}")
 
 
-def whole_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
+def complete_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
     """Return what a manifest holds beside tensors: worker 0's state, and as `levels` that of each level, in which its ranks agree."""
     return written[str(Role(SEQUENCE, 0))].state | {"levels": {name: written[str(Role(name, 0))].state for name in levels}}

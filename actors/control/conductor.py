@@ -16,25 +16,25 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from nlray.actors.control.assignment import Lineup, StoppedError
+from nlray.actors.control.assignment import Assigner, StoppedError
 from nlray.actors.control.checkpoints import Checkpoints
 from nlray.actors.control.journal import Journal
-from nlray.actors.control.monitor import Watch
+from nlray.actors.control.monitor import Monitor
 from nlray.actors.control.outages import RETRY_S
-from nlray.actors.control.resize import Changes
+from nlray.actors.control.resize import Resizes
 from nlray.actors.control.run_lock import FolderLostError, Owner, hold
 from nlray.actors.control.scaling_policy import check_sizes
 from nlray.actors.control.summary import make_summary
 from nlray.actors.faults import MAX_SAME_FAULTS, Fault, Recovery, RepeatGuard, RunFailedError, explain, root_causes
 from nlray.actors.hosts.host import Behaviours
 from nlray.actors.hosts.placement import ActorPlan
-from nlray.actors.hosts.pool import CONDUCTOR, Members, SeatLostError
+from nlray.actors.hosts.pool import CONDUCTOR, HostLostError, HostPool
 from nlray.actors.hosts.processes import end_with_raylet
-from nlray.actors.recovery.snapshots import Vault, VaultHolder
+from nlray.actors.recovery.snapshots import SnapshotStore, SnapshotStoreActor
 from nlray.actors.types import (
     ENDED,
     Command,
-    MemberStatus,
+    ActorStatus,
     RunDescription,
     RunState,
     RunStatus,
@@ -51,8 +51,8 @@ MAX_TRIES = 10  # starts in a row that a further fault may cut short
 logger = logging.getLogger(__name__)
 
 
-class Conductor(VaultHolder):
-    """Runs one run. Its own vault takes the copies of a run with a single actor.
+class Conductor(SnapshotStoreActor):
+    """Runs one run. Its own snapshot store takes the copies of a run with a single actor.
 
     Args:
         config: the resolved configuration.
@@ -77,17 +77,19 @@ class Conductor(VaultHolder):
     ) -> None:
         self.run, self.recovery, self.owner = config.run, config.recovery, owner
         self.notes, self.timeout_s = list(notes), config.run.timeout_s
-        self.vault = Vault(CONDUCTOR, self.timeout_s)
-        self.members = Members(
+        self.snapshots = SnapshotStore(CONDUCTOR, self.timeout_s)
+        self.hosts = HostPool(
             namespace_of(config.run.name),
             timeout_s=self.timeout_s,
             hang_timeout_s=config.recovery.hang_timeout_s,
             behaviours=behaviours,
         )
-        self.lineup = Lineup(config, plans, actors, self.members, self.vault, note=self._note, should_stop=lambda: self._is_stop_requested)
-        self.changes = Changes(self.lineup, self._note)
-        self.checkpoints = Checkpoints(self.lineup, checkpoint, lambda: self.journal.flush(), self._note)
-        self.watch = Watch(self.lineup, self.changes, self.checkpoints, self._note)
+        self.assigner = Assigner(
+            config, plans, actors, self.hosts, self.snapshots, note=self._note, should_stop=lambda: self._is_stop_requested
+        )
+        self.changes = Resizes(self.assigner, self._note)
+        self.checkpoints = Checkpoints(self.assigner, checkpoint, lambda: self.journal.flush(), self._note)
+        self.monitor = Monitor(self.assigner, self.changes, self.checkpoints, self._note)
         self.journal: Journal | None = None
         self._lock = threading.Lock()
         self._state: RunState = "starting"
@@ -126,27 +128,27 @@ class Conductor(VaultHolder):
 
     def describe(self) -> RunDescription:
         """Return the run as it is now."""
-        members = tuple(
-            MemberStatus(
+        hosts = tuple(
+            ActorStatus(
                 str(m.assigned or m.plan.group),
                 n,
                 0 if m.report is None else m.report.pid,
                 "" if m.report is None else m.report.node,
                 m.report is not None,
             )
-            for n, m in sorted(list(self.members.all.items()))
+            for n, m in sorted(list(self.hosts.all.items()))
         )
         last = self.journal.since(self.journal.last_step - 1, 0)[0] if self.journal is not None else []
         return RunDescription(
             self.run.name,
             self.run.dir,
             self._state,
-            self.watch.step,
+            self.monitor.step,
             self.run.steps,
-            self.watch.committed[1] if self.watch.committed[1] >= 0 else None,
-            self.lineup.sizes,
+            self.monitor.committed[1] if self.monitor.committed[1] >= 0 else None,
+            self.assigner.sizes,
             self.changes.wanted,
-            members,
+            hosts,
             tuple(r.as_dict() for r in self._recoveries),
             last[-1] if last else None,
             os.getpid(),
@@ -167,7 +169,7 @@ class Conductor(VaultHolder):
         """
         if self._state in (*ENDED, "finishing"):
             raise UserError(f"the run is {self._state}")
-        check_sizes(self.lineup.config, self.lineup.plans, sizes)
+        check_sizes(self.assigner.config, self.assigner.plans, sizes)
         self.changes.request(sizes)
         self._save_state()
 
@@ -177,11 +179,11 @@ class Conductor(VaultHolder):
         lock = None
         try:
             lock = hold(self.run.dir, self.owner, wait_s=self.timeout_s)
-            self.journal = self.watch.journal = Journal(self.run.dir, lock, self.timeout_s)
+            self.journal = self.monitor.journal = Journal(self.run.dir, lock, self.timeout_s)
             state = self.journal.load_state()
             if state is not None and state["status"] in ENDED:
-                self.members.find(self.lineup.plan_of)
-                self.members.remove_all()
+                self.hosts.find(self.assigner.plan_of)
+                self.hosts.remove_all()
                 self._summary = state["summary"]
                 if self._summary["error"] is not None:
                     self._failure = RunFailedError(self._summary["error"])
@@ -197,18 +199,18 @@ class Conductor(VaultHolder):
                 else:
                     self._come_back(state)
                 self._supervise()
-                self._finish("completed" if self.watch.step >= self.run.steps else "stopped")
+                self._finish("completed" if self.monitor.step >= self.run.steps else "stopped")
         except StoppedError as error:
             self._note(str(error))
             self._rescue()
-            self.watch.step = self.checkpoints.written_step
+            self.monitor.step = self.checkpoints.written_step
             self._finish("stopped")
         except Exception as error:
             logger.exception("the run failed")
             self._fail(error if isinstance(error, RunFailedError) else RunFailedError(*explain(error)))
         finally:
             # Whatever went wrong with the records: nothing of the run stays, and askers hear of the end.
-            self.members.remove_all()
+            self.hosts.remove_all()
             self._set_state("failed")
             if lock is not None:
                 lock.close()
@@ -221,45 +223,45 @@ class Conductor(VaultHolder):
                 self.journal.catch_up()
                 faults = self._look()
                 if not faults:
-                    self.watch.note_commit()
+                    self.monitor.note_commit()
                     self._advance_checkpoints()
                     self._send_stop()
-                    if self.changes.advance(self.watch.committed):
+                    if self.changes.advance(self.monitor.committed):
                         self._begin_resized()
                     if self.changes.has_changed:
                         self._save_state()
-                    self.lineup.spread_copies(self.watch.committed)
+                    self.assigner.spread_copies(self.monitor.committed)
                     if self._is_over():
                         return
-            except SeatLostError as error:
-                faults = [self.watch.at_step(error.fault)]
+            except HostLostError as error:
+                faults = [self.monitor.at_step(error.fault)]
             except RayTaskError as error:
                 message, details, exit_code = explain(error)
                 if exit_code == 2:
                     raise
-                faults = [Fault("raised", "a change of sizes", self.watch.step, message, details)]
+                faults = [Fault("raised", "a change of sizes", self.monitor.step, message, details)]
             if faults:
                 self._recover(faults)
             time.sleep(URGENT_POLL_S if self.changes.is_urgent else self._pause_s)
 
     @property
     def _pause_s(self) -> float:
-        """Seconds until the seats are asked again: an answer takes milliseconds of a core, so a tenth of a step where steps are long."""
-        return min(max(POLL_S, self.watch.step_s / 10), MAX_POLL_S)
+        """Seconds until the hosts are asked again: an answer takes milliseconds of a core, so a tenth of a step where steps are long."""
+        return min(max(POLL_S, self.monitor.step_s / 10), MAX_POLL_S)
 
     def _look(self) -> list[Fault]:
-        """Take in what the seats report; return what went wrong."""
-        faults = self.watch.look()
+        """Take in what the hosts report; return what went wrong."""
+        faults = self.monitor.look()
         last = self._recoveries[-1] if self._recoveries else None
-        if last is not None and last.replay_s is None and self.watch.is_running and self.watch.step >= last.step:
+        if last is not None and last.replay_s is None and self.monitor.is_running and self.monitor.step >= last.step:
             self._recoveries[-1] = replace(last, replay_s=time.time() - last.at - last.restore_s)
             self._save_state()
         return faults
 
     def _advance_checkpoints(self) -> None:
         """Have the last point written, and complete the checkpoints that are written."""
-        if self.watch.is_trained and self.watch.is_last_committed:
-            self.checkpoints.begin(self.watch.point)
+        if self.monitor.is_trained and self.monitor.is_last_committed:
+            self.checkpoints.begin(self.monitor.point)
         self.checkpoints.advance()
 
     # Faults.
@@ -278,8 +280,8 @@ class Conductor(VaultHolder):
         time.sleep(SYMPTOM_S)
         try:
             return self._look() or faults
-        except SeatLostError as error:
-            return [*faults, self.watch.at_step(error.fault)]
+        except HostLostError as error:
+            return [*faults, self.monitor.at_step(error.fault)]
 
     def _start_again(self, faults: list[Fault], seen_at: float = 0.0) -> Recovery | None:
         """Begin at the best recovery point, however many further faults come in between; return the recovery where there were any.
@@ -287,27 +289,27 @@ class Conductor(VaultHolder):
         seen_at: when the faults were seen.
         """
         new, every = faults, list(faults)
-        done, reached = self.watch.step, max(self.watch.step, self.journal.last_step)
+        done, reached = self.monitor.step, max(self.monitor.step, self.journal.last_step)
         for _ in range(MAX_TRIES):
             for fault in root_causes(new):
-                if self._repeats.count(fault, self.watch.committed[1]) >= MAX_SAME_FAULTS:
+                if self._repeats.count(fault, self.monitor.committed[1]) >= MAX_SAME_FAULTS:
                     raise RunFailedError(f"{fault.message}; {MAX_SAME_FAULTS} times at step {fault.step}, given up", fault.details)
             for fault in new:
-                label = fault.seat or fault.role
-                member = next((m for m in self.members.all.values() if label == (m.name if fault.seat else m.label)), None)
-                if member is not None and fault.kind in ("died", "hung"):
-                    self.members.remove(member, is_hung=fault.kind == "hung")
+                label = fault.host or fault.role
+                host = next((m for m in self.hosts.all.values() if label == (m.name if fault.host else m.label)), None)
+                if host is not None and fault.kind in ("died", "hung"):
+                    self.hosts.remove(host, is_hung=fault.kind == "hung")
             try:
                 restored, source, lost = self._begin()
-            except SeatLostError as error:
-                new = [self.watch.at_step(error.fault)]
+            except HostLostError as error:
+                new = [self.monitor.at_step(error.fault)]
             except RayTaskError as error:
                 message, details, exit_code = explain(error)
                 if exit_code == 2 or isinstance(error.cause, RemoteTimeoutError):
                     raise
-                new = [Fault("raised", "the start", self.watch.step, message, details)]
+                new = [Fault("raised", "the start", self.monitor.step, message, details)]
             else:
-                causes = root_causes([*every, *(self.watch.at_step(f) for f in lost)])
+                causes = root_causes([*every, *(self.monitor.at_step(f) for f in lost)])
                 if not causes:
                     return None
                 kinds, roles = tuple(f.kind for f in causes), tuple(f.role for f in causes)
@@ -335,45 +337,47 @@ class Conductor(VaultHolder):
 
     def _begin_resized(self) -> None:
         """Go on with another number of sequence workers, which have paused."""
-        before, started_s = self.lineup.sizes, time.monotonic()
+        before, started_s = self.assigner.sizes, time.monotonic()
         recovery = self._start_again([])
-        sizes = {name: size for name, size in self.lineup.sizes.items() if size != before[name]}
+        sizes = {name: size for name, size in self.assigner.sizes.items() if size != before[name]}
         text = ", ".join(f"{name}={before[name]} -> {name}={size}" for name, size in sizes.items())
-        self._note(f"step {self.watch.step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
+        self._note(f"step {self.monitor.step}: {text}; the steps paused for {time.monotonic() - started_s:.1f} s")
         self._keep(recovery)
 
     def _begin(self) -> tuple[int, str, list[Fault]]:
         self._is_stop_sent = False
         self.changes.settle()
-        result = self.lineup.begin(self.checkpoints.stored)
-        self.watch.step = result[0]
+        result = self.assigner.begin(self.checkpoints.stored)
+        self.monitor.step = result[0]
         # A restore from further back than memory: the points to come are not older than what is released.
-        self.watch.committed = (self.watch.committed[0], min(self.watch.committed[1], self.watch.step))
+        self.monitor.committed = (self.monitor.committed[0], min(self.monitor.committed[1], self.monitor.step))
         self._save_state()
         self._set_state("running")
         return result
 
     def _come_back(self, state: dict[str, Any]) -> None:
         """After this process was killed: go on with the actors as they are, or, where that cannot be, restore the run."""
-        self.lineup.resize(state["sizes"])
-        self.lineup.last_generation = state["generation"]
+        self.assigner.resize(state["sizes"])
+        self.assigner.last_attempt = state["attempt"]
         self.changes.request(state["wanted"])
         self._recoveries = [Recovery(**r | {"kinds": tuple(r["kinds"]), "roles": tuple(r["roles"])}) for r in state["recoveries"]]
         self._is_stop_requested, self._started_at = state["stop"], state["started_at"]
-        self.watch.step = self.journal.last_step
+        self.monitor.step = self.journal.last_step
         seen_at = time.time()
         self.checkpoints.stored()
-        self.members.find(self.lineup.plan_of)
-        lost = [self.watch.at_step(fault) for fault in self.members.hear_all()]
-        fault = Fault("conductor", CONDUCTOR, self.watch.step, "the conductor was killed and started again")
+        self.hosts.find(self.assigner.plan_of)
+        lost = [self.monitor.at_step(fault) for fault in self.hosts.hear_all()]
+        fault = Fault("conductor", CONDUCTOR, self.monitor.step, "the conductor was killed and started again")
         try:
-            is_intact = not lost and self.lineup.adopt()
+            is_intact = not lost and self.assigner.adopt()
             if is_intact:
-                self.lineup.set_keepers()
-        except SeatLostError as error:
-            lost.append(self.watch.at_step(error.fault))
+                self.assigner.set_backups()
+        except HostLostError as error:
+            lost.append(self.monitor.at_step(error.fault))
         if not lost and is_intact:
-            recovery = Recovery(seen_at, (), (), "", self.watch.step, self.watch.step, "the running actors", 0, time.time() - seen_at, 0.0)
+            recovery = Recovery(
+                seen_at, (), (), "", self.monitor.step, self.monitor.step, "the running actors", 0, time.time() - seen_at, 0.0
+            )
             self._set_state("running")
         else:
             recovery = self._start_again([fault, *lost], seen_at)
@@ -381,7 +385,7 @@ class Conductor(VaultHolder):
         recovery = replace(recovery, kinds=tuple(f.kind for f in causes), roles=tuple(f.role for f in causes), message=fault.message)
         self._recoveries.append(recovery)
         self._save_state()
-        self._note(f"{fault.message}: {len(self.members.all)} actors found, going on from {recovery.source}", recovery=recovery.as_dict())
+        self._note(f"{fault.message}: {len(self.hosts.all)} actors found, going on from {recovery.source}", recovery=recovery.as_dict())
 
     # The end.
 
@@ -389,23 +393,25 @@ class Conductor(VaultHolder):
         if self._is_stop_requested and not self._is_stop_sent and self._state == "running":
             self._is_stop_sent = True
             self._save_state()
-            self.lineup.command(Command.STOP)
+            self.assigner.command(Command.STOP)
             self._note("stopping after the step under way, with a checkpoint")
 
     def _is_over(self) -> bool:
-        if not self.watch.is_trained:
+        if not self.monitor.is_trained:
             return False
         self._set_state("finishing")
-        return self.watch.is_last_committed and not self.checkpoints.steps_under_way and self.checkpoints.written_step == self.watch.step
+        return (
+            self.monitor.is_last_committed and not self.checkpoints.steps_under_way and self.checkpoints.written_step == self.monitor.step
+        )
 
     def _finish(self, status: RunState) -> None:
         """Write summary.json, give the resources back, and let the asker know that the run has ended."""
         summary = make_summary(
-            self.lineup.config,
-            self.lineup.plans,
+            self.assigner.config,
+            self.assigner.plans,
             status=status,
-            step=self.watch.step,
-            totals=self.watch.totals,
+            step=self.monitor.step,
+            totals=self.monitor.totals,
             recoveries=self._recoveries,
             started_at=self._started_at,
             checkpoint=None if self.journal.is_lost else self.checkpoints.newest,
@@ -422,7 +428,7 @@ class Conductor(VaultHolder):
             logger.exception("summary.json")
             if not self.journal.is_lost:
                 self._note(f"summary.json could not be written: {error}")
-        self.members.remove_all()
+        self.hosts.remove_all()
         with self._lock:
             self._summary = summary
         self._set_state(status)
@@ -432,8 +438,8 @@ class Conductor(VaultHolder):
             self._failure = failure
         if self.journal is None:
             # Of a conductor that was started again: its actors are there still.
-            self.members.find(self.lineup.plan_of)
-            self.members.remove_all()
+            self.hosts.find(self.assigner.plan_of)
+            self.hosts.remove_all()
             self._set_state("failed")
             return
         if not self.journal.is_lost:
@@ -452,22 +458,22 @@ class Conductor(VaultHolder):
         while ray.is_initialized() and time.monotonic() - self._asked_s < LINGER_S:
             time.sleep(1.0)
         if ray.is_initialized():
-            ray.kill(ray.get_actor(CONDUCTOR, self.members.namespace))
+            ray.kill(ray.get_actor(CONDUCTOR, self.hosts.namespace))
 
     def _save_state(self, **fields: Any) -> None:
         with self._saving:
             self._write_state(fields)
 
     def _write_state(self, fields: dict[str, Any]) -> None:
-        if self.lineup.config != self._saved_config:
-            self._saved_config = self.lineup.config
-            self.journal.save_config(self.lineup.config)
+        if self.assigner.config != self._saved_config:
+            self._saved_config = self.assigner.config
+            self.journal.save_config(self.assigner.config)
         self.journal.save_state(
             {
                 "status": self._state,
-                "sizes": self.lineup.sizes,
+                "sizes": self.assigner.sizes,
                 "wanted": self.changes.wanted,
-                "generation": self.lineup.last_generation,
+                "attempt": self.assigner.last_attempt,
                 "stop": self._is_stop_requested,
                 "started_at": self._started_at,
                 "recoveries": [r.as_dict() for r in self._recoveries],

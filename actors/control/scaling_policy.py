@@ -1,6 +1,6 @@
 """Changing the size of a group while a run goes on: the sizes, the policy, and the change itself, step by step.
 
-A level: its new ranks' seats are made ready, the workers are told of them, and at one boundary all workers go over to them; the new
+A level: its new ranks' hosts are made ready, the workers are told of them, and at one boundary all workers go over to them; the new
 ranks restore from the recovery point that the old ranks took there. Nothing else stops. The sequence workers: at one boundary they
 pause, and the run begins again at that recovery point with another number of them.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from nlray.actors.hosts.pool import MAX_WORKERS, Member
+from nlray.actors.hosts.pool import MAX_WORKERS, HostHandle
 from nlray.actors.types import SEQUENCE, Role
 from nlray.config import AutoscaleConfig, Config
 from nlray.errors import UserError
@@ -93,23 +93,23 @@ class Autoscaler:
 class Rescale:
     """One change of sizes under way.
 
-    stage `seats`: the new seats are made ready. `switching`: the workers have been told; each goes over at the same boundary.
+    stage `hosts`: the new hosts are made ready. `switching`: the workers have been told; each goes over at the same boundary.
     """
 
-    def __init__(self, sizes: Mapping[str, int], seats: Mapping[Role, Member]) -> None:
+    def __init__(self, sizes: Mapping[str, int], hosts: Mapping[Role, HostHandle]) -> None:
         self.sizes = dict(sizes)
-        self.seats = dict(seats)
-        self.stage: Literal["seats", "switching"] = "seats"
-        self.generation = 0
-        self.levels: dict[str, tuple[LevelPlan, list[Member]]] = {}
+        self.hosts = dict(hosts)
+        self.stage: Literal["actors", "switching"] = "actors"
+        self.attempt = 0
+        self.levels: dict[str, tuple[LevelPlan, list[HostHandle]]] = {}
 
     @property
     def has_workers(self) -> bool:
         return SEQUENCE in self.sizes
 
     @property
-    def is_seated(self) -> bool:
-        return all(member.report is not None for member in self.seats.values())
+    def is_hosted(self) -> bool:
+        return all(host.report is not None for host in self.hosts.values())
 
     def __str__(self) -> str:
         return " ".join(f"{name}={size}" for name, size in self.sizes.items())

@@ -1,9 +1,9 @@
-"""A seat: a warm process with resources and a vault, in which a role - a sequence worker or a level rank - sits down.
+"""A host: a warm process with resources and a snapshot store, in which a role - a sequence worker or a level rank - sits down.
 
-A plain class; `nlray.actors.hosts.pool` makes it an actor. All actors of a run but the conductor are seats. A seat without a role is a
-standby. On a fault the seats that live stay, with what their vaults hold, and every role begins anew in them.
+A plain class; `nlray.actors.hosts.pool` makes it an actor. All actors of a run but the conductor are hosts. A host without a role is a
+standby. On a fault the hosts that live stay, with what their snapshot stores hold, and every role begins anew in them.
 
-The conductor imports this module and starts in half the time without torch: a seat imports it as it is made.
+The conductor imports this module and starts in half the time without torch: a host imports it as it is made.
 """
 
 import gc
@@ -22,8 +22,8 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from nlray.actors.hosts.processes import end_with_raylet, signal_actor
 from nlray.actors.ranks.stores import STORES, wait_for
-from nlray.actors.recovery.snapshots import Keeper, Snapshot, Vault, VaultHolder
-from nlray.actors.types import SEQUENCE, Assignment, PieceCopy, Role, SeatReport, Source
+from nlray.actors.recovery.snapshots import Backup, Snapshot, SnapshotStore, SnapshotStoreActor
+from nlray.actors.types import SEQUENCE, Assignment, HostReport, PartCopy, Role, Source
 from nlray.errors import HaltedError, RemoteTimeoutError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Behaviours:
-    """The plain classes that sit in the seats, None for the run's own: a fault injector puts its own subclasses here."""
+    """The plain classes that sit in the hosts, None for the run's own: a fault injector puts its own subclasses here."""
 
     sequence_worker: "type[SequenceWorker] | None" = None
     level_rank: "type[LevelRank] | None" = None
@@ -49,11 +49,11 @@ class Prepared:
     """A role that is made and not restored yet."""
 
     role: Role
-    generation: int
+    attempt: int
     made: "SequenceWorker | LevelRank"
 
 
-class Seat(VaultHolder):
+class ActorHost(SnapshotStoreActor):
     """One process of a run.
 
     Args:
@@ -75,10 +75,10 @@ class Seat(VaultHolder):
         self.name, self.timeout_s, self.hang_timeout_s, self.gpus = name, timeout_s, hang_timeout_s, gpus
         self.sequence_worker = behaviours.sequence_worker or SequenceWorker
         self.level_rank = behaviours.level_rank or LevelRank
-        self.vault = Vault(name, timeout_s)
+        self.snapshots = SnapshotStore(name, timeout_s)
         self._changed = threading.Condition()
         self._role: SequenceWorker | LevelRank | None = None
-        self._generation = 0
+        self._attempt = 0
         self._prepared: Prepared | None = None
         self._conductor: tuple[int, str] | None = None
         self._asked_s = math.inf
@@ -94,7 +94,7 @@ class Seat(VaultHolder):
         """Take a role, restored; return `cpu` or `cuda`, where its tensors live. The role before is let go of."""
         with self._changed:
             prepared, self._prepared = self._prepared, None
-        is_ready = prepared is not None and (prepared.role, prepared.generation) == (assignment.role, assignment.generation)
+        is_ready = prepared is not None and (prepared.role, prepared.attempt) == (assignment.role, assignment.attempt)
         is_restored = bool(assignment.sources) or assignment.checkpoint is not None
         role = prepared.made if is_ready else self._make(assignment, is_restored=is_restored)
         if assignment.sources:
@@ -102,58 +102,56 @@ class Seat(VaultHolder):
         elif assignment.checkpoint is not None:
             role.load(assignment.checkpoint)
         with self._changed:
-            before, self._role, self._generation = self._role, role, assignment.generation
+            before, self._role, self._attempt = self._role, role, assignment.attempt
             self._changed.notify_all()
         if before is not None:
             before.halt()
         return role.device_type()
 
     def prepare(self, assignment: Assignment) -> None:
-        """Make a role that this seat is going to become, beside the present one; its state comes with `become`."""
+        """Make a role that this host is going to become, beside the present one; its state comes with `become`."""
         made = self._make(assignment, is_restored=True)
         with self._changed:
-            self._prepared = Prepared(assignment.role, assignment.generation, made)
+            self._prepared = Prepared(assignment.role, assignment.attempt, made)
 
-    def call(self, generation: int, method: str, *args: Any) -> Any:
-        """Call a method of the role of `generation`, waiting for it to sit down.
+    def call(self, attempt: int, method: str, *args: Any) -> Any:
+        """Call a method of the role of `attempt`, waiting for it to sit down.
 
         Raises:
             HaltedError: that role is over.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._generation >= generation, self.timeout_s):
-                raise RemoteTimeoutError(
-                    f"{self.name}: waited {self.timeout_s:g} s for the role of generation {generation} (run.timeout_s)"
-                )
+            if not self._changed.wait_for(lambda: self._attempt >= attempt, self.timeout_s):
+                raise RemoteTimeoutError(f"{self.name}: waited {self.timeout_s:g} s for the role of attempt {attempt} (run.timeout_s)")
             role = self._role
-            if role is None or self._generation > generation:
-                raise HaltedError(f"{self.name}: the role of generation {generation} is over")
+            if role is None or self._attempt > attempt:
+                raise HaltedError(f"{self.name}: the role of attempt {attempt} is over")
         return getattr(role, method)(*args)
 
-    def halt(self, generation: int) -> None:
-        """End the role; `generation` is the one that begins. What the vault holds stays."""
+    def halt(self, attempt: int) -> None:
+        """End the role; `attempt` is the one that begins. What the snapshot store holds stays."""
         with self._changed:
             role, self._role, self._prepared = self._role, None, None
-            self._generation = max(self._generation, generation - 1)
+            self._attempt = max(self._attempt, attempt - 1)
             self._changed.notify_all()
-        self.vault.begin(generation)
+        self.snapshots.begin(attempt)
         if role is not None:
             role.halt()
 
-    def report(self, conductor: tuple[int, str], rows_after: int, release_below: int, kept: Collection[int]) -> SeatReport:
-        """Say how the role is, and let go of the pieces of steps before `release_below`, except `kept`.
+    def report(self, conductor: tuple[int, str], rows_after: int, release_below: int, kept: Collection[int]) -> HostReport:
+        """Say how the role is, and let go of the parts of steps before `release_below`, except `kept`.
 
         conductor: process id and node of who asks.
         """
         self._conductor, self._asked_s = conductor, time.monotonic()
-        self.vault.release(release_below, kept)
-        # Holdings first: a worker puts a piece into the vault after the rows that belong to it.
-        holdings, bytes_held, bytes_copied = self.vault.holdings(), self.vault.bytes_held, self.vault.bytes_copied
+        self.snapshots.release(release_below, kept)
+        # Holdings first: a worker puts a part into the snapshot store after the rows that belong to it.
+        holdings, bytes_held, bytes_copied = self.snapshots.holdings(), self.snapshots.bytes_held, self.snapshots.bytes_copied
         with self._changed:
-            role, generation = self._role, self._generation
-        return SeatReport(
+            role, attempt = self._role, self._attempt
+        return HostReport(
             None if role is None else role.role,
-            generation,
+            attempt,
             0 if role is None else role.group_size,
             role is not None and role.is_started,
             os.getpid(),
@@ -172,37 +170,37 @@ class Seat(VaultHolder):
                 config,
                 plans,
                 role.index,
-                vault=self.vault,
-                generation=assignment.generation,
+                snapshots=self.snapshots,
+                attempt=assignment.attempt,
                 gpus=self.gpus,
                 is_restored=is_restored,
             )
         plan = next(plan for plan in plans if plan.name == role.group)
         store = STORES[config.exchange.transport](self.timeout_s)
-        return self.level_rank(config, plan, role.index, store=store, vault=self.vault, gpus=self.gpus, is_restored=is_restored)
+        return self.level_rank(config, plan, role.index, store=store, snapshots=self.snapshots, gpus=self.gpus, is_restored=is_restored)
 
     def _gather(self, sources: Sequence[Source], role: "SequenceWorker | LevelRank") -> Snapshot:
-        """Put together what the role wants from the pieces that hold it; what is not a tensor comes from the first."""
+        """Put together what the role wants from the parts that hold it; what is not a tensor comes from the first."""
         from nlray.levels.flat_buffers import as_tensor
 
         tensors: dict[str, Tensor] = {}
-        first: Snapshot | PieceCopy | None = None
+        first: Snapshot | PartCopy | None = None
         for source in sources:
             if source.holder is None:
-                piece = self.vault.get(source.key)
-                found = {n: t for n, t in piece.tensors.items() if n not in tensors and role.wants(n)}
+                part = self.snapshots.get(source.key)
+                found = {n: t for n, t in part.tensors.items() if n not in tensors and role.wants(n)}
             else:
-                what = f"the piece of {source.key.owner} of step {source.key.step}"
+                what = f"the part of {source.key.owner} of step {source.key.step}"
                 names = wait_for(source.holder.names.remote(source.key), what, self.timeout_s)
                 wanted = [n for n in names if n not in tensors and role.wants(n)]
-                piece = wait_for(source.holder.fetch.remote(source.key, wanted), what, self.timeout_s)
-                found = {n: as_tensor(a) for n, a in piece.arrays.items()}
+                part = wait_for(source.holder.fetch.remote(source.key, wanted), what, self.timeout_s)
+                found = {n: as_tensor(a) for n, a in part.arrays.items()}
             tensors |= found
-            first = first or piece
+            first = first or part
         return Snapshot(first.key, first.group_size, tensors, first.state)
 
     def _watch_conductor(self) -> None:
-        """In worker 0's seat: kill a conductor that asks no more; Ray starts it again. Nobody else would notice that it hangs."""
+        """In worker 0's host: kill a conductor that asks no more; Ray starts it again. Nobody else would notice that it hangs."""
         while True:
             time.sleep(self.hang_timeout_s / 2)
             role, silent_s = self._role, time.monotonic() - self._asked_s
@@ -215,6 +213,6 @@ class Seat(VaultHolder):
             except (GetTimeoutError, RayError) as error:
                 logger.warning("the conductor does not ask and could not be killed: %s", error)
 
-    def set_keeper(self, keeper: Keeper | None, keeps_shared: bool) -> None:
-        """Say who holds this seat's copies from now on."""
-        self.vault.set_keeper(keeper, keeps_shared=keeps_shared)
+    def set_backup(self, backup: Backup | None, keeps_shared: bool) -> None:
+        """Say who holds this host's copies from now on."""
+        self.snapshots.set_backup(backup, keeps_shared=keeps_shared)

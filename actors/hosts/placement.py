@@ -11,12 +11,12 @@ from nlray.config import Config, ResourcesConfig
 from nlray.errors import UserError
 
 STANDBY = "standby"
-KEEPER = "keeper"
+BACKUP = "backup"
 
 
 @dataclass(frozen=True, slots=True)
 class ActorPlan:
-    """One actor. group: `sequence`, a level's name, `standby` or `keeper`. gpus: resolved, never `auto`."""
+    """One actor. group: `sequence`, a level's name, `standby` or `backup`. gpus: resolved, never `auto`."""
 
     group: str
     index: int
@@ -30,7 +30,7 @@ class ActorPlan:
     @property
     def key(self) -> str:
         """The configuration key that asks for these resources."""
-        keys = {SEQUENCE: "sequence.resources", STANDBY: "recovery.standbys", KEEPER: "recovery.window"}
+        keys = {SEQUENCE: "sequence.resources", STANDBY: "recovery.standbys", BACKUP: "recovery.window"}
         return keys.get(self.group, f"memory.levels.{self.group}.resources")
 
     @property
@@ -77,9 +77,9 @@ def plan_standbys(config: Config, plans: Sequence[ActorPlan]) -> list[ActorPlan]
     return [ActorPlan(STANDBY, index, resources, gpus) for index in range(config.recovery.standbys)]
 
 
-def plan_keeper() -> ActorPlan:
+def plan_backup() -> ActorPlan:
     """Return the actor that holds copies on another node where all others are on one; it asks for next to nothing."""
-    return ActorPlan(KEEPER, 0, ResourcesConfig(cpus=0, gpus=0), 0.0)
+    return ActorPlan(BACKUP, 0, ResourcesConfig(cpus=0, gpus=0), 0.0)
 
 
 def cpus_needed(config: Config) -> int:

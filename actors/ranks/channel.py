@@ -22,7 +22,7 @@ from torch import Tensor
 from nlray.actors.types import Contribution, Version
 from nlray.config import ExchangeConfig
 from nlray.errors import RemoteTimeoutError
-from nlray.levels.compression import codec_of, take_code
+from nlray.levels.compression import codec_of, encode_with_feedback
 from nlray.levels.flat_buffers import FlatLayout, as_tensor
 from nlray.levels.local_update import LocalUpdate
 from nlray.levels.schedule import LevelPlan, closes_period, newest_version, open_version, visible_version
@@ -37,7 +37,7 @@ class RankLink(Protocol):
 
     def receive(self, asked: Any, version: int) -> tuple[Version, np.ndarray]: ...
 
-    def hold_snapshot(self, step: int, generation: int) -> None: ...
+    def hold_snapshot(self, step: int, attempt: int) -> None: ...
 
 
 class LevelChannel:
@@ -45,7 +45,7 @@ class LevelChannel:
 
     Args:
         plan: the level.
-        parameters: the worker's, by name in model order. On a CPU `take_up` makes them views of the version that came, only to be read;
+        parameters: the worker's, by name in model order. On a CPU `apply` makes them views of the version that came, only to be read;
             on a GPU, or where they are locally updated, it writes into them.
         ranks: one link per level rank.
         worker: this worker's index.
@@ -106,14 +106,14 @@ class LevelChannel:
         if not is_news:
             self.bytes_pulled, self.skipped_updates, self.stall_s = counters
 
-    def take_over(self, before: "LevelChannel", step: int) -> None:
+    def switch_from(self, before: "LevelChannel", step: int) -> None:
         """Go on where `before`, a channel to other ranks of the same level, is after `step`; nothing waits for the new ranks."""
         self.visible, self.grad_norm, self.round_trip_s = before.visible, before.grad_norm, before.round_trip_s
         self._ask(range(self.visible + 1, newest_version(step, self.plan.update_period) + 1))
         self.load_accumulators(before.accumulators(), before.num_open_steps)
         self.resume_counters(before.bytes_pushed, before.bytes_pulled, before.stall_s, before.skipped_updates)
 
-    def take_up(self, step: int) -> None:
+    def apply(self, step: int) -> None:
         """Bring the parameters to the version that `step` uses, waiting for it if it is due and not there, or to what stands for one."""
         if self.is_settled:
             self.settle()
@@ -131,7 +131,7 @@ class LevelChannel:
         """Have the parameters be a version for a while, where they are locally updated."""
         return nullcontext() if self._local is None else self._local.true_parameters()
 
-    def take_newest(self, step: int) -> None:
+    def apply_newest(self, step: int) -> None:
         """Bring the parameters to the newest version after `step`, for the final evaluation."""
         newest = newest_version(step, self.plan.update_period)
         if newest > self.visible:
@@ -179,7 +179,7 @@ class LevelChannel:
         if self._codec is None:
             buffers = self._swap_buffers(version)
         elif num_steps > 0:
-            buffers = [take_code(self._codec, buffer) for buffer in self._open]
+            buffers = [encode_with_feedback(self._codec, buffer) for buffer in self._open]
         else:
             # What is left of earlier periods waits for one with a step in it; of this one a rank looks at the number of steps only.
             buffers = [torch.empty(0, dtype=torch.uint8) for _ in self._open]
@@ -210,10 +210,10 @@ class LevelChannel:
             return buffers
         return [self._codec.decode(code, layout.size) for code, layout in zip(buffers, self.layouts, strict=True)]
 
-    def hold_snapshots(self, step: int, generation: int) -> None:
+    def hold_snapshots(self, step: int, attempt: int) -> None:
         """Worker 0 only: have every rank snapshot the boundary after `step`, between this worker's pushes."""
         self.settle()
-        self._holding = self._sender.submit(lambda: [rank.hold_snapshot(step, generation) for rank in self.ranks])
+        self._holding = self._sender.submit(lambda: [rank.hold_snapshot(step, attempt) for rank in self.ranks])
 
     def settle(self) -> None:
         """Wait until the ranks have taken the snapshots asked for; raise what went wrong with them."""

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 
 from nlray.actors.ranks.stores import Store
-from nlray.actors.recovery.snapshots import Snapshot, Vault, to_host
-from nlray.actors.types import Contribution, PieceKey, Role, RoleError, Version
+from nlray.actors.recovery.snapshots import Snapshot, SnapshotStore, to_host
+from nlray.actors.types import Contribution, PartKey, Role, RoleError, Version
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
@@ -42,13 +42,21 @@ class LevelRank:
         plan: the level.
         rank: which of `plan.shards` this rank owns.
         store: where versions are published, and contributions lie.
-        vault: where the pieces of recovery points are held.
+        snapshots: where the parts of recovery points are held.
         gpus: GPUs that Ray gave this actor; above 0 the tensors live on one.
         is_restored: the initial parameters are not needed, `restore` or `load` comes next.
     """
 
     def __init__(
-        self, config: Config, plan: LevelPlan, rank: int, *, store: Store, vault: Vault, gpus: float = 0, is_restored: bool = False
+        self,
+        config: Config,
+        plan: LevelPlan,
+        rank: int,
+        *,
+        store: Store,
+        snapshots: SnapshotStore,
+        gpus: float = 0,
+        is_restored: bool = False,
     ) -> None:
         self.config, self.plan, self.rank = config, plan, rank
         self.level = config.levels[plan.name]
@@ -83,7 +91,7 @@ class LevelRank:
         self._is_stopping = False
         self._send_norms: SendNorms = lambda version, norms: None
         self._thread: threading.Thread | None = None
-        self._vault = vault
+        self._snapshots = snapshots
         self._last_snapshot: Snapshot | None = None
 
     def connect(self, send_norms: SendNorms) -> None:
@@ -152,16 +160,16 @@ class LevelRank:
 
     # Snapshots.
 
-    def hold_snapshot(self, step: int, generation: int) -> None:
-        """Put this rank's piece of the recovery point after `step` into the vault.
+    def hold_snapshot(self, step: int, attempt: int) -> None:
+        """Put this rank's part of the recovery point after `step` into the snapshot store.
 
         Worker 0 asks for it between its pushes and holds the next push until it has returned, so the version cannot move on.
         """
         with self._changed:
             self._wait(lambda: self.version == newest_version(step, self.plan.update_period), f"the update of step {step}")
-        self._vault.put(self.snapshot(step, generation))
+        self._snapshots.put(self.snapshot(step, attempt))
 
-    def snapshot(self, step: int, generation: int) -> Snapshot:
+    def snapshot(self, step: int, attempt: int) -> Snapshot:
         """Return a copy of the state: newest parameters, optimizer, and the versions before where they may still be in use.
 
         Where no update came since the snapshot before, the tensors are that one's.
@@ -178,7 +186,7 @@ class LevelRank:
                     tensors |= {f"{kind}/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
         outcomes = {str(v): (p.grad_norm if math.isfinite(p.grad_norm) else None, p.is_skipped) for v, p in self._published.items()}
         state = {"version": self.version, "outcomes": outcomes, **self.learner.state()}
-        self._last_snapshot = Snapshot(PieceKey(generation, step, self.role), self.plan.ranks, tensors, state)
+        self._last_snapshot = Snapshot(PartKey(attempt, step, self.role), self.plan.ranks, tensors, state)
         return self._last_snapshot
 
     def wants(self, tensor: str) -> bool:
@@ -205,7 +213,7 @@ class LevelRank:
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
-        key, state = PieceKey(0, manifest.step, self.role), manifest.state["levels"][self.plan.name]
+        key, state = PartKey(0, manifest.step, self.role), manifest.state["levels"][self.plan.name]
         self.restore(Snapshot(key, self.plan.ranks, load_tensors(url, self.wants, manifest), state))
 
     @property

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from nlray.actors.ranks.nixl_store import NixlStore
-from nlray.actors.types import Contribution, PieceCopy, Version
+from nlray.actors.types import Contribution, PartCopy, Version
 from nlray.errors import NlrayError, RemoteTimeoutError
 
 
@@ -69,11 +69,11 @@ STORES: dict[str, type[Store]] = {"object_store": ObjectStore, "nixl": NixlStore
 
 
 class RankClient:
-    """A level rank as a sequence worker sees it, over Ray. generation: of the rank that is meant, wherever it is by now."""
+    """A level rank as a sequence worker sees it, over Ray. attempt: of the rank that is meant, wherever it is by now."""
 
-    def __init__(self, handle: Any, generation: int, label: str, store: Store, timeout_s: float) -> None:
+    def __init__(self, handle: Any, attempt: int, label: str, store: Store, timeout_s: float) -> None:
         self.handle = handle
-        self.generation = generation
+        self.attempt = attempt
         self.label = label
         self.store = store
         self.timeout_s = timeout_s
@@ -99,32 +99,32 @@ class RankClient:
             wait_for(self._call("device_type"), f"a sign of life of {self.label}", self.timeout_s)
             raise
 
-    def hold_snapshot(self, step: int, generation: int) -> None:
-        """Have the rank put its piece of the recovery point after `step` into its vault; return when it has."""
-        wait_for(self._call("hold_snapshot", step, generation), f"the snapshot of step {step} of {self.label}", self.timeout_s)
+    def hold_snapshot(self, step: int, attempt: int) -> None:
+        """Have the rank put its part of the recovery point after `step` into its snapshot store; return when it has."""
+        wait_for(self._call("hold_snapshot", step, attempt), f"the snapshot of step {step} of {self.label}", self.timeout_s)
 
     def _call(self, method: str, *args: Any) -> Any:
-        return self.handle.call.remote(self.generation, method, *args)
+        return self.handle.call.remote(self.attempt, method, *args)
 
 
 class PeerNorms:
     """Sends a rank's gradient norms to the other ranks of its level."""
 
-    def __init__(self, peers: Sequence[Any], generation: int) -> None:
-        self.peers, self.generation = list(peers), generation
+    def __init__(self, peers: Sequence[Any], attempt: int) -> None:
+        self.peers, self.attempt = list(peers), attempt
 
     def __call__(self, version: int, norms: dict[str, float]) -> None:
         for peer in self.peers:
-            peer.call.remote(self.generation, "receive_norms", version, norms)
+            peer.call.remote(self.attempt, "receive_norms", version, norms)
 
 
-class SeatKeeper:
-    """Another seat's vault, over Ray."""
+class HostBackup:
+    """Another host's snapshot store, over Ray."""
 
     def __init__(self, handle: Any, name: str, timeout_s: float) -> None:
         self.handle, self.name, self.timeout_s = handle, name, timeout_s
 
-    def keep(self, copy: PieceCopy) -> bool:
+    def keep(self, copy: PartCopy) -> bool:
         return wait_for(self.handle.keep.remote(copy), f"{self.name} to keep a copy of step {copy.key.step}", self.timeout_s)
 
 

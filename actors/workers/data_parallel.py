@@ -29,7 +29,7 @@ class Agreement:
     command: Command
 
 
-class WorkerGroup:
+class DataParallelGroup:
     """The workers of a run; alone (`num_workers` 1) it needs no process group and changes nothing."""
 
     def __init__(self, worker: int, num_workers: int, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class WorkerGroup:
         if group is not None:
             group.abort()
 
-    def watch(self, parameters: dict[str, nn.Parameter]) -> None:
+    def register_buckets(self, parameters: dict[str, nn.Parameter]) -> None:
         """Prepare buckets for these parameters' gradients, in the order in which backward makes them."""
         if self.num_workers == 1:
             return

@@ -5,7 +5,7 @@ others have it while a block of the model computes: it comes before the block's 
 computation, and goes after them. Gradients go to the owner, summed over the workers, a block at a time.
 
 Not torch's `fully_shard`: that cuts every tensor by rows, where Muon and M3 need whole matrices, and so do a checkpoint and its digest;
-and a DeviceMesh needs torch's default group, which a process that begins anew after a fault must not count on (`WorkerGroup.join`).
+and a DeviceMesh needs torch's default group, which a process that begins anew after a fault must not count on (`DataParallelGroup.join`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nlray.actors.workers.data_parallel import WorkerGroup
+from nlray.actors.workers.data_parallel import DataParallelGroup
 from nlray.levels.flat_buffers import FlatLayout
 from nlray.levels.schedule import TensorSpec, deal_tensors
 from nlray.models.lm import LanguageModel, block_of, place_parameters, sequence_parameters
@@ -33,7 +33,7 @@ class ShardedParameters:
         device: where the model computes.
     """
 
-    def __init__(self, model: LanguageModel, group: WorkerGroup, device: torch.device) -> None:
+    def __init__(self, model: LanguageModel, group: DataParallelGroup, device: torch.device) -> None:
         self.group = group
         specs = [TensorSpec(name, tuple(p.shape)) for name, p in sequence_parameters(model).items()]
         shares = deal_tensors(specs, group.num_workers)
@@ -130,7 +130,7 @@ class ShardedParameters:
 
     def _settle(self) -> None:
         if self._sending is not None:
-            self._sending.take_sums()
+            self._sending.fetch_sums()
             self._sending = None
 
 
@@ -154,7 +154,7 @@ class Unit:
         device: where they are.
     """
 
-    def __init__(self, shares: Sequence[Sequence[TensorSpec]], group: WorkerGroup, device: torch.device) -> None:
+    def __init__(self, shares: Sequence[Sequence[TensorSpec]], group: DataParallelGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.parameters: dict[str, Tensor] = {}
         self._parts: list[Part] = []
@@ -207,7 +207,7 @@ class Unit:
                     parameter.grad = None
             self._sending.append((part, buffer, self.group.reduce(buffer, part.owner)))
 
-    def take_sums(self) -> None:
+    def fetch_sums(self) -> None:
         """Wait for the sums; the owner adds them to those of the step's earlier backward passes."""
         sending, self._sending = self._sending, []
         for part, buffer, work in sending:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nlray.actors.hosts.nodes import LOOPBACK
 from nlray.actors.ranks.channel import LevelChannel, RankLink
-from nlray.actors.recovery.snapshots import Snapshot, Vault, to_host
-from nlray.actors.types import SEQUENCE, Command, PieceKey, Role, RoleError, WorkerReport
-from nlray.actors.workers.data_parallel import Agreement, WorkerGroup
+from nlray.actors.recovery.snapshots import Snapshot, SnapshotStore, to_host
+from nlray.actors.types import SEQUENCE, Command, PartKey, Role, RoleError, WorkerReport
+from nlray.actors.workers.data_parallel import Agreement, DataParallelGroup
 from nlray.actors.workers.sharding import ShardedParameters
 from nlray.checkpoint import load_tensors, read_manifest
 from nlray.config import Config
@@ -57,8 +57,8 @@ class SequenceWorker:
         config: the run's configuration, with `model.vocab_size` set.
         plans: the levels, fastest first.
         worker: index of this worker, from 0.
-        vault: where the pieces of recovery points are held.
-        generation: of the group of workers; marks the recovery points that it takes.
+        snapshots: where the parts of recovery points are held.
+        attempt: of the group of workers; marks the recovery points that it takes.
         gpus: GPUs that Ray gave this actor; above 0 the model lives on one.
         is_restored: the initial parameters are not needed, `restore` or `load` comes next.
     """
@@ -69,12 +69,12 @@ class SequenceWorker:
         plans: Sequence[LevelPlan],
         worker: int,
         *,
-        vault: Vault,
-        generation: int = 0,
+        snapshots: SnapshotStore,
+        attempt: int = 0,
         gpus: float = 0,
         is_restored: bool = False,
     ) -> None:
-        self.config, self.plans, self.worker, self.generation = config, list(plans), worker, generation
+        self.config, self.plans, self.worker, self.attempt = config, list(plans), worker, attempt
         self.role, self.group_size = Role(SEQUENCE, worker), config.sequence.workers
         self.device = device_for(gpus)
         self.label = f"sequence worker {worker}"
@@ -83,7 +83,7 @@ class SequenceWorker:
         # Of a Hugging Face tokenizer in this process; before its first use.
         os.environ.setdefault("RAYON_NUM_THREADS", str(sequence.resources.num_threads))
         keep_freed_memory()
-        self.group = WorkerGroup(worker, sequence.workers, self.device)
+        self.group = DataParallelGroup(worker, sequence.workers, self.device)
         self.model, self.shards = self._build_model(is_restored=is_restored)
         if sequence.compile:
             compile_mlps(self.model)
@@ -122,12 +122,12 @@ class SequenceWorker:
         self._totals: dict[str, Any] = {"seconds": 0.0, "stall_s": 0.0}
         self._state = "idle"
         self._error: RoleError | None = None
-        self._vault = vault
+        self._snapshots = snapshots
         self._heldout: Batch | None = None
         self._thread: threading.Thread | None = None
         self._is_halted = False
         self._prepared: dict[str, tuple[LevelPlan, list[RankLink]]] = {}
-        self._prepared_generation = 0
+        self._prepared_attempt = 0
         self._switched: dict[int, int] = {}
         self._retired: list[LevelChannel] = []
         self._step_s = math.nan
@@ -173,10 +173,10 @@ class SequenceWorker:
         """Give the worker its links to the ranks of each level."""
         self.channels = [self._channel(plan, links[plan.name]) for plan in self.plans]
 
-    def prepare_switch(self, levels: dict[str, tuple[LevelPlan, list[RankLink]]], generation: int) -> None:
-        """Lay ready other ranks of some levels, those of `generation`, for the command SWITCH."""
+    def prepare_switch(self, levels: dict[str, tuple[LevelPlan, list[RankLink]]], attempt: int) -> None:
+        """Lay ready other ranks of some levels, those of `attempt`, for the command SWITCH."""
         with self._lock:
-            self._prepared, self._prepared_generation = dict(levels), generation
+            self._prepared, self._prepared_attempt = dict(levels), attempt
 
     def _local_update(self, name: str) -> LocalUpdate:
         add_up = self.group.sum_ if self.config.sequence.workers > 1 else None
@@ -216,7 +216,7 @@ class SequenceWorker:
         with self._lock:
             self._rows = [row for row in self._rows if row["step"] > rows_after]
             events, self._events = self._events, []
-            switched, prepared = dict(self._switched), self._prepared_generation
+            switched, prepared = dict(self._switched), self._prepared_attempt
             return WorkerReport(self._state, self.step, list(self._rows), events, self._totals, switched, prepared)
 
     @property
@@ -273,7 +273,7 @@ class SequenceWorker:
             "open_steps": {c.plan.name: c.num_open_steps for c in self.channels},
             "workers": self.group_size,
         }
-        return Snapshot(PieceKey(self.generation, step, self.role), self.group_size, tensors, state, shared)
+        return Snapshot(PartKey(self.attempt, step, self.role), self.group_size, tensors, state, shared)
 
     def wants(self, tensor: str) -> bool:
         """Return whether a snapshot's tensor is one that this worker restores."""
@@ -310,7 +310,7 @@ class SequenceWorker:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
         tensors = load_tensors(url, self.wants, manifest)
-        self.restore(Snapshot(PieceKey(0, manifest.step, self.role), manifest.state["workers"], tensors, manifest.state))
+        self.restore(Snapshot(PartKey(0, manifest.step, self.role), manifest.state["workers"], tensors, manifest.state))
 
     def _accumulators_of(self, plan: LevelPlan, tensors: Any, saved_workers: int) -> dict[str, Tensor]:
         """Return this worker's open sums: its own, or, for another number of workers, all of them in worker 0."""
@@ -363,10 +363,10 @@ class SequenceWorker:
         run = self.config.run
         last = min(run.steps, run.stop_after or run.steps)
         if self.shards is None:
-            self.group.watch(self.parameters)
+            self.group.register_buckets(self.parameters)
         self._start_channels()
         self._state = "running"
-        self._vault.put(self._take_point(self.step))
+        self._snapshots.put(self._capture_point(self.step))
         command = Command.NONE
         while self.step < last and not command & (Command.STOP | Command.PAUSE):
             if self._is_halted:
@@ -374,14 +374,14 @@ class SequenceWorker:
             step = self.step + 1
             agreement, row = self.train_step(step)
             command = agreement.command
-            point = self._take_point(step) if step >= last or command != Command.NONE or self._is_point(step) else None
+            point = self._capture_point(step) if step >= last or command != Command.NONE or self._is_point(step) else None
             # Not at the end: nobody would take the new ranks' first recovery point.
             if Command.SWITCH in command and step < last and not command & (Command.STOP | Command.PAUSE):
                 self._switch_channels(step)
             self.step = step
             if step >= last:
                 for channel in self.channels:
-                    channel.take_newest(step)
+                    channel.apply_newest(step)
             if step >= last or (self.config.eval.every > 0 and step % self.config.eval.every == 0):
                 row |= self._evaluation(step)
             with self._lock:
@@ -390,7 +390,7 @@ class SequenceWorker:
             if point is not None:
                 # Complete only with the rows and totals of its own step, so that a restored run misses none.
                 point.state.update(rows=rows if self.worker == 0 else [], totals=totals)
-                self._vault.put(point)
+                self._snapshots.put(point)
             if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise NonFiniteLossError(f"the loss was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, last in step {step}")
         for channel in [*self.channels, *self._retired]:
@@ -414,13 +414,13 @@ class SequenceWorker:
         recovery = self.config.recovery
         return any(every > 0 and step % every == 0 for every in (recovery.window, recovery.checkpoint_every))
 
-    def _take_point(self, step: int) -> Snapshot:
+    def _capture_point(self, step: int) -> Snapshot:
         """Take this worker's snapshot of the boundary after `step` and, from worker 0, ask every level rank for its own."""
         started = time.perf_counter()
         snapshot = self.snapshot(step)
         if self.worker == 0:
             for channel in self.channels:
-                channel.hold_snapshots(step, self.generation)
+                channel.hold_snapshots(step, self.attempt)
         with self._lock:
             self._totals = {**self._totals, "seconds": self._totals["seconds"] + time.perf_counter() - started}
         return snapshot
@@ -429,15 +429,15 @@ class SequenceWorker:
         """Go on with the prepared ranks; the ranks before get what is still on its way to them, and nothing more."""
         with self._lock:
             prepared, self._prepared = self._prepared, {}
-            generation, self._prepared_generation = self._prepared_generation, 0
+            attempt, self._prepared_attempt = self._prepared_attempt, 0
         for index, channel in enumerate(self.channels):
             if channel.plan.name in prepared:
                 self.channels[index] = self._channel(*prepared[channel.plan.name])
-                self.channels[index].take_over(channel, step)
+                self.channels[index].switch_from(channel, step)
                 self._retired.append(channel)
         self.plans = [channel.plan for channel in self.channels]
         with self._lock:
-            self._switched[generation] = step
+            self._switched[attempt] = step
 
     def train_step(self, step: int) -> tuple[Agreement, dict[str, Any]]:
         """Run one step on all workers and return what they agreed on and the step's line of metrics.
@@ -463,7 +463,7 @@ class SequenceWorker:
         loss_share, states = self._forward_backward(torch.from_numpy(batch.blocks).to(self.device))
         norms = self._finish_gradients()
         norm = clip_gradients_([p.grad for p in self.parameters.values()], self.config.sequence.optimizer.clip, norms)
-        agreement = self.group.agree(loss_share, norm, self._take_command())
+        agreement = self.group.agree(loss_share, norm, self._next_command())
         learning_rate = 0.0
         if agreement.is_finite:
             self._skipped_in_a_row = 0
@@ -491,7 +491,7 @@ class SequenceWorker:
             if channel is None:
                 continue
             step, skipped_before = self._step_under_way, channel.skipped_updates
-            channel.take_up(step)
+            channel.apply(step)
             if channel.skipped_updates > skipped_before:
                 self._add_event(f"step {step}: update {channel.visible} of level {name} was skipped: no finite gradient")
 
@@ -538,7 +538,7 @@ class SequenceWorker:
         # The cache would keep every block's parameters, in bf16, to the end of the forward pass.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=self.shards is None)
 
-    def _take_command(self) -> Command:
+    def _next_command(self) -> Command:
         with self._lock:
             command, self._command = self._command, Command.NONE
         return command

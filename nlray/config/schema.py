@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from nlray.config.values import Amount, Count, Decay, Epsilon, Form, Natural, Positive, Range, Rate, Seconds, Section, Text, nearest
 from nlray.errors import UserError
 
-_TAKEN_NAMES = ("sequence", "standby", "keeper", "conductor")
+_TAKEN_NAMES = ("sequence", "standby", "backup", "conductor")
 """Other actors of a run are called so."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

@@ -66,7 +66,7 @@ def codec_of(name: str) -> Codec | None:
     return None if name == "none" else CODECS[name]()
 
 
-def take_code(codec: Codec, buffer: Tensor) -> Tensor:
+def encode_with_feedback(codec: Codec, buffer: Tensor) -> Tensor:
     """Return the code of a buffer and leave there what the code does not say; nothing of values that are not finite."""
     payload = codec.encode(buffer)
     buffer.sub_(codec.decode(payload, buffer.numel())).nan_to_num_(0.0, 0.0, 0.0)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nlray.actors.control.checkpoints import whole_state
+from nlray.actors.control.checkpoints import complete_state
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.ranks.stores import Store
-from nlray.actors.recovery.snapshots import Vault
-from nlray.actors.types import Contribution, PieceKey, Version
+from nlray.actors.recovery.snapshots import SnapshotStore
+from nlray.actors.types import Contribution, PartKey, Version
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.checkpoint import write_manifest
 from nlray.config import Config
@@ -52,8 +52,8 @@ class DirectLink:
         published = self.rank.pull(version)
         return published, self.store.get(published.data)
 
-    def hold_snapshot(self, step: int, generation: int) -> None:
-        self.rank.hold_snapshot(step, generation)
+    def hold_snapshot(self, step: int, attempt: int) -> None:
+        self.rank.hold_snapshot(step, attempt)
 
 
 class InProcessRun:
@@ -62,28 +62,28 @@ class InProcessRun:
     def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank, store: Store | None = None) -> None:
         store = store or DirectStore()
         plans = level_plans(config, config.model.vocab_size)
-        self.vaults: list[Vault] = []
-        self.ranks = {p.name: [rank_class(config, p, i, store=store, vault=self.vault()) for i in range(p.ranks)] for p in plans}
+        self.snapshot_stores: list[SnapshotStore] = []
+        self.ranks = {p.name: [rank_class(config, p, i, store=store, snapshots=self.snapshots()) for i in range(p.ranks)] for p in plans}
         for ranks in self.ranks.values():
             for rank in ranks:
                 others = [r for r in ranks if r is not rank]
                 rank.connect(lambda version, norms, others=others: [o.receive_norms(version, norms) for o in others] and None)
-        self.workers = [SequenceWorker(config, plans, i, vault=self.vault()) for i in range(config.sequence.workers)]
+        self.workers = [SequenceWorker(config, plans, i, snapshots=self.snapshots()) for i in range(config.sequence.workers)]
         self.worker = self.workers[0]
         for worker in self.workers:
             worker.connect({name: [DirectLink(r, store) for r in ranks] for name, ranks in self.ranks.items()})
 
-    def vault(self) -> Vault:
-        self.vaults.append(Vault("test", 10))
-        return self.vaults[-1]
+    def snapshots(self) -> SnapshotStore:
+        self.snapshot_stores.append(SnapshotStore("test", 10))
+        return self.snapshot_stores[-1]
 
     def write(self, step: int, url: str) -> None:
         """Write the recovery point of `step` as a checkpoint."""
         written = {}
-        for actor, vault in zip([*self.all_ranks, *self.workers], self.vaults, strict=True):
-            key = PieceKey(0, step, actor.role)
-            written[str(actor.role)] = vault.write(key, url, f"{actor.role}.safetensors", with_shared=actor is self.worker)
-        write_manifest(url, step, [w.part for w in written.values()], whole_state(written, list(self.ranks)))
+        for actor, snapshots in zip([*self.all_ranks, *self.workers], self.snapshot_stores, strict=True):
+            key = PartKey(0, step, actor.role)
+            written[str(actor.role)] = snapshots.write(key, url, f"{actor.role}.safetensors", with_shared=actor is self.worker)
+        write_manifest(url, step, [w.part for w in written.values()], complete_state(written, list(self.ranks)))
 
     def load(self, url: str) -> None:
         for actor in [*self.workers, *self.all_ranks]:
@@ -115,8 +115,8 @@ class InProcessRun:
             worker.close()
         for rank in self.all_ranks:
             rank.halt()
-        for vault in self.vaults:
-            vault.close()
+        for snapshots in self.snapshot_stores:
+            snapshots.close()
 
     @property
     def all_ranks(self) -> list[LevelRank]:

@@ -18,20 +18,20 @@ from nlray.actors.chaos import (
     targets_of,
     useful_seconds,
 )
-from nlray.actors.types import MemberStatus, RunDescription, RunStatus
+from nlray.actors.types import ActorStatus, RunDescription, RunStatus
 from nlray.clusters.chaos import parse_kinds, report_lines
 from nlray.errors import UserError
 
 from .conftest import run_to_end
 
-MEMBERS = (
-    MemberStatus("sequence-0", "sequence-0.1", 10, "head", True),
-    MemberStatus("sequence-1", "sequence-1.2", 11, "west", True),
-    MemberStatus("my-level-0", "my-level-0.3", 12, "west", True),
-    MemberStatus("slow-0", "slow-0.4", 0, "", False),
-    MemberStatus("standby", "standby-0.5", 14, "east", True),
+HOSTS = (
+    ActorStatus("sequence-0", "sequence-0.1", 10, "head", True),
+    ActorStatus("sequence-1", "sequence-1.2", 11, "west", True),
+    ActorStatus("my-level-0", "my-level-0.3", 12, "west", True),
+    ActorStatus("slow-0", "slow-0.4", 0, "", False),
+    ActorStatus("standby", "standby-0.5", 14, "east", True),
 )
-RUN = RunDescription("run", "dir", "running", 7, 100, 0, {"sequence": 2, "my-level": 1, "slow": 1}, {}, MEMBERS, (), None, 9, "east")
+RUN = RunDescription("run", "dir", "running", 7, 100, 0, {"sequence": 2, "my-level": 1, "slow": 1}, {}, HOSTS, (), None, 9, "east")
 
 
 def recovery(at: float, *roles: str, restore_s: float = 3.0, replay_s: float | None = 1.0) -> dict:
@@ -42,7 +42,7 @@ def injection(at: float, *roles: str, kind: str = "worker") -> Injection:
     return Injection(at, Target(kind, roles, 1, "head"))
 
 
-def test_targets_are_the_seated_roles_of_a_kind():
+def test_targets_are_the_hosted_roles_of_a_kind():
     found = {kind: [t.roles for t in targets_of(kind, RUN, {"west"})] for kind in chaos.KINDS}
     assert found == {
         "worker": [("sequence-0",), ("sequence-1",)],
@@ -63,7 +63,7 @@ def test_the_seed_decides_and_every_kind_comes():
     assert drawn(1) == drawn(1) != drawn(2)
     assert {target.kind for target, _ in drawn(1)} == {"worker", "rank"}
     assert all(8 <= pause <= 12 for _, pause in drawn(1))
-    assert choose(random.Random(0), ("rank",), replace(RUN, members=()), ()) is None
+    assert choose(random.Random(0), ("rank",), replace(RUN, actors=()), ()) is None
 
 
 def test_a_fault_is_answered_by_the_recovery_that_names_it():

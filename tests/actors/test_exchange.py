@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nlray.actors.faults import Fault, RunFailedError
-from nlray.actors.hosts.pool import SeatLostError
+from nlray.actors.hosts.pool import HostLostError
 from nlray.actors.ranks.channel import LevelChannel
 from nlray.actors.ranks.rank import LevelRank
-from nlray.actors.recovery.snapshots import Vault
+from nlray.actors.recovery.snapshots import SnapshotStore
 from nlray.actors.types import Contribution
 from nlray.config import ExchangeConfig
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
@@ -33,7 +33,7 @@ class LateRank(LevelRank):
 def open_channel(config, level: str, rank_class=LevelRank):
     plan = next(p for p in level_plans(config, config.model.vocab_size) if p.name == level)
     store = DirectStore()
-    ranks = [rank_class(config, plan, i, store=store, vault=Vault("test", 10)) for i in range(plan.ranks)]
+    ranks = [rank_class(config, plan, i, store=store, snapshots=SnapshotStore("test", 10)) for i in range(plan.ranks)]
     for rank in ranks:
         rank.start()
     parameters = {s.name: torch.zeros(s.shape) for s in plan.tensors}
@@ -92,7 +92,7 @@ def test_backward_adds_to_the_buffers_and_a_step_that_is_left_out_leaves_the_sum
     assert parameter.grad.data_ptr() == second
     keep(4)
     # What was sent is the sum of the good steps; the next period begins in the buffer that was not sent.
-    channel.take_up(9)
+    channel.apply(9)
     assert channel.visible == 1 and channel.num_open_steps == 0
     backward(1.0)
     assert parameter.grad.data_ptr() == second
@@ -112,14 +112,14 @@ def test_backward_adds_to_the_buffers_and_a_step_that_is_left_out_leaves_the_sum
 def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(small):
     channel, ranks, parameters = open_channel(small("memory.levels.medium.delay=4"), "medium", LateRank)
     for step in (1, 2, 3, 4):
-        channel.take_up(step)
+        channel.apply(step)
         channel.accumulate(gradients_like(parameters))
         channel.end_step(step)
     started = time.perf_counter()
     for step in (5, 6, 7, 8):
-        channel.take_up(step)
+        channel.apply(step)
     assert channel.visible == 0 and time.perf_counter() - started < 0.3 and channel.stall_s < 0.3
-    channel.take_up(9)
+    channel.apply(9)
     assert channel.visible == 1 and channel.stall_s > 0.1
     assert math.isfinite(channel.grad_norm)
     for rank in ranks:
@@ -133,8 +133,8 @@ def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_withou
     for block in run.worker.model.blocks:
         block.mixer.register_forward_hook(lambda *_: seen.append("mixer"))
     for channel in run.worker.channels:
-        honest = channel.take_up
-        channel.take_up = lambda step, name=channel.plan.name, honest=honest: (seen.append(f"{name} {step}"), honest(step))
+        honest = channel.apply
+        channel.apply = lambda step, name=channel.plan.name, honest=honest: (seen.append(f"{name} {step}"), honest(step))
     run.train()
     a_step = len(seen) // 3
     for step in (1, 2, 3):
@@ -170,7 +170,7 @@ def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(sm
         return [p.data_ptr() for p in channel._parameters] == [v.data_ptr() for v in channel.layouts[0].views(as_tensor(version))]
 
     for step in range(1, 9):
-        channel.take_up(step)
+        channel.apply(step)
         assert channel.visible == 0 and lies_in(pulled[0])
         channel.accumulate(gradients_like(parameters))
         channel.end_step(step)
@@ -180,7 +180,7 @@ def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(sm
         rank.pull(0)
     assert all(torch.equal(p, expected[n]) for n, p in parameters.items())
     del pulled[0]
-    channel.take_up(9)
+    channel.apply(9)
     assert channel.visible == 1 and lies_in(pulled[0]) and not any(torch.equal(p, expected[n]) for n, p in parameters.items())
     rank.halt()
     channel.close()
@@ -191,7 +191,7 @@ def test_a_wait_that_reaches_its_limit_says_for_what(small):
     with pytest.raises(RemoteTimeoutError, match=r"level fast rank 0: waited 0.2 s for version 5 \(run.timeout_s\)"):
         ranks[0].pull(5)
     with pytest.raises(RemoteTimeoutError, match=r"waited 0.2 s for the update of step 3"):
-        ranks[0].hold_snapshot(3, generation=1)
+        ranks[0].hold_snapshot(3, attempt=1)
     channel.end_step(1)
     ranks[0].halt()
 
@@ -221,8 +221,8 @@ def test_contributions_are_summed_in_worker_order_whatever_the_order_they_come_i
 
 def test_errors_survive_pickling():
     fault = Fault("died", "fast-0", 3, "actor fast-0 died")
-    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y"), HaltedError("z"), SeatLostError(fault)):
+    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y"), HaltedError("z"), HostLostError(fault)):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error) and copy.args[:1] == error.args[:1]
-    assert pickle.loads(pickle.dumps(SeatLostError(fault))).fault == fault
+    assert pickle.loads(pickle.dumps(HostLostError(fault))).fault == fault
     assert pickle.loads(pickle.dumps(RunFailedError("a", "b", 2))).exit_code == 2

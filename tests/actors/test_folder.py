@@ -40,7 +40,7 @@ def make_run(folder: Path) -> None:
     (folder / "tensorboard" / f"events.out.tfevents.{17:020d}").write_text("events")
     for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "sources.json", "metrics.jsonl.part"):
         (folder / name).write_text("")
-    (folder / "state.json").write_text(json.dumps({"status": "completed", "generation": 1}))
+    (folder / "state.json").write_text(json.dumps({"status": "completed", "attempt": 1}))
 
 
 def files(folder: Path) -> set[str]:
@@ -113,7 +113,7 @@ def test_overwrite_deletes_the_files_that_nlray_wrote_and_no_other(config, tmp_p
     assert files(run) == foreign | {"state.json", "config.yaml"}
     assert "checkpoints/step_000000010/sequence_0.safetensors" in own
     assert files(tmp_path / "other") == others
-    assert read_own_state(str(run)) == {"status": "launched", "generation": 0, "address": ""}
+    assert read_own_state(str(run)) == {"status": "launched", "attempt": 0, "address": ""}
 
 
 def test_a_run_on_a_store_is_replaced_too(config, tmp_path):

@@ -248,7 +248,7 @@ def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(sm
     settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: true}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
-    two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, vault=one.vault()) for i in range(2)]
+    two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, snapshots=one.snapshots()) for i in range(2)]
     for index, worker in enumerate(two):
         worker.restore(snapshot)
         assert {n: t.tolist() for n, t in worker.lanes.tensors().items()} == {n: t[2 * index :][:2].tolist() for n, t in rows.items()}
@@ -257,7 +257,7 @@ def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(sm
     batch = open_stream(small(*settings))
     blocks = [batch.take(4).blocks for _ in range(11)][-1]
     assert np.concatenate([worker.stream.next().blocks for worker in two]).tolist() == blocks.tolist()
-    # And back: their pieces together are the state of one.
+    # And back: their parts together are the state of one.
     tensors = {n: t for worker in two for n, t in worker.snapshot(10).tensors.items()}
     state = {**snapshot.state, "workers": 2, "stream": snapshot.state["stream"]}
     again = InProcessRun(small(*settings)).worker

@@ -53,7 +53,7 @@ def test_a_silent_machine_is_lost_only_where_silence_counts(monkeypatch):
 
 
 def node_of(handle, role: str) -> str:
-    return next(member.node for member in handle.client.describe().members if member.role == role)
+    return next(host.node for host in handle.client.describe().actors if host.role == role)
 
 
 @pytest.mark.slow
@@ -89,10 +89,10 @@ def test_a_run_on_one_node_keeps_its_copies_on_another_and_outlives_its_own(smal
 
     def during(handle, rows):
         run = handle.client.describe()
-        keepers = [m for m in run.members if m.role == "keeper" and m.is_ready]
-        if not lost and keepers and run.point is not None and run.point >= 40:
+        backups = [m for m in run.actors if m.role == "backup" and m.is_ready]
+        if not lost and backups and run.point is not None and run.point >= 40:
             lost.append(node_of(handle, "sequence-0"))
-            assert {m.node for m in run.members if m.role != "keeper"} == set(lost) and keepers[0].node != lost[0]
+            assert {m.node for m in run.actors if m.role != "backup"} == set(lost) and backups[0].node != lost[0]
             nodes.add_node(num_cpus=3, resources={"pair": 4})
             kill_node(lost[0], timeout_s=20)
         if not stopped and run.recoveries and run.recoveries[-1]["replay_s"] is not None:
@@ -100,7 +100,7 @@ def test_a_run_on_one_node_keeps_its_copies_on_another_and_outlives_its_own(smal
 
     status, _, events = run_to_end(config, during=during)
     assert status.state == "stopped" and lost, (status.message, events)
-    assert any("all actors are on one node: keeper-0." in event for event in events), events
+    assert any("all actors are on one node: backup-0." in event for event in events), events
     (recovery,) = status.summary["recovery_log"]
     assert recovery["source"] == "memory" and recovery["restored"] >= 40, recovery
     assert sorted(recovery["roles"]) == ["fast-0", "medium-0", "sequence-0", "slow-0"]

@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlray.actors.faults import Fault, RepeatGuard, root_causes
-from nlray.actors.recovery.points import deal_keepers, needs_shared_copy, sources_of, whole_points
-from nlray.actors.types import Holding, PieceKey, Role
+from nlray.actors.recovery.points import complete_points, deal_backups, needs_shared_copy, sources_of
+from nlray.actors.types import Holding, PartKey, Role
 
 GROUPS = ["sequence", "fast"]
 
 
-def piece(owner: Role, step: int, *, size: int, generation: int = 1, shared: bool = False) -> Holding:
-    return Holding(PieceKey(generation, step, owner), size, 100, shared, False)
+def part(owner: Role, step: int, *, size: int, attempt: int = 1, shared: bool = False) -> Holding:
+    return Holding(PartKey(attempt, step, owner), size, 100, shared, False)
 
 
 WORKER, FAST_0, FAST_1 = Role("sequence", 0), Role("fast", 0), Role("fast", 1)
@@ -19,39 +19,39 @@ WORKER, FAST_0, FAST_1 = Role("sequence", 0), Role("fast", 0), Role("fast", 1)
 
 def test_a_point_is_whole_when_every_role_of_its_time_is_held_somewhere():
     held = {
-        "a": [piece(WORKER, 8, size=1, shared=True), piece(WORKER, 16, size=1, shared=True)],
-        "b": [piece(FAST_0, 8, size=2), piece(FAST_0, 16, size=2)],
-        "c": [piece(FAST_1, 8, size=2)],
+        "a": [part(WORKER, 8, size=1, shared=True), part(WORKER, 16, size=1, shared=True)],
+        "b": [part(FAST_0, 8, size=2), part(FAST_0, 16, size=2)],
+        "c": [part(FAST_1, 8, size=2)],
     }
-    (point,) = whole_points(held, GROUPS)
+    (point,) = complete_points(held, GROUPS)
     assert (point.step, point.sizes) == (8, {"sequence": 1, "fast": 2})
-    held["a"].append(piece(FAST_1, 16, size=2))
-    assert [point.step for point in whole_points(held, GROUPS)] == [16, 8]
+    held["a"].append(part(FAST_1, 16, size=2))
+    assert [point.step for point in complete_points(held, GROUPS)] == [16, 8]
 
 
-def test_pieces_of_two_generations_make_no_point_and_the_later_one_comes_first():
+def test_parts_of_two_attempts_make_no_point_and_the_later_one_comes_first():
     held = {
-        "a": [piece(WORKER, 16, size=1, shared=True), piece(WORKER, 8, size=1, generation=2, shared=True)],
-        "b": [piece(FAST_0, 16, size=1)],
+        "a": [part(WORKER, 16, size=1, shared=True), part(WORKER, 8, size=1, attempt=2, shared=True)],
+        "b": [part(FAST_0, 16, size=1)],
     }
-    assert [(p.generation, p.step) for p in whole_points(held, GROUPS)] == [(1, 16)]
-    held["b"].append(piece(FAST_0, 8, size=1, generation=2))
-    assert [(p.generation, p.step) for p in whole_points(held, GROUPS)] == [(2, 8), (1, 16)]
+    assert [(p.attempt, p.step) for p in complete_points(held, GROUPS)] == [(1, 16)]
+    held["b"].append(part(FAST_0, 8, size=1, attempt=2))
+    assert [(p.attempt, p.step) for p in complete_points(held, GROUPS)] == [(2, 8), (1, 16)]
 
 
 def test_without_the_state_that_all_workers_have_alike_there_is_no_point():
-    held = {"a": [piece(WORKER, 8, size=1), piece(FAST_0, 8, size=1)]}
-    assert whole_points(held, GROUPS) == []
-    assert len(whole_points(held, ["fast"], needs_shared=False)) == 1
+    held = {"a": [part(WORKER, 8, size=1), part(FAST_0, 8, size=1)]}
+    assert complete_points(held, GROUPS) == []
+    assert len(complete_points(held, ["fast"], needs_shared=False)) == 1
 
 
-def test_a_role_restores_its_own_piece_and_all_pieces_where_the_group_has_another_size():
+def test_a_role_restores_its_own_part_and_all_parts_where_the_group_has_another_size():
     held = {
-        "a": [piece(WORKER, 8, size=1, shared=True)],
-        "b": [piece(FAST_0, 8, size=2), piece(WORKER, 8, size=1)],
-        "c": [piece(FAST_1, 8, size=2), piece(FAST_0, 8, size=2)],
+        "a": [part(WORKER, 8, size=1, shared=True)],
+        "b": [part(FAST_0, 8, size=2), part(WORKER, 8, size=1)],
+        "c": [part(FAST_1, 8, size=2), part(FAST_0, 8, size=2)],
     }
-    (point,) = whole_points(held, GROUPS)
+    (point,) = complete_points(held, GROUPS)
     assert sources_of(point, FAST_0, 2, "c") == [(point.key(FAST_0), "c")]
     assert sources_of(point, FAST_0, 2, None) == [(point.key(FAST_0), "b")]
     assert sources_of(point, Role("fast", 2), 3, "d") == [(point.key(FAST_0), "b"), (point.key(FAST_1), "c")]
@@ -60,20 +60,20 @@ def test_a_role_restores_its_own_piece_and_all_pieces_where_the_group_has_anothe
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1000)), min_size=2, max_size=12))
-def test_copies_lie_elsewhere_on_another_node_where_there_is_one_and_evenly(seats):
-    nodes = {f"seat-{i}": f"node-{node}" for i, (node, _) in enumerate(seats)}
-    sizes = {f"seat-{i}": size for i, (_, size) in enumerate(seats)}
-    keepers = deal_keepers(sizes, nodes, "conductor")
-    for owner, keeper in keepers.items():
-        assert keeper != owner
-        assert nodes[keeper] != nodes[owner] or len(set(nodes.values())) == 1
+def test_copies_lie_elsewhere_on_another_node_where_there_is_one_and_evenly(hosts):
+    nodes = {f"host-{i}": f"node-{node}" for i, (node, _) in enumerate(hosts)}
+    sizes = {f"host-{i}": size for i, (_, size) in enumerate(hosts)}
+    backups = deal_backups(sizes, nodes, "conductor")
+    for owner, backup in backups.items():
+        assert backup != owner
+        assert nodes[backup] != nodes[owner] or len(set(nodes.values())) == 1
     if len(set(nodes.values())) == 1:
-        loads = [sum(max(1, sizes[o]) for o, k in keepers.items() if k == seat) for seat in nodes]
+        loads = [sum(max(1, sizes[o]) for o, k in backups.items() if k == host) for host in nodes]
         assert max(loads) <= min(loads) + 2 * max(1, *sizes.values())
 
 
-def test_a_seat_that_is_alone_gives_its_copies_to_the_conductor():
-    assert deal_keepers({"a": 1}, {"a": "node"}, "conductor") == {"a": "conductor"}
+def test_a_host_that_is_alone_gives_its_copies_to_the_conductor():
+    assert deal_backups({"a": 1}, {"a": "node"}, "conductor") == {"a": "conductor"}
 
 
 def test_what_all_workers_have_alike_is_copied_where_no_other_node_has_it():

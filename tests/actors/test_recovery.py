@@ -80,7 +80,7 @@ def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path
 
 
 @pytest.mark.chaos
-def test_a_conductor_that_hangs_is_killed_by_worker_0s_seat_and_comes_back(small, cluster, tmp_path):
+def test_a_conductor_that_hangs_is_killed_by_worker_0s_host_and_comes_back(small, cluster, tmp_path):
     config = small(*POINTS, "recovery.hang_timeout_s=2")
     status, _, events = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 14, ("conductor",), "stop")]))
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 32)[0])
@@ -139,7 +139,7 @@ def test_a_run_with_a_single_actor_is_restored_from_the_conductors_copy(small, c
 
 
 @pytest.mark.chaos
-def test_pieces_lost_with_their_copies_are_restored_from_storage(small, cluster, tmp_path):
+def test_parts_lost_with_their_copies_are_restored_from_storage(small, cluster, tmp_path):
     everyone = ("sequence-0", "fast-0", "medium-0", "slow-0")
     config = small(*POINTS, "run.steps=64", "recovery.checkpoint_every=8")
     status, _, _ = run_to_end(config, behaviours=striking(tmp_path, [Strike("step", 6, everyone), Strike("step", 47, everyone)]))

@@ -67,24 +67,24 @@ def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_unde
     worker = first.worker
     for rank in first.all_ranks:
         rank.start()
-    worker.group.watch(worker.parameters)
+    worker.group.register_buckets(worker.parameters)
     worker._start_channels()
     for done in range(1, step + 1):
         worker.train_step(done)
     for name, ranks in others.ranks.items():
         newest = newest_version(step, ranks[0].plan.update_period)
         first.ranks[name][0].pull(newest)
-        snapshot = first.ranks[name][0].snapshot(step, generation=1)
+        snapshot = first.ranks[name][0].snapshot(step, attempt=1)
         for rank in ranks:
             rank.restore(snapshot)
             rank.start()
     links = {channel.plan.name: (channel.plan, channel.ranks) for channel in others.worker.channels}
-    worker.prepare_switch(links, generation=2)
+    worker.prepare_switch(links, attempt=2)
     worker._switch_channels(step)
     for done in range(step + 1, 21):
         worker.train_step(done)
     for channel in worker.channels:
-        channel.take_newest(20)
+        channel.apply_newest(20)
     first.close()
     first.ranks = others.ranks
     assert digest_plainly(first.parameters) == digest_plainly(train_plainly(config, 20)[0])
@@ -112,7 +112,7 @@ def test_changes_that_come_before_the_last_one_is_done_are_carried_out_in_turn(s
     wishes = [{"fast": 3}, {"fast": 2}, {"fast": 1}]
 
     def during(handle, rows):
-        """Ask for three ranks, and when they are there for two and at once for one: a shrink needs no new seats."""
+        """Ask for three ranks, and when they are there for two and at once for one: a shrink needs no new hosts."""
         if wishes and rows and rows[-1]["step"] >= 10 and handle.client.describe().sizes["fast"] == (1 if len(wishes) == 3 else 3):
             handle.client.request_scale(wishes.pop(0))
             while len(wishes) == 1 and handle.client.describe().sizes["fast"] != 2:
@@ -156,7 +156,7 @@ def test_a_fault_while_a_group_changes_is_met_too(small, cluster):
         run = handle.client.describe()
         if "fast" in run.wanted and len(struck) < 2 - len(waiting):
             struck.append(run.wanted)
-            ray.kill(ray.get_actor(next(m.actor for m in run.members if m.role == "fast-0"), namespace_of(run.name)))
+            ray.kill(ray.get_actor(next(m.actor for m in run.actors if m.role == "fast-0"), namespace_of(run.name)))
 
     status, _, events = run_to_end(config, during=kill_one)
     assert status.state == "completed" and len(struck) == 2, (status.message, events)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nlray.actors.recovery.snapshots import Snapshot
-from nlray.actors.workers.data_parallel import WorkerGroup
+from nlray.actors.workers.data_parallel import DataParallelGroup
 from nlray.actors.workers.sharding import ShardedParameters
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.config.loading import load_config
@@ -58,11 +58,11 @@ def test_checkpoints_hold_whole_tensors_that_any_number_of_workers_take_up_with_
         assert digest_plainly(second.train().parameters) == digest_plainly(whole.parameters)
     # And from a point in memory, with another number of workers, whose shares are other ones.
     third = InProcessRun(small(*TWO, "sequence.workers=4", FULL))
-    pieces = [worker.snapshot(3) for worker in first.workers]
-    tensors = {name: t for piece in pieces for name, t in piece.tensors.items()}
+    parts = [worker.snapshot(3) for worker in first.workers]
+    tensors = {name: t for part in parts for name, t in part.tensors.items()}
     before = {n: (worker, p) for worker in first.workers for n, p in worker.parameters.items()}
     for worker in third.workers:
-        worker.restore(Snapshot(pieces[0].key, 2, {n: t for n, t in tensors.items() if worker.wants(n)}, pieces[0].state))
+        worker.restore(Snapshot(parts[0].key, 2, {n: t for n, t in tensors.items() if worker.wants(n)}, parts[0].state))
         for name, parameter in worker.parameters.items():
             owner, saved = before[name]
             assert torch.equal(parameter, saved)
@@ -94,7 +94,7 @@ def test_a_worker_has_its_share_two_blocks_of_the_rest_at_a_time_and_the_gradien
         def wait(self):
             return True
 
-    class OneOfTwo(WorkerGroup):
+    class OneOfTwo(DataParallelGroup):
         def broadcast(self, tensor, owner):
             for name, p in sequence_parameters(model).items():
                 if p.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():

@@ -118,11 +118,11 @@ def test_what_is_got_lasts_as_long_as_a_tensor_over_it_whatever_becomes_of_who_k
     del tensor
     gc.collect()
 
-    def go_on(keeper):
+    def go_on(backup):
         """Let go of what was got, and keep and get others of its size: they would take its place."""
-        ray.get(keeper.drop.remote("array"))
+        ray.get(backup.drop.remote("array"))
         for seed in (1, 2, 3):
-            data = ray.get(keeper.put.remote("array", noise(size, seed)))
+            data = ray.get(backup.put.remote("array", noise(size, seed)))
             assert store.get(data).tobytes() == noise(size, seed).tobytes()
         assert view.numpy().tobytes() == expected
 

@@ -103,7 +103,7 @@ def test_a_stream_is_read_from_either_context_with_a_state_of_one_size(capsys):
     report, args = Report("step", ""), argparse.Namespace(context=2000, window=300, repeats=1)
     streaming.run(args, steps.hope_config(SMALL, (1, 64)), report)
     printed = capsys.readouterr().out
-    # 2000 tokens are 8 pieces.
+    # 2000 tokens are 8 parts.
     assert "values after 1024 and after 2048 tokens" in printed and "one token at a time" in printed
 
 
@@ -134,7 +134,7 @@ class Handle:
     def describe(self):
         # A recovery more at every look but the first two.
         return SimpleNamespace(
-            state="running", members=[], step=40 * self.polls, recoveries=self.recoveries[: max(0, self.polls - 2)], pid=0
+            state="running", actors=[], step=40 * self.polls, recoveries=self.recoveries[: max(0, self.polls - 2)], pid=0
         )
 
     def close(self):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 
-from nlray.actors.types import MemberStatus, RunDescription
+from nlray.actors.types import ActorStatus, RunDescription
 from nlray.clusters.cli import main
 from nlray.clusters.control import parse_sizes, status_lines
 from nlray.config.loading import config_to_yaml, load_config
@@ -126,7 +126,7 @@ def test_a_run_that_has_ended_is_read_from_its_folder(folder, capsys):
     assert lines[0] == "completed after 100 of 100 steps, 12.8 k tokens" and "faults   2 recoveries, 9 steps run again" in lines
     assert main(["status", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["step"], found["members"], found["summary"]) == ("completed", 100, [], SUMMARY)
+    assert (found["state"], found["step"], found["actors"], found["summary"]) == ("completed", 100, [], SUMMARY)
     assert main(["logs", run]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [re.sub(r"^[\d-]{10} [\d:]{8}  ", "", line) for line in lines] == ["recovered in 1.0 s", "the end"]
@@ -211,11 +211,11 @@ def test_a_run_that_is_not_found_is_one_line_and_status_2(arguments, message, ca
     assert err.startswith("nlray: error: " + message.format(dir=tmp_path)) and err.count("\n") == 1
 
 
-def test_status_names_sizes_members_and_the_last_recovery():
+def test_status_names_sizes_hosts_and_the_last_recovery():
     recovery = {"restore_s": 2.04, "message": "slow-0 died", "step": 20, "restored": 16, "source": "memory"}
-    members = (MemberStatus("slow-0", "slow-0.3", 41, "abcdef012345", True), MemberStatus("standby", "slow-1.4", 0, "", False))
+    hosts = (ActorStatus("slow-0", "slow-0.3", 41, "abcdef012345", True), ActorStatus("standby", "slow-1.4", 0, "", False))
     run = RunDescription(
-        "r", "d", "running", 20, 100, 16, {"sequence": 1, "slow": 1}, {"slow": 2}, members, (recovery,), None, 40, "abcdef012345"
+        "r", "d", "running", 20, 100, 16, {"sequence": 1, "slow": 1}, {"slow": 2}, hosts, (recovery,), None, 40, "abcdef012345"
     )
     assert status_lines(run) == [
         "run        r in d",
@@ -294,7 +294,7 @@ def test_a_run_outlives_its_driver_and_is_found_by_folder_and_by_name(live, ask)
             break
         assert time.monotonic() < deadline
     assert second["state"] == "running" and second["sizes"] == {"sequence": 1, "fast": 1, "slow": 1}
-    assert {m["role"] for m in second["members"]} == {"sequence-0", "fast-0", "slow-0"}
+    assert {m["role"] for m in second["actors"]} == {"sequence-0", "fast-0", "slow-0"}
     assert psutil.pid_exists(second["conductor"]["pid"]) and second["point"] >= (first["point"] or 0)
 
 

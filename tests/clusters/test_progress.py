@@ -90,8 +90,8 @@ def test_live_view_shows_bar_figures_and_levels(config):
     with LiveView(Progress(config), console) as view:
         view.update([row(7, eval_loss=2.25)], ["step 7: an [event]"], state="running")
     text = out.getvalue()
-    for piece in ("running", "7/100", "loss 2.5000", "held-out 2.2500", "stall 25.0%", "slowest", "5.72 MB", "step 7: an [event]"):
-        assert piece in text
+    for part in ("running", "7/100", "loss 2.5000", "held-out 2.2500", "stall 25.0%", "slowest", "5.72 MB", "step 7: an [event]"):
+        assert part in text
 
 
 def test_live_view_before_the_first_row(config):
@@ -102,8 +102,8 @@ def test_live_view_before_the_first_row(config):
 
 def test_plan_names_run_folder_model_and_levels(config):
     text = describe_run(config, resume=True)
-    for piece in ("r (resumed) in d", "hope, dim 128, 4 layers", "100 of 2.05 k tokens (8 x 256), 1 worker", "stdlib: (bytes)"):
-        assert piece in text
+    for part in ("r (resumed) in d", "hope, dim 128, 4 layers", "100 of 2.05 k tokens (8 x 256), 1 worker", "stdlib: (bytes)"):
+        assert part in text
     assert describe_levels(config).startswith("levels   fast C=1 D=0 N=1; medium C=4 D=4 N=1")
 
 

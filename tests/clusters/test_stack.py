@@ -1,4 +1,4 @@
-"""`nlray stack` with a tokenizer: how texts end and begin is asked at once, said, and kept by training and generation."""
+"""`nlray stack` with a tokenizer: how texts end and begin is asked at once, said, and kept by training and attempt."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_the_begin_token_is_said_and_put_before_a_prompt(source, tmp_path, capsy
     options = {"tokens": 3, "temperature": 1.0, "top_k": None, "seed": 0}
     texts = ["".join(stream_text(str(tmp_path / "out"), prompt, **options)) for prompt in ("a b", "<other>", "")]
     assert prompts == [[0, 4, 5], [0, 2, 2], [0]]
-    # Generation ends with the end token.
+    # Attempt ends with the end token.
     assert texts[0].replace(" ", "") == "aba" and texts[2].strip() == "a"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nlray.levels.compression import CODECS, codec_of, take_code
+from nlray.levels.compression import CODECS, codec_of, encode_with_feedback
 from nlray.levels.flat_buffers import ALIGN, FlatLayout
 from nlray.levels.schedule import TensorSpec
 
@@ -44,7 +44,7 @@ def test_what_is_sent_and_what_is_left_add_up_to_all_gradients(buffer, name):
         gradient = buffer.roll(period)
         rest += gradient
         total += gradient.double()
-        payload = take_code(codec, rest)
+        payload = encode_with_feedback(codec, rest)
         sent += codec.decode(payload, buffer.numel()).double()
     torch.testing.assert_close(sent + rest.double(), total, rtol=0, atol=50 * 2e-7 * total.abs().max().item())
     assert rest.abs().max() > 0
@@ -55,7 +55,7 @@ def test_what_is_sent_and_what_is_left_add_up_to_all_gradients(buffer, name):
 def test_a_value_that_is_not_finite_is_seen_and_leaves_nothing(buffer, name, value):
     codec = codec_of(name)
     buffer[70] = value
-    payload = take_code(codec, buffer)
+    payload = encode_with_feedback(codec, buffer)
     decoded = codec.decode(payload, buffer.numel())
     assert not torch.isfinite(decoded[ALIGN : 2 * ALIGN]).all() and torch.isfinite(decoded[:ALIGN]).all()
     assert torch.isfinite(buffer).all()
@@ -64,7 +64,7 @@ def test_a_value_that_is_not_finite_is_seen_and_leaves_nothing(buffer, name, val
 @pytest.mark.parametrize("name", CODECS)
 def test_zeros_stay_zeros(name):
     buffer, codec = torch.zeros(2 * ALIGN), codec_of(name)
-    assert torch.equal(codec.decode(take_code(codec, buffer), 2 * ALIGN), torch.zeros(2 * ALIGN)) and not buffer.any()
+    assert torch.equal(codec.decode(encode_with_feedback(codec, buffer), 2 * ALIGN), torch.zeros(2 * ALIGN)) and not buffer.any()
 
 
 @pytest.mark.parametrize("name", CODECS)

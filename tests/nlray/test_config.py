@@ -215,7 +215,7 @@ def test_names_of_runs():
         (["data.sources=[]"], ["data.sources is []", "one source or more"]),
         (["data.sources=[{path: a, wieght: 2}]"], ["data.sources[0].wieght", "weight"]),
         (["memory.levels.sequence.update_period=2"], ["memory.levels.sequence"]),
-        (["memory.levels.keeper.update_period=2"], ["memory.levels.keeper", "not one of sequence, standby, keeper, conductor"]),
+        (["memory.levels.backup.update_period=2"], ["memory.levels.backup", "not one of sequence, standby, backup, conductor"]),
         (
             ["memory.levels.fast=null", "memory.levels.medium=null", "memory.levels.slow=null", "memory.levels.slowest=null"],
             ["memory.levels"],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nlray.actors.control import checkpoints as storage
+from nlray.actors.control import checkpoints
 from nlray.actors.control.checkpoints import Checkpoints
 from nlray.actors.faults import RunFailedError
 from nlray.actors.recovery.points import Point
@@ -18,7 +18,7 @@ WORKER = Role(SEQUENCE, 0)
 
 
 class Call:
-    """A call of a seat that has written its part; `is_done` says whether the answer is here."""
+    """A call of a host that has written its part; `is_done` says whether the answer is here."""
 
     def __init__(self, value: PartWritten, is_done: bool) -> None:
         self.value, self.is_done = value, is_done
@@ -36,7 +36,7 @@ class FakeRay:
         return call.value
 
 
-class Seat:
+class ActorHost:
     """Writes a part of one tensor; `slow_steps` are not done before `finish`."""
 
     def __init__(self) -> None:
@@ -56,15 +56,15 @@ class Run:
     """A run with the given checkpoints, each whole, that goes on from `first`."""
 
     def __init__(self, folder: Path, steps: list[int], first: int | None, keep: int) -> None:
-        self.dir, self.seat, self.events = str(folder), Seat(), []
+        self.dir, self.host, self.events = str(folder), ActorHost(), []
         for step in steps:
             part = write_part(self.url(step), "sequence_0.safetensors", {"param/a": torch.full((3,), float(step))})
             write_manifest(self.url(step), step, [part], {"workers": 1})
         recovery = SimpleNamespace(keep=keep, checkpoint_every=2, hang_timeout_s=1.0)
         config = SimpleNamespace(run=SimpleNamespace(dir=self.dir, timeout_s=1.0), recovery=recovery)
-        lineup = SimpleNamespace(config=config, plans=[], holder=lambda _: self.seat)
+        assigner = SimpleNamespace(config=config, plans=[], holder=lambda _: self.host)
         self.first = None if first is None else self.url(first)
-        self.make = lambda: Checkpoints(lineup, self.first, lambda: None, self.events.append)
+        self.make = lambda: Checkpoints(assigner, self.first, lambda: None, self.events.append)
         self.checkpoints = self.make()
 
     def url(self, step: int) -> str:
@@ -91,7 +91,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
-    monkeypatch.setattr(storage, "ray", FakeRay)
+    monkeypatch.setattr(checkpoints, "ray", FakeRay)
 
 
 def test_what_a_resume_passed_over_is_put_aside_and_never_counts(tmp_path):
@@ -174,11 +174,11 @@ def test_a_storage_that_fails_for_a_moment_costs_no_checkpoint(tmp_path, monkeyp
 def test_checkpoints_are_completed_in_the_order_of_their_steps(tmp_path):
     """A later one that is ready first would have the rotation delete the parts of an earlier one, and end as the older of the two."""
     run = Run(tmp_path, [], first=None, keep=1)
-    run.seat.slow_steps = {2}
+    run.host.slow_steps = {2}
     run.begin(2)
     run.write(4)
     assert run.checkpoints.newest is None
-    run.seat.finish()
+    run.host.finish()
     run.checkpoints.advance()
     assert run.checkpoints.newest == run.url(4) and run.names == ["04"]
 
@@ -198,14 +198,14 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path,
 
 def test_a_checkpoint_whose_storage_fails_for_a_while_is_written_again_and_older_ones_give_way(tmp_path, monkeypatch):
     run = Run(tmp_path, [], first=None, keep=2)
-    monkeypatch.setattr(storage, "RETRY_S", 0.0)
+    monkeypatch.setattr(checkpoints, "RETRY_S", 0.0)
     run.write(2)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as away:
-        away.setattr(storage, "write_manifest", full)
+        away.setattr(checkpoints, "write_manifest", full)
         run.write(4)
         assert run.checkpoints.steps_under_way == (4,) and run.checkpoints.newest == run.url(2)
         run.write(6)
@@ -223,6 +223,6 @@ def test_a_checkpoint_that_will_never_be_written_ends_the_run_at_once(tmp_path, 
     def refused(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(storage, "write_manifest", refused)
+    monkeypatch.setattr(checkpoints, "write_manifest", refused)
     with pytest.raises(RunFailedError, match="step_000000002 cannot be written: Read-only file system"):
         run.write(2)
