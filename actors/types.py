@@ -215,7 +215,8 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """A run as it is now, for `nlray status`, `nlray scale` and the fault injector. pid, node: the conductor's.
+    """A run as it is now, for `nlray status`, `nlray scale` and the fault injector. pid, node: the conductor's; 0 and empty after
+    the end, when `summary` is there.
 
     sizes: workers and ranks by group (`sequence` or a level's name). wanted: sizes asked for and not yet in force.
     recoveries: one dict per recovery, as in summary.json.
@@ -234,3 +235,4 @@ class RunDescription:
     row: dict[str, Any] | None
     pid: int
     node: str
+    summary: dict[str, Any] | None = None

@@ -5,20 +5,18 @@ folder, without Ray.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nlray.clusters.progress import PlainView, Progress, format_count, format_number, plural, resume_line, summary_lines
+from nlray.clusters.api import attach, reach
+from nlray.clusters.progress import PlainView, Progress, format_count, format_number, plural, summary_lines
 from nlray.clusters.train import follow, print_end, report_failure
 from nlray.errors import NlrayError, UserError
 from nlray.terminal import clean
 
 if TYPE_CHECKING:
-    from nlray.actors.client import RunClient
     from nlray.actors.types import RunDescription
-    from nlray.actors.workers.records import Records
 
 STATUS_LIMIT_S = 30.0
 SETTLE_S = 5.0  # sizes that are neither wanted nor in force for so long will not be
@@ -26,24 +24,18 @@ SETTLE_S = 5.0  # sizes that are neither wanted nor in force for so long will no
 
 def print_status(run: str, *, address: str | None, as_json: bool) -> int:
     """Print where a run is; of one that has ended, how."""
-    from nlray.actors.workers.records import find_records
-
-    records = find_records(run, address)
-    if records is not None and records.ended is not None:
-        if as_json:
-            print(json.dumps(_ended_as_dict(records), indent=1))
-        else:
-            print("\n".join(summary_lines(records.ended, records.summary, records.config)))
-            if records.summary.get("error"):
-                print(f"error    {clean(' '.join(records.summary['error'].split()))}")
-        return 0
-    description = _reach(run, address, records, limit_s=STATUS_LIMIT_S).describe()
+    found = attach(run, address=address, limit_s=STATUS_LIMIT_S)
+    description = found.status()
     if as_json:
-        found = {"schema": 1} | asdict(description)
-        found |= {"conductor": {"pid": found.pop("pid"), "node": found.pop("node")}, "summary": None}
-        print(json.dumps(found, indent=1))
-    else:
+        plain = {"schema": 1} | asdict(description)
+        conductor = {"pid": plain.pop("pid"), "node": plain.pop("node")}
+        print(json.dumps(plain | {"conductor": conductor if description.summary is None else None}, indent=1))
+    elif description.summary is None:
         print("\n".join(status_lines(description)))
+    else:
+        print("\n".join(summary_lines(description.state, description.summary, found.config)))
+        if description.summary.get("error"):
+            print(f"error    {clean(' '.join(description.summary['error'].split()))}")
     return 0
 
 
@@ -53,7 +45,7 @@ def print_logs(run: str, *, address: str | None, following: bool) -> int:
     from nlray.actors.workers.records import find_records
 
     records = find_records(run, address)
-    client = _reach(run, address, None) if records is None else None
+    client = reach(run, address, None) if records is None else None
     events = records.events() if client is None else client.events()
     config = (records or client.records()).config
     view = PlainView(Progress(config), with_time=True)
@@ -64,7 +56,7 @@ def print_logs(run: str, *, address: str | None, following: bool) -> int:
     if records is not None and records.ended is not None:
         print_end(status := records.status(0, 0), config)
         return report_failure(status)
-    client = client or _reach(run, address, records)
+    client = client or reach(run, address, records)
     follower = Follower(client, rows_after=client.describe().step - 1, events_from=len(events))
     try:
         status = follow(follower, view)
@@ -77,45 +69,39 @@ def print_logs(run: str, *, address: str | None, following: bool) -> int:
 
 def stop_run(run: str, *, address: str | None, waiting: bool) -> int:
     """Have a run stop with a checkpoint, and wait until it has."""
-    from nlray.actors.client import Follower
-    from nlray.actors.workers.records import find_records
-
-    records = find_records(run, address)
-    if records is not None and records.ended is not None:
-        print(f"the run has ended already: {records.ended}")
+    found = attach(run, address=address)
+    if not found.is_open:
+        print(f"the run has ended already: {found.status().state}")
         return 0
-    client = _reach(run, address, records)
-    config, follower = client.records().config, Follower(client)
-    client.request_stop()
+    # From here on: the events of the end are shown.
+    found.poll()
+    found.stop(wait=False)
     if not waiting:
-        print("asked: the run stops after the step under way, with a checkpoint")
+        print("asked: the run stops after the step in flight, with a checkpoint")
         return 0
     try:
-        status = follow(follower, PlainView(Progress(config)))
+        status = follow(found, PlainView(Progress(found.config)))
     except KeyboardInterrupt:
         print("the run goes on to stop", flush=True)
         return 130
-    print_end(status, config)
+    print_end(status, found.config)
     return report_failure(status)
 
 
 def scale_run(run: str, arguments: list[str], *, address: str | None, waiting: bool) -> int:
     """Have groups of a run change their sizes, and wait until they have."""
-    from nlray.actors.client import Follower
-    from nlray.actors.workers.records import find_records
-
     sizes = parse_sizes(arguments)
-    records = find_records(run, address)
-    client = _reach(run, address, records)
-    config, follower = client.records().config, Follower(client)
-    client.request_scale(sizes)
+    found = attach(run, address=address)
+    if found.is_open:
+        found.poll()
+    found.scale(sizes)
     text = " ".join(f"{name}={size}" for name, size in sizes.items())
     if not waiting:
         print(f"asked for {text}")
         return 0
-    watch = _SizesWatch(client.describe, sizes)
+    watch = _SizesWatch(found.status, sizes)
     try:
-        status = follow(follower, PlainView(Progress(config)), is_done=watch.is_over)
+        status = follow(found, PlainView(Progress(found.config)), is_done=watch.is_over)
     except KeyboardInterrupt:
         print(f"the run goes on, and {text} comes when it can; `nlray status` shows it", flush=True)
         return 130
@@ -201,42 +187,3 @@ def _faults_text(recoveries: tuple[dict[str, Any], ...]) -> str:
         f"{plural(len(recoveries), 'recovery', 'recoveries')}, the last in {last['restore_s']:.1f} s: {last['message']}; "
         f"back from step {last['step']} to {last['restored']}, from {last['source']}"
     )
-
-
-def _ended_as_dict(records: "Records") -> dict[str, Any]:
-    """Return what `nlray status --json` prints of a run that has ended."""
-    from nlray.actors.control.scaling_policy import sizes_of
-
-    rows, config, summary = records.rows(), records.config, records.summary
-    return {
-        "schema": 1,
-        "name": config.run.name,
-        "dir": records.run_dir,
-        "state": summary["status"],
-        "step": summary["steps"],
-        "steps": config.run.steps,
-        "point": None,
-        "sizes": sizes_of(config),
-        "wanted": {},
-        "actors": [],
-        "recoveries": summary.get("recovery_log", []),
-        "row": rows[-1] if rows else None,
-        "conductor": None,
-        "summary": summary,
-    }
-
-
-def _reach(run: str, address: str | None, records: "Records | None", **options: Any) -> "RunClient":
-    """Attach to a run; of one that was cut off, say where it was and how it goes on."""
-    from nlray.actors.client import RunGoneError, attach
-
-    if records is not None and records.ended is None and records.state is None and address is None:
-        print("nlray: the run has not started yet; waiting for it", file=sys.stderr)
-    try:
-        return attach(run, address, **options)
-    except RunGoneError as error:
-        if records is None:
-            raise
-        rows = records.rows()
-        step = f"its last step was {rows[-1]['step'] if rows else 0} of {records.config.run.steps}"
-        raise UserError(f"{error}; {step}; if its cluster is gone: {resume_line(records.run_dir, None).strip()}") from error

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nlray.clusters.api import Run, start
 from nlray.clusters.output import LastingOutput
 from nlray.clusters.progress import View, describe_levels, describe_run, format_count, open_view, summary_lines
 from nlray.clusters.signals import StopSignals
@@ -18,7 +19,6 @@ from nlray.trust import confirm
 
 if TYPE_CHECKING:
     from nlray.actors.client import Follower
-    from nlray.actors.launch import RunHandle
     from nlray.actors.types import RunStatus
 
 
@@ -77,20 +77,20 @@ def _run(
     print(f"size     {format_count(system.num_parameters)} parameters, vocabulary {vocab_size}", flush=True)
     print(f"cluster  {address or 'Ray, started here'}", flush=True)
 
-    from nlray.actors.launch import launch, way_back
+    from nlray.actors.launch import way_back
 
-    handle = launch(resolved, address=address, resume=resume, step=step, files=files, config_file=config_file)
+    run = start(resolved, address=address, resume=resume, step=step, files=files, config_file=config_file)
     try:
         signals.is_orderly = True
         with open_view(config) as view:
-            status = follow(handle, view, signals)
+            status = follow(run, view, signals)
         print_end(status, config)
         return signals.status if status.state == "stopped" and signals.received else report_failure(status, debug=debug)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"aborted, without a checkpoint of the last steps; {way_back(config.run.dir)}") from error
     finally:
         signals.clean_up()
-        handle.close()
+        run.close()
 
 
 def print_end(status: "RunStatus", config: Config) -> None:
@@ -109,7 +109,7 @@ def report_failure(status: "RunStatus", *, debug: bool = False) -> int:
 
 
 def follow(
-    handle: "RunHandle | Follower",
+    run: "Run | Follower",
     view: View,
     signals: StopSignals | None = None,
     *,
@@ -124,8 +124,8 @@ def follow(
         if signals is not None and signals.received and not asked:
             asked = True
             view.event("stopping: the step under way is finished and a checkpoint written; Ctrl-C again aborts without one")
-            handle.request_stop()
-        status = handle.poll()
+            run.stop(wait=False)
+        status = run.poll()
         view.update(status.rows, status.events, state=status.state)
         # Once more when it is done: what is told of it may come a moment later.
         if status.state in ENDED or done:

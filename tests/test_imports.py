@@ -42,6 +42,8 @@ def test_imports_point_one_way(folder):
     for file in files(folder):
         for module in imported(file):
             target = folder_of(module)
+            if file == ROOT / "nlray/__init__.py":  # the package's front: type checkers see its names there, others come on first use
+                continue
             assert target is None or ORDER.index(target) <= ORDER.index(folder), f"{file.relative_to(ROOT)} imports {module}"
 
 
@@ -66,6 +68,8 @@ def test_pipelines_never_import_torch_distributed():
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
+        ("nlray", {"torch", "ray", "numpy", "yaml"}),
+        ("nlray.clusters.api", {"torch", "ray", "pyarrow"}),
         ("nlray.config", {"torch", "ray", "numpy", "pyarrow"}),
         ("nlray.config.loading", {"torch", "ray", "numpy", "pyarrow"}),
         ("nlray.errors", {"torch", "ray", "yaml"}),

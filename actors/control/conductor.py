@@ -33,8 +33,8 @@ from nlray.actors.hosts.processes import end_with_raylet
 from nlray.actors.recovery.snapshots import SnapshotStore, SnapshotStoreActor
 from nlray.actors.types import (
     ENDED,
-    Command,
     ActorStatus,
+    Command,
     RunDescription,
     RunState,
     RunStatus,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nlray.actors.control.journal import LAUNCHED, STATE
-from nlray.actors.types import ENDED, RunState, RunStatus
+from nlray.actors.types import ENDED, RunDescription, RunState, RunStatus
 from nlray.config import Config
 from nlray.config.loading import parse_run_config
 from nlray.errors import UserError
@@ -72,6 +72,28 @@ class Records:
         if len(kept) < len(found):
             warn_once(f"{self.run_dir}/{EVENTS}: {len(found) - len(kept)} of {len(found)} events have no time that is one; left out")
         return kept
+
+    def describe(self) -> RunDescription:
+        """Return the ended run as its conductor would have described it."""
+        from nlray.actors.control.scaling_policy import sizes_of
+
+        rows, summary = self.rows(), self.summary
+        return RunDescription(
+            name=self.config.run.name,
+            dir=self.run_dir,
+            state=summary["status"],
+            step=summary["steps"],
+            steps=self.config.run.steps,
+            point=None,
+            sizes=sizes_of(self.config),
+            wanted={},
+            actors=(),
+            recoveries=tuple(summary.get("recovery_log", ())),
+            row=rows[-1] if rows else None,
+            pid=0,
+            node="",
+            summary=summary,
+        )
 
     def status(self, rows_after: int, events_from: int) -> RunStatus:
         """Return what the conductor of the ended run would tell."""
