@@ -17,7 +17,6 @@ import json
 import math
 import os
 import posixpath
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -264,6 +263,7 @@ def reach(run: str, address: str | None, records: "Records | None", *, limit_s: 
     """Attach to a run in progress; of one that was cut off, say where it was and how it continues."""
     from nlray.actors.client import RunGoneError
     from nlray.actors.client import attach as attach_client
+    from nlray.clusters.progress import resume_line
 
     if records is not None and records.state is None and address is None:
         print("nlray: the run has not started yet; waiting for it", file=sys.stderr)
@@ -274,8 +274,7 @@ def reach(run: str, address: str | None, records: "Records | None", *, limit_s: 
             raise
         rows = records.rows()
         step = f"its last step was {rows[-1]['step'] if rows else 0} of {records.config.run.steps}"
-        resume = f"nlray resume {shlex.quote(records.run_dir)}"
-        raise UserError(f"{error}; {step}; if its cluster is gone: {resume}") from error
+        raise UserError(f"{error}; {step}; if its cluster is gone: {resume_line(records.run_dir, None).strip()}") from error
 
 
 def load(path: str, *, trust: bool = False, device: str | None = None) -> LoadedModel:
