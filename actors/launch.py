@@ -51,12 +51,12 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "run.seed": config.run.seed,
         # What compression has left over of the gradients is in the checkpoint as codes of that kind leave it.
         "exchange.compression": config.exchange.compression,
-        "memory.hidden": config.memory.hidden,
-        "memory.variant": config.memory.variant,
-        "memory.layout": config.memory.layout,
-        "memory.mlp": config.memory.mlp,
-        "memory.mlp_bias": config.memory.mlp_bias,
-        "memory.mlp_options": config.memory.mlp_options,
+        "cms.hidden": config.cms.hidden,
+        "cms.variant": config.cms.variant,
+        "cms.layout": config.cms.layout,
+        "cms.mlp": config.cms.mlp,
+        "cms.mlp_bias": config.cms.mlp_bias,
+        "cms.mlp_options": config.cms.mlp_options,
         "sequence.global_batch": config.sequence.global_batch,
         "sequence.compile": config.sequence.compile,
         "sequence.optimizer.name": config.sequence.optimizer.name,
@@ -69,19 +69,22 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
         "data.stream.shuffle_tokens": config.data.stream.shuffle_tokens,
         "data.stream.lane_blocks": config.data.stream.lane_blocks,
         "data.sources": f"{len(config.data.sources)} sources",
-        "memory.levels": list(config.levels),
+        "cms.levels": list(config.levels),
     }
-    keys |= {f"model.{key}": value for key, value in asdict(config.model).items() if key not in ("kernels", "recompute_chunks")}
+    model = asdict(config.model)
+    titans = model.pop("titans")
+    keys |= {f"model.{key}": value for key, value in model.items()}
+    keys |= {f"model.titans.{key}": value for key, value in titans.items() if key not in ("kernels", "recompute_chunks")}
     for index, source in enumerate(config.data.sources):
         # Not the path: files that have moved are found by their fingerprints (`nlray.pipelines.source_list`).
         keys |= {f"data.sources[{index}].{key}": value for key, value in asdict(source).items() if key not in ("path", "on_error")}
     for name, level in config.levels.items():
-        keys[f"memory.levels.{name}.update_period"] = level.update_period
-        keys[f"memory.levels.{name}.delay"] = level.visible_delay
-        keys[f"memory.levels.{name}.local_update"] = level.local_update
-        keys[f"memory.levels.{name}.in_context"] = asdict(level.in_context) if level.in_context is not None else None
-        keys[f"memory.levels.{name}.optimizer.name"] = level.optimizer.name
-        keys[f"memory.levels.{name}.optimizer.options"] = level.optimizer.options
+        keys[f"cms.levels.{name}.update_period"] = level.update_period
+        keys[f"cms.levels.{name}.delay"] = level.visible_delay
+        keys[f"cms.levels.{name}.local_update"] = level.local_update
+        keys[f"cms.levels.{name}.in_context"] = asdict(level.in_context) if level.in_context is not None else None
+        keys[f"cms.levels.{name}.optimizer.name"] = level.optimizer.name
+        keys[f"cms.levels.{name}.optimizer.options"] = level.optimizer.options
     return keys
 
 
@@ -249,10 +252,10 @@ def resolve(config: Config) -> Config:
 def check_ranks(config: Config, plans: list[LevelPlan]) -> None:
     for plan in plans:
         if plan.ranks > len(plan.tensors):
-            raise UserError(f"memory.levels.{plan.name}.ranks is {plan.ranks}; allowed: at most the level's {len(plan.tensors)} tensors")
+            raise UserError(f"cms.levels.{plan.name}.ranks is {plan.ranks}; allowed: at most the level's {len(plan.tensors)} tensors")
         autoscale = config.levels[plan.name].autoscale
         if autoscale is not None and autoscale.max > len(plan.tensors):
-            key = f"memory.levels.{plan.name}.autoscale.max"
+            key = f"cms.levels.{plan.name}.autoscale.max"
             raise UserError(f"{key} is {autoscale.max}; allowed: at most the level's {len(plan.tensors)} tensors")
 
 

@@ -95,8 +95,8 @@ class BareLoop:
 
     def __init__(self, config: Config, *, with_exchange: bool = False) -> None:
         """Take a configuration with `model.vocab_size` set; raise UserError for one that this loop would train in another way."""
-        if config.model.carry_state:
-            raise UserError("model.carry_state is true; allowed for the bare loop, which begins every batch anew: false")
+        if config.model.titans.carry_state:
+            raise UserError("model.titans.carry_state is true; allowed for the bare loop, which begins every batch anew: false")
         torch.set_num_threads(config.sequence.resources.num_threads)
         keep_freed_memory()
         self.model = build_model(config, config.model.vocab_size, seed=config.run.seed)

@@ -103,11 +103,11 @@ def configure(
 ) -> Config:
     """Return the preset tiny with one level of so many MB, or of another hidden width."""
     hidden = hidden or max(1, round(megabytes * 1e6 / 4 / LAYERS / (2 * DIM)))
-    own = [f"model={{dim: {DIM}, layers: {LAYERS}, heads: 4, vocab_size: 257}}", f"memory.hidden={hidden}", f"run.dir={folder}/run"]
+    own = [f"model={{dim: {DIM}, layers: {LAYERS}, heads: 4, vocab_size: 257}}", f"cms.hidden={hidden}", f"run.dir={folder}/run"]
     own += [f"exchange.transport={transport}"]
-    own += [f"memory.levels.{name}=null" for name in ("medium", "slow", "slowest")]
-    own += [f"memory.levels.{LEVEL}={{update_period: {period}, delay: 0, resources: {{threads: {threads}}}}}"]
-    return resolve(load_config("tiny", [*own, f"memory.defaults.optimizer.name={optimizer}"], default_name="exchange"))
+    own += [f"cms.levels.{name}=null" for name in ("medium", "slow", "slowest")]
+    own += [f"cms.levels.{LEVEL}={{update_period: {period}, delay: 0, resources: {{threads: {threads}}}}}"]
+    return resolve(load_config("tiny", [*own, f"cms.defaults.optimizer.name={optimizer}"], default_name="exchange"))
 
 
 class Level:

@@ -44,10 +44,11 @@ def table(presets: tuple[str, ...]) -> Iterator[str]:
     for preset in presets:
         config = load_config(preset, [])
         model, batch = config.model, config.sequence.micro_batch
-        chunks = -(-model.seq_len // model.chunk_size)
-        for name, (flops, moved) in work_of_chunk(model.chunk_size, model.head_dim).items():
+        chunk = model.titans.chunk_size
+        chunks = -(-model.seq_len // chunk)
+        for name, (flops, moved) in work_of_chunk(chunk, model.head_dim).items():
             rows = batch * model.heads
-            programs = {"scan again": rows * chunks, "reads, backward": rows * chunks * -(-model.chunk_size // BLOCK)}.get(name, rows)
+            programs = {"scan again": rows * chunks, "reads, backward": rows * chunks * -(-chunk // BLOCK)}.get(name, rows)
             total_flops, total_bytes = rows * chunks * flops, rows * chunks * moved
             memory_ms, products_ms = 1e3 * total_bytes / BYTES_PER_S, 1e3 * total_flops / FLOP_PER_S
             used_ms = products_ms / (1.0 if "torch" in name else min(1.0, programs / NUM_SMS))

@@ -67,30 +67,31 @@ def run(args: argparse.Namespace, report: Report) -> None:
     report.note(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s; forward and backward of one layer, {shape}; {args.repeats} turns")
     rows = []
     for memory, chunk in product(memories, chunks):
-        models = [config_of(memory, phase, chunk_size=chunk, **sizes) for phase in phases]
+        models = [config_of(memory, phase, {"chunk_size": chunk}, **sizes) for phase in phases]
         rows += measure(models, peak, args, report)
     report.table("layer", rows)
 
 
-def config_of(memory: str, phase: str, **sizes: Any) -> ModelConfig:
-    return ModelConfig(layers=1, memory=memory, phase=phase, **PHASES[phase][memory], **sizes)
+def config_of(memory: str, phase: str, titans: dict[str, Any], **sizes: int) -> ModelConfig:
+    return ModelConfig(layers=1, titans={"memory": memory, "phase": phase, **PHASES[phase][memory], **titans}, **sizes)
 
 
 def measure(models: Sequence[ModelConfig], peak: float, args: argparse.Namespace, report: Report) -> list[dict[str, Cell]]:
     """Return the rows of one form of memory: ours in every phase, and its peers where they are asked for."""
-    model = models[0]
+    model, titans = models[0], models[0].titans
     tokens = args.batch * model.seq_len
     works: dict[str, Callable] = {}
     for ours in models:
-        works[f"nlray, {ours.phase}"] = layer_work(ours, args.batch)
-        if ours.memory == "mlp":
+        works[f"nlray, {ours.titans.phase}"] = layer_work(ours, args.batch)
+        if ours.titans.memory == "mlp":
             other = not memory_of(ours).recomputes
-            works[f"nlray, {ours.phase}, recompute_chunks={other}".lower()] = layer_work(replace(ours, recompute_chunks=other), args.batch)
+            changed = replace(ours, titans=replace(ours.titans, recompute_chunks=other))
+            works[f"nlray, {ours.titans.phase}, recompute_chunks={other}".lower()] = layer_work(changed, args.batch)
     flops = {name: count_flops(work) for name, work in works.items()}
     with ExitStack() as stack:
         # The gradients of its default are all taken at the weights of the sequence's start; renewed: at those of the chunk's, as ours.
-        for name, renew in ((f"{PEER}", 0), (f"{PEER}, renewed", model.chunk_size)) if args.peers else ():
-            options = {"dim": model.dim, "heads": model.heads, "chunk_size": model.chunk_size, "depth": DEPTHS[model.memory]}
+        for name, renew in ((f"{PEER}", 0), (f"{PEER}, renewed", titans.chunk_size)) if args.peers else ():
+            options = {"dim": model.dim, "heads": model.heads, "chunk_size": titans.chunk_size, "depth": DEPTHS[titans.memory]}
             try:
                 peer = stack.enter_context(
                     Peer(PEER, args.peers_dir, threads=args.threads, batch=args.batch, seq_len=model.seq_len, renew=renew, **options)
@@ -98,7 +99,7 @@ def measure(models: Sequence[ModelConfig], peak: float, args: argparse.Namespace
             except PeerError as error:
                 report.note(str(error))
                 break
-            what = f"{name} {VERSIONS[PEER]}, depth {options['depth']}, chunk {model.chunk_size}"
+            what = f"{name} {VERSIONS[PEER]}, depth {options['depth']}, chunk {titans.chunk_size}"
             is_right = peer.description["is_right"]
             report.note(f"{what}: {'finite, with gradients' if is_right else 'not finite, or without gradients; no time is measured'}")
             if not is_right:
@@ -107,14 +108,14 @@ def measure(models: Sequence[ModelConfig], peak: float, args: argparse.Namespace
         seconds = alternate(works, repeats=args.repeats)
     rows: list[dict[str, Cell]] = []
     for name, took in seconds.items():
-        row: dict[str, Cell] = {"memory": model.memory, "chunk": model.chunk_size, "layer": name, "ms": took.scaled(1e3)}
+        row: dict[str, Cell] = {"memory": titans.memory, "chunk": titans.chunk_size, "layer": name, "ms": took.scaled(1e3)}
         row["tokens/s"] = took.rate(tokens)
         if name in flops:
             rate = took.rate(flops[name] / 1e9)
             row |= {"GFLOP": flops[name] / 1e9, "GFLOP/s": rate, "% of peak": rate.scaled(1e11 / peak)}
         for ours in models:
-            if name != f"nlray, {ours.phase}":
-                row[f"times {ours.phase}'s"] = took.over(seconds[f"nlray, {ours.phase}"])
+            if name != f"nlray, {ours.titans.phase}":
+                row[f"times {ours.titans.phase}'s"] = took.over(seconds[f"nlray, {ours.titans.phase}"])
         rows.append(row)
     return rows
 
@@ -147,7 +148,7 @@ def build_layer(model: ModelConfig) -> Titans:
 def error_of(memory: str, phase: str) -> float:
     """Return how far a small memory by chunks in float32 is from the reference in float64, outputs and gradients, relative."""
     # Gates in the middle of their range, so that every term of the recurrence counts.
-    model = config_of(memory, phase, dim=32, heads=2, chunk_size=3, inner_lr_bias=-1.0, decay_bias=1.0)
+    model = config_of(memory, phase, {"chunk_size": 3, "inner_lr_bias": -1.0, "decay_bias": 1.0}, dim=32, heads=2)
     weights, generator = build_layer(model).memory_weights(), torch.Generator().manual_seed(1)
     # Three chunks, the last one open.
     q, upstream = torch.randn(2, 2, model.heads, 7, model.head_dim, generator=generator)

@@ -73,7 +73,7 @@ def hope_config(args: argparse.Namespace, shape: Shape, *overrides: str) -> Conf
     """Return the preset tiny, four levels with periods 1, 4, 16 and 64, in another size."""
     batch, seq_len = shape
     own = [f"model={{dim: {args.dim}, layers: {args.layers}, heads: 4, seq_len: {seq_len}, vocab_size: {VOCAB_SIZE}}}"]
-    own += [f"memory.hidden={2 * args.dim}", f"sequence.global_batch={batch}", f"sequence.resources.threads={args.threads}"]
+    own += [f"cms.hidden={2 * args.dim}", f"sequence.global_batch={batch}", f"sequence.resources.threads={args.threads}"]
     return load_config("tiny", [*own, *overrides])
 
 

@@ -25,7 +25,7 @@ def stack_model(source: str, out: str, overrides: list[str], *, trust: bool = Fa
     config, notes = _with_end_token(config, has_tokenizer="tokenizer" in decoder.data)
     config = write_stacked(decoder, config, source, target)
     size = NestedSystem.build(config, config.model.vocab_size).num_parameters
-    print(f"model    {config.model.layers} layers, dim {config.model.dim}, {format_count(size)} parameters, {config.memory.layout}")
+    print(f"model    {config.model.layers} layers, dim {config.model.dim}, {format_count(size)} parameters, {config.cms.layout}")
     print(describe_levels(config))
     print("\n".join(f"note     {note}" for note in (*notes, *decoder.notes)))
     print(f"written  {out}; go on with  nlray train init={out} 'data.sources=[...]'")

@@ -27,9 +27,9 @@ from nlray.errors import UserError
 LEVELS = {"fast": 1, "medium": 4, "slow": 16, "slowest": 64}
 STEPS = 300
 STEPS_A_TURN = 16
-NO_DELAY = [f"memory.levels.{name}.delay=0" for name in LEVELS]
-WHOLE_PERIODS = [f"memory.levels.{name}.delay={period}" for name, period in LEVELS.items()]
-LESS_MOMENTUM = "memory.levels.fast.optimizer.betas=[0.8,0.95]"
+NO_DELAY = [f"cms.levels.{name}.delay=0" for name in LEVELS]
+WHOLE_PERIODS = [f"cms.levels.{name}.delay={period}" for name, period in LEVELS.items()]
+LESS_MOMENTUM = "cms.levels.fast.optimizer.betas=[0.8,0.95]"
 
 VARIANTS: dict[str, list[str]] = {
     "no delay": [],
@@ -39,16 +39,16 @@ VARIANTS: dict[str, list[str]] = {
     "slow, D = 16": WHOLE_PERIODS[2:3],
     "slowest, D = 64": WHOLE_PERIODS[3:],
     "all, D = C": WHOLE_PERIODS,
-    "all, D = C, fast local update": [*WHOLE_PERIODS, "memory.levels.fast.local_update=true"],
+    "all, D = C, fast local update": [*WHOLE_PERIODS, "cms.levels.fast.local_update=true"],
     "no delay, fast beta1 0.8": [LESS_MOMENTUM],
     "fast, D = 1, beta1 0.8": [*WHOLE_PERIODS[:1], LESS_MOMENTUM],
-    "fast, D = 1, beta1 0.5": [*WHOLE_PERIODS[:1], "memory.levels.fast.optimizer.betas=[0.5,0.95]"],
-    "no delay, lr 2e-3": ["memory.defaults.optimizer.lr=2e-3"],
-    "fast, D = 1, lr 2e-3": ["memory.defaults.optimizer.lr=2e-3", *WHOLE_PERIODS[:1]],
-    "slow, a gradient in 2": ["memory.levels.slow.grad_every=2"],
-    "slow, a gradient in 4": ["memory.levels.slow.grad_every=4"],
-    "slowest, a gradient in 2": ["memory.levels.slowest.grad_every=2"],
-    "slowest, a gradient in 4": ["memory.levels.slowest.grad_every=4"],
+    "fast, D = 1, beta1 0.5": [*WHOLE_PERIODS[:1], "cms.levels.fast.optimizer.betas=[0.5,0.95]"],
+    "no delay, lr 2e-3": ["cms.defaults.optimizer.lr=2e-3"],
+    "fast, D = 1, lr 2e-3": ["cms.defaults.optimizer.lr=2e-3", *WHOLE_PERIODS[:1]],
+    "slow, a gradient in 2": ["cms.levels.slow.grad_every=2"],
+    "slow, a gradient in 4": ["cms.levels.slow.grad_every=4"],
+    "slowest, a gradient in 2": ["cms.levels.slowest.grad_every=2"],
+    "slowest, a gradient in 4": ["cms.levels.slowest.grad_every=4"],
     "compression bf16": ["exchange.compression=bf16"],
     "compression int8": ["exchange.compression=int8"],
 }

@@ -20,20 +20,25 @@ from benchmarks.table import Runs, spread
 from nlray.config.loading import load_config
 from nlray.evals.recall import RecallTask, recall_accuracy, recall_config, train_recall
 
-STATIC, ADAPTIVE, MLP, L2 = ("model.phase=static",), ("model.phase=adaptive",), ("model.memory=mlp",), ("model.objective=l2",)
+STATIC, ADAPTIVE, MLP, L2 = (
+    ("model.titans.phase=static",),
+    ("model.titans.phase=adaptive",),
+    ("model.titans.memory=mlp",),
+    ("model.titans.objective=l2",),
+)
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "self_modifying": (),
     "self_modifying, l2": L2,
-    "self_modifying, read chunk_start": ("model.read=chunk_start",),
-    "self_modifying, retain zero": ("model.retain=zero",),
+    "self_modifying, read chunk_start": ("model.titans.read=chunk_start",),
+    "self_modifying, retain zero": ("model.titans.retain=zero",),
     "adaptive": ADAPTIVE,
     "static": STATIC,
-    "static, gd": (*STATIC, "model.rule=gd"),
-    "static, hebbian": (*STATIC, "model.rule=hebbian"),
-    "static, delta": (*STATIC, "model.rule=delta"),
-    "static, gated_delta": (*STATIC, "model.rule=gated_delta"),
-    "static, momentum": (*STATIC, "model.momentum=true"),
+    "static, gd": (*STATIC, "model.titans.rule=gd"),
+    "static, hebbian": (*STATIC, "model.titans.rule=hebbian"),
+    "static, delta": (*STATIC, "model.titans.rule=delta"),
+    "static, gated_delta": (*STATIC, "model.titans.rule=gated_delta"),
+    "static, momentum": (*STATIC, "model.titans.momentum=true"),
     "mlp static, l2": (*MLP, *STATIC, *L2),
     "mlp adaptive, l2": (*MLP, *ADAPTIVE, *L2),
     "mlp self_modifying, l2": (*MLP, *L2),

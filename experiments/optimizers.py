@@ -114,11 +114,11 @@ class Table:
     def run(self, label: str, lr: float, seed: int) -> dict[str, Any]:
         """Return a run's row, from the file or by training; its held-out loss is null where the training broke down."""
         rule = "dgd" if label == "dgd, adamw" else "gd"
-        own = [f"memory.defaults.rule={rule}", f"run.steps={STEPS}", f"run.seed={seed}", f"memory.defaults.optimizer.lr={lr}"]
+        own = [f"cms.defaults.rule={rule}", f"run.steps={STEPS}", f"run.seed={seed}", f"cms.defaults.optimizer.lr={lr}"]
         plain = VARIANTS.get(label, VARIANTS["adamw"])
         own += [
-            f"memory.defaults.optimizer.name={plain['name']}",
-            f"memory.defaults.optimizer.options={json.dumps(plain.get('options', {}))}",
+            f"cms.defaults.optimizer.name={plain['name']}",
+            f"cms.defaults.optimizer.options={json.dumps(plain.get('options', {}))}",
         ]
         what = {"label": label, "lr": lr, "seed": seed, "steps": STEPS, "overrides": self.overrides}
         return self.runs.row(what, lambda: train(load_config("tiny", [*self.overrides, *own])).results)

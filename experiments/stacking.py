@@ -34,7 +34,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 LAYOUTS = ("by_layer", "chain")
 SLOW = ("slow", "slowest")
 LEVELS = ("fast", "medium", *SLOW)
-FROZEN = tuple(f"memory.levels.{level}.update_period={STEPS + 1 + i}" for i, level in enumerate(SLOW))
+FROZEN = tuple(f"cms.levels.{level}.update_period={STEPS + 1 + i}" for i, level in enumerate(SLOW))
 
 STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "transformer": ("transformer", ()),
@@ -94,7 +94,7 @@ class Table:
             f"eval.sequences={self.first.eval.sequences}",
             f"sequence.global_batch={self.first.sequence.global_batch}",
         ]
-        groups = ["sequence"] if start == "transformer" else ["sequence", *(f"memory.levels.{level}" for level in LEVELS)]
+        groups = ["sequence"] if start == "transformer" else ["sequence", *(f"cms.levels.{level}" for level in LEVELS)]
         for group in groups:
             plain = f"{{lr: {lr}, weight_decay: 0.0, schedule: {{kind: constant, warmup: 16}}}}"
             own.append(f"{group}.optimizer={plain}")
@@ -150,7 +150,7 @@ def main() -> None:
     first = pretrained(folder, args.overrides)
     for layout in LAYOUTS:
         if not (folder / layout).exists():
-            stack(str(folder / "transformer"), str(folder / layout), [f"memory.layout={layout}"])
+            stack(str(folder / "transformer"), str(folder / layout), [f"cms.layout={layout}"])
     Table(folder, first, args.text or f"{folder}/prose.jsonl", args.overrides).print(args.seeds)
 
 

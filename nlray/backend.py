@@ -1,4 +1,4 @@
-"""Which code computes what has Triton kernels: torch, or the kernels. `model.kernels` and each `optimizer.kernels` say so.
+"""Which code computes what has Triton kernels: torch, or the kernels. `model.titans.kernels` and each `optimizer.kernels` say so.
 
 Triton is optional: it comes with torch's CUDA builds, and is imported only where kernels are launched. What has kernels asks
 `takes_kernels` once a call, with its own reason against them; `why_not_here` are the reasons that all kernels share.

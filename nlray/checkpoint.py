@@ -5,8 +5,8 @@ Every actor writes the part it owns (`write_part`); the manifest with sizes and 
 Only folders named `step_` and nine digits count: a copy `step_000000010_best` is neither used nor deleted.
 Tensor names: `param/NAME`, `optimizer/NAME/KEY`, `visible/NAME` (the version still in use where the newest is not visible
 yet), `accumulator/WORKER/NAME` (the open period's gradients),
-`lanes/WORKER/NAME` (with model.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own updates, see
-`nlray.levels.local_update`); in the nested variant `initial/NAME`,
+`lanes/WORKER/NAME` (with model.titans.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own
+updates, see `nlray.levels.local_update`); in the nested variant `initial/NAME`,
 `initial_optimizer/NAME/KEY` and `context/NAME` (`nlray.levels.learner`).
 """
 

@@ -1,7 +1,7 @@
 """Classes that a configuration names: one of nlray's by its name, or one of the user's by its import path `package.module:Class`.
 
-    cls = resolve_class("memory.mlp", "own:LowRank", CLASSES, Level)
-    options = options_of(cls, {"rank": 8}, key="memory.mlp_options", owner="own:LowRank")
+    cls = resolve_class("cms.mlp", "own:LowRank", CLASSES, Level)
+    options = options_of(cls, {"rank": 8}, key="cms.mlp_options", owner="own:LowRank")
     level = cls(form, **options)
 
 Every mistake is a UserError of one line that names the key; nothing is built here. See `docs/extending.md`.
@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from nlray.config.values import nearest, read
+from nlray.config.checks import nearest, read
 from nlray.errors import UserError
 
 
@@ -91,7 +91,7 @@ def options_of(cls: type, given: Mapping[str, Any], *, key: str, owner: str, tak
     """Return every option of a class in force: the defaults of its constructor, then what is given.
 
     Options are what the constructor takes by name, beside its first argument and those in `taken`. A value is read by its annotation as
-    a key of the configuration is, ranges of `nlray.config.values` included; without one, or with one beyond the plain types, it is left
+    a key of the configuration is, ranges of `nlray.config.checks` included; without one, or with one beyond the plain types, it is left
     to the constructor.
 
     Args:

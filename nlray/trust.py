@@ -100,9 +100,9 @@ def _claims(config: Config, run_dir: str, typed: Collection[str], *, is_resumed:
     """Give what a run would have this machine import, contact or write to outside of its folder."""
     from nlray.extensions import is_installed
 
-    names = {"memory.mlp": config.memory.mlp, "model.memory": config.model.memory}
+    names = {"cms.mlp": config.cms.mlp, "model.titans.memory": config.model.titans.memory}
     names |= {"sequence.optimizer.name": config.sequence.optimizer.name}
-    names |= {f"memory.levels.{name}.optimizer.name": level.optimizer.name for name, level in config.memory.levels.items()}
+    names |= {f"cms.levels.{name}.optimizer.name": level.optimizer.name for name, level in config.cms.levels.items()}
     for name in dict.fromkeys(names.values()):
         if ":" in name and name not in typed and not is_installed(name.partition(":")[0]):
             yield f"the class {name} ({', '.join(key for key, value in names.items() if value == name)})"

@@ -20,7 +20,7 @@ def open_stream(config: Config, files: FileList | None = None) -> "BlockStream |
 
     files: those of the run; None: they are listed now.
     """
-    carries = config.model.carry_state
+    carries = config.model.titans.carry_state
     stream = BlockStream(config.data, seq_len=config.model.seq_len, seed=config.run.seed, in_order=carries, files=files)
     return LaneStream(stream, lanes=config.sequence.global_batch, length=config.data.stream.lane_blocks) if carries else stream
 

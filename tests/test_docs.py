@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("architecture", "data", "ends", "extending", "paper_map", "glossary", "lab_notes", "performance", "run_folder", "scale", "trust")
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
-KEY = re.compile(r"(?:run|data|model|memory|sequence|exchange|recovery|eval)(?:\.\w+)+")
+KEY = re.compile(r"(?:run|data|model|cms|sequence|exchange|recovery|eval)(?:\.\w+)+")
 
 
 def text_of(document: str) -> str:
@@ -123,7 +123,7 @@ def key_exists(key: str) -> bool:
 def test_every_quoted_key_exists(document):
     keys = [found.group() for text in quoted(document) if (found := KEY.fullmatch(text.partition("=")[0]))]
     assert [key for key in keys if not key_exists(key)] == []
-    assert key_exists("memory.levels.any.resources.gpus") and not key_exists("memory.levels.any.gpus") and not key_exists("run.step")
+    assert key_exists("cms.levels.any.resources.gpus") and not key_exists("cms.levels.any.gpus") and not key_exists("run.step")
 
 
 def commands_of_the_readme() -> list[list[str]]:
@@ -167,7 +167,7 @@ def extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, fil
 def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(tmp_path, monkeypatch):
     commands = extension(tmp_path, monkeypatch, "A level of your own", "lowrank.py")
     for words, in_context, rank in zip(commands, (False, True), (16, 8), strict=True):
-        config = load_config("tiny", [*words[2:], "model.dim=16", "model.layers=2", "memory.hidden=24", "model.seq_len=80"])
+        config = load_config("tiny", [*words[2:], "model.dim=16", "model.layers=2", "cms.hidden=24", "model.seq_len=80"])
         names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
         model = build_model(config, 31, seed=0)
         assert sum(p.parameters for p in names.values()) == sum(p.numel() for p in model.parameters())
@@ -192,7 +192,7 @@ def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(
 def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
     commands = extension(tmp_path, monkeypatch, "An optimizer of your own", "lion.py")
     for words in commands:
-        config = load_config("tiny", [*words[2:], "memory.defaults.optimizer.schedule.kind=constant"])
+        config = load_config("tiny", [*words[2:], "cms.defaults.optimizer.schedule.kind=constant"])
         names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
         assert names["cms.slow.momentum"].state_values == names["cms.slow"].parameters
         level = config.levels["slow"].optimizer
@@ -212,13 +212,13 @@ def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monk
 
 def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path, monkeypatch):
     for words in extension(tmp_path, monkeypatch, "A memory of your own", "diagonal.py"):
-        small = ["model.dim=16", "model.layers=1", "model.heads=2", "model.chunk_size=4"]
+        small = ["model.dim=16", "model.layers=1", "model.heads=2", "model.titans.chunk_size=4"]
         config = load_config("tiny", [*words[2:], *small])
         model = build_model(config, 31, seed=0)
         tensors = {name.rpartition(".")[2]: p for name, p in model.named_parameters() if ".memory.m_" in name}
-        assert {name: tuple(p.shape) for name, p in tensors.items()} == {f"m_{box}": (2, 8) for box in config.model.boxes}
-        model_of_other_std = build_model(load_config("tiny", [*words[2:], *small, "model.memory_options={std: 3.0}"]), 31, seed=0)
-        scaled = dict(model_of_other_std.named_parameters())["blocks.0.memory.m_k"] * (config.model.memory_options.get("std", 1.0) / 3)
+        assert {name: tuple(p.shape) for name, p in tensors.items()} == {f"m_{box}": (2, 8) for box in config.model.titans.components}
+        model_of_other_std = build_model(load_config("tiny", [*words[2:], *small, "model.titans.options={std: 3.0}"]), 31, seed=0)
+        scaled = dict(model_of_other_std.named_parameters())["blocks.0.memory.m_k"] * (config.model.titans.options.get("std", 1.0) / 3)
         assert torch.allclose(tensors["m_k"], scaled) and tensors["m_k"].std() > 0.2 and not tensors["m_eta"].any()
         blocks = torch.randint(0, 31, (2, 14), generator=torch.Generator().manual_seed(0))
         whole, state = model.token_losses(blocks)
@@ -241,21 +241,21 @@ def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path,
     "settings",
     [
         {"phase": "static", "retain": "zero"},
-        {"phase": "adaptive", "adapt_q": True, "memory_chunks": {"k": 2, "eta": 1}},
-        {"phase": "self_modifying", "objective": "l2", "read": "chunk_start", "memory_chunks": {"mem": 8}},
+        {"phase": "adaptive", "adapt_q": True, "chunk_sizes": {"k": 2, "eta": 1}},
+        {"phase": "self_modifying", "objective": "l2", "read": "chunk_start", "chunk_sizes": {"mem": 8}},
     ],
     ids=lambda settings: settings["phase"],
 )
 def test_the_memory_of_the_extending_page_equals_the_recurrence(tmp_path, monkeypatch, settings):
     extension(tmp_path, monkeypatch, "A memory of your own", "diagonal.py")
-    model = ModelConfig(dim=8, heads=2, chunk_size=4, memory="diagonal:Diagonal", rule="gd", **settings)
+    model = ModelConfig(dim=8, heads=2, titans={"chunk_size": 4, "memory": "diagonal:Diagonal", "rule": "gd", **settings})
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    weights = MemoryWeights({box: (noise(2, 4),) for box in model.boxes}, {gate: noise(2) for gate in model.gates})
-    inputs, q = noise(2, 2, 15, input_width(model)), None if model.adapt_q else noise(2, 2, 15, 4)
+    weights = MemoryWeights({box: (noise(2, 4),) for box in model.titans.components}, {gate: noise(2) for gate in model.titans.gates})
+    inputs, q = noise(2, 2, 15, input_width(model)), None if model.titans.adapt_q else noise(2, 2, 15, 4)
     memory = memory_of(model)
     y, _ = memory(inputs, q, weights, memory.initial_state(2, weights), inner_lr=0.7)
 

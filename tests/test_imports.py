@@ -96,7 +96,7 @@ from nlray.config.loading import load_config
 from nlray.models.lm import build_model
 from nlray.optimizers import M3, AdamW, Muon
 
-model = build_model(load_config("tiny", ["model.dim=16", "model.layers=1", "model.heads=2", "memory.hidden=8"]), 40, seed=0)
+model = build_model(load_config("tiny", ["model.dim=16", "model.layers=1", "model.heads=2", "cms.hidden=8"]), 40, seed=0)
 model.token_losses(torch.zeros(1, 9, dtype=torch.long))[0].mean().backward()
 matrices = [p for p in model.parameters() if p.ndim == 2]
 for optimizer in AdamW(model.parameters(), lr=0.1), Muon(matrices, lr=0.1), M3(matrices, lr=0.1):

@@ -24,7 +24,15 @@ from nlray.models.lm import build_model
 from nlray.terminal import clean, clean_lines
 from nlray.trust import read_bounded, read_object, require_regular
 
-SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "model.chunk_size=8", "run.name=hostile", "run.steps=9"]
+SMALL = [
+    "model.dim=16",
+    "model.layers=1",
+    "model.heads=2",
+    "model.seq_len=32",
+    "model.titans.chunk_size=8",
+    "run.name=hostile",
+    "run.steps=9",
+]
 NUMBERS = itertools.count()
 MODULE = """
 from pathlib import Path
@@ -96,9 +104,9 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("key", "old", "new"),
     [
-        ("memory.mlp", "mlp: silu", "mlp: {}:Level"),
+        ("cms.mlp", "mlp: silu", "mlp: {}:Level"),
         ("sequence.optimizer.name", "sequence:\n", "sequence: {{optimizer: {{name: '{}:Optimizer'}}}}\nnothing:\n"),
-        ("memory.levels.fast.optimizer.name", "name: adamw", "name: {}:Optimizer"),
+        ("cms.levels.fast.optimizer.name", "name: adamw", "name: {}:Optimizer"),
     ],
     ids=["level", "sequence", "optimizer"],
 )
@@ -131,24 +139,24 @@ def test_in_a_terminal_the_classes_are_named_and_asked_for(answer, status, hosti
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(COMMANDS["levels"]) == status
     err = capsys.readouterr().err
-    assert f"the class {name}:Level (memory.mlp)" in err and "[y/N]" in err and hostile.has_run == (status == 0)
+    assert f"the class {name}:Level (cms.mlp)" in err and "[y/N]" in err and hostile.has_run == (status == 0)
 
 
 def test_what_the_user_types_is_the_users_own(hostile, capsys):
     name = hostile.module()
-    assert main(["levels", "init=.", f"memory.mlp={name}:Level"]) == 0, capsys.readouterr().err
+    assert main(["levels", "init=.", f"cms.mlp={name}:Level"]) == 0, capsys.readouterr().err
     assert hostile.has_run
     hostile.change("mlp: silu", f"mlp: {name}:Level")
-    assert main(["levels", "init=.", f"memory.mlp={name}:Level"]) == 0
+    assert main(["levels", "init=.", f"cms.mlp={name}:Level"]) == 0
     assert main(["levels", "init=."]) == 2
 
 
 def test_stacking_a_run_asks_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     hostile = Hostile(tmp_path, kind="transformer")
-    assert main(["stack", ".", "--out", "plain", "memory.layout=chain"]) == 0, capsys.readouterr().err
+    assert main(["stack", ".", "--out", "plain", "cms.layout=chain"]) == 0, capsys.readouterr().err
     hostile.change("tokenizer: bytes", "tokenizer: http://127.0.0.1:9/t.json")
-    assert main(["stack", ".", "--out", "out", "memory.layout=chain"]) == 2
+    assert main(["stack", ".", "--out", "out", "cms.layout=chain"]) == 2
     assert "the address http://127.0.0.1:9/t.json (data.tokenizer)" in capsys.readouterr().err and not Path("out").exists()
 
 
@@ -177,7 +185,7 @@ def test_installed_means_site_packages_or_an_editable_project_and_nothing_of_the
 def test_the_current_folder_is_looked_in_only_for_a_class_that_is_nowhere_else(hostile, capsys):
     """Not on the path of every command: an optional import of some library would be found there."""
     assert main(COMMANDS["levels"]) == 0 and str(hostile.dir) not in sys.path
-    assert main(["levels", "tiny", f"memory.mlp={hostile.module()}:Level"]) == 0, capsys.readouterr().err
+    assert main(["levels", "tiny", f"cms.mlp={hostile.module()}:Level"]) == 0, capsys.readouterr().err
     assert str(hostile.dir) in sys.path
 
 

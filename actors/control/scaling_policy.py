@@ -31,12 +31,12 @@ def resized(config: Config, sizes: Mapping[str, int]) -> Config:
     Raises:
         UserError: one that the configuration does not allow.
     """
-    levels = {n: replace(level, ranks=sizes.get(n, level.ranks)) for n, level in config.memory.levels.items()}
+    levels = {n: replace(level, ranks=sizes.get(n, level.ranks)) for n, level in config.cms.levels.items()}
     try:
         sequence = replace(config.sequence, workers=sizes.get(SEQUENCE, config.sequence.workers))
     except UserError as error:
         raise UserError(f"sequence.{error}") from error
-    return replace(config, sequence=sequence, memory=replace(config.memory, levels=levels))
+    return replace(config, sequence=sequence, cms=replace(config.cms, levels=levels))
 
 
 def check_sizes(config: Config, plans: Sequence[LevelPlan], sizes: Mapping[str, int]) -> None:

@@ -31,7 +31,7 @@ class ActorPlan:
     def key(self) -> str:
         """The configuration key that asks for these resources."""
         keys = {SEQUENCE: "sequence.resources", STANDBY: "recovery.standbys", BACKUP: "recovery.window"}
-        return keys.get(self.group, f"memory.levels.{self.group}.resources")
+        return keys.get(self.group, f"cms.levels.{self.group}.resources")
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -118,11 +118,11 @@ def check_fit(plans: Sequence[ActorPlan], nodes: Sequence[dict[str, Any]]) -> No
 
 def check_kernels(config: Config, plans: Sequence[ActorPlan]) -> None:
     """Raise UserError where the configuration insists on Triton and an actor that would run its kernels has no GPU."""
-    insisting = {SEQUENCE: {"model": config.model.kernels, "sequence.optimizer": config.sequence.optimizer.kernels}}
-    insisting |= {name: {f"memory.levels.{name}.optimizer": level.optimizer.kernels} for name, level in config.levels.items()}
-    if config.memory.variant == "nested":
+    insisting = {SEQUENCE: {"model.titans": config.model.titans.kernels, "sequence.optimizer": config.sequence.optimizer.kernels}}
+    insisting |= {name: {f"cms.levels.{name}.optimizer": level.optimizer.kernels} for name, level in config.levels.items()}
+    if config.cms.variant == "nested":
         # A rank steps the initial state of its level by the next slower level's optimizer.
-        for name, slower in pairwise(config.memory.ordered_levels):
+        for name, slower in pairwise(config.cms.ordered_levels):
             insisting[name] |= insisting[slower]
     for plan in plans:
         for key, kernels in insisting.get(plan.group, {}).items():
@@ -136,6 +136,6 @@ def resolve_threads(config: Config) -> Config:
     sequence = replace(config.sequence, resources=replace(config.sequence.resources, threads=config.sequence.resources.num_threads))
     levels = {
         name: replace(level, resources=replace(level.resources, threads=level.resources.num_threads))
-        for name, level in config.memory.levels.items()
+        for name, level in config.cms.levels.items()
     }
-    return replace(config, sequence=sequence, memory=replace(config.memory, levels=levels))
+    return replace(config, sequence=sequence, cms=replace(config.cms, levels=levels))

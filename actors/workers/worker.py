@@ -472,7 +472,7 @@ class SequenceWorker:
                     channel.accumulate({n: p.grad for n, p in self.level_parameters[channel.plan.name].items()})
                 channel.end_step(step)
             learning_rate = self.optimizer.step(step)
-            if self.config.model.carry_state:
+            if self.config.model.titans.carry_state:
                 self.lanes.keep(states)
         else:
             for channel in self.channels:
@@ -523,7 +523,7 @@ class SequenceWorker:
             if self.shards is not None:
                 self.shards.finish_backward()
             total += loss.detach()
-            if self.config.model.carry_state:
+            if self.config.model.titans.carry_state:
                 states.append(state)
         levels = [p for of_level in self.level_parameters.values() for p in of_level.values()]
         for parameter in levels if self.shards is not None else self.model.parameters():

@@ -79,7 +79,7 @@ def check(models: Sequence[str], overrides: Sequence[str], *, settings: str, num
 def configure(folder: Path, models: Sequence[str], overrides: Sequence[str], workers: int, ranks: int, num_steps: int) -> Config:
     own = [f"run.dir={folder}/run", f"run.stop_after={num_steps}", "eval={every: 0, sequences: 0}", f"sequence.workers={workers}"]
     config = load_config(models[0] if models else None, [*own, *overrides], default_name="check")
-    levels = [f"memory.levels.{name}.ranks={ranks}" for name in config.levels]
+    levels = [f"cms.levels.{name}.ranks={ranks}" for name in config.levels]
     config = resolve(load_config(models[0] if models else None, [*own, *levels, *overrides], default_name="check"))
     if config.exchange.mode != "delayed" or not config.levels:
         raise UserError(f"--check with exchange.mode={config.exchange.mode} and {len(config.levels)} levels; allowed: delayed, one or more")

@@ -71,7 +71,7 @@ def token_flops(model: ModelConfig, system: NestedSystem) -> float:
     Raises:
         UserError: a model whose arithmetic is not counted.
     """
-    if not (model.kind in ("hope", "titans") and model.collapses):
+    if not (model.kind in ("hope", "titans") and model.titans.collapses):
         raise UserError(f"model.kind={model.kind} with this memory is not counted; allowed: hope and titans with one matrix state per head")
     specs = [*system.sequence, *(spec for plan in system.levels for spec in plan.tensors)]
     looked_up = set() if model.tie_head else {"embedding.weight"}
@@ -91,7 +91,7 @@ def memory_flops(model: ModelConfig) -> float:
     Products with the state for projections, residual, reads and the end take 8 C d^2 for a chunk of C tokens and a head; Gram products
     4 C^2 d, triangular solve C^2 d, reads of the chunk 2 C^2 d.
     """
-    return model.dim * (8 * model.head_dim + 7 * model.chunk_size)
+    return model.dim * (8 * model.head_dim + 7 * model.titans.chunk_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,29 +1,16 @@
-"""The configuration: a typed schema that YAML and the command line meet once, at the edge (`nlray.config.loading`)."""
+"""The configuration: a typed schema that YAML and the command line meet once, at the edge (`nlray.config.loading`).
 
-from nlray.config.schema import (
-    LEVEL_FORMS,
-    MEMORIES,
-    OPTIMIZERS,
-    AttentionConfig,
-    AutoscaleConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    ExchangeConfig,
-    InContextConfig,
-    LevelConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RankResourcesConfig,
-    RecoveryConfig,
-    ResourcesConfig,
-    RunConfig,
-    ScheduleConfig,
-    SequenceConfig,
-    SourceConfig,
-    StreamConfig,
-)
+Inside the program only these frozen dataclasses travel. Nothing here imports torch or ray, so that a mistake is reported before
+anything slow starts.
+"""
+
+from nlray.config.cms import LEVEL_FORMS, AutoscaleConfig, CmsConfig, InContextConfig, LevelConfig
+from nlray.config.data import DataConfig, SourceConfig, StreamConfig
+from nlray.config.model import AttentionConfig, ModelConfig
+from nlray.config.optimizer import OPTIMIZERS, OptimizerConfig, ScheduleConfig
+from nlray.config.run import Config, EvalConfig, RecoveryConfig, RunConfig
+from nlray.config.titans import MEMORIES, TitansConfig
+from nlray.config.workers import ExchangeConfig, RankResourcesConfig, ResourcesConfig, SequenceConfig
 
 __all__ = [
     "LEVEL_FORMS",
@@ -31,13 +18,13 @@ __all__ = [
     "OPTIMIZERS",
     "AttentionConfig",
     "AutoscaleConfig",
+    "CmsConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
     "ExchangeConfig",
     "InContextConfig",
     "LevelConfig",
-    "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RankResourcesConfig",
@@ -48,4 +35,5 @@ __all__ = [
     "SequenceConfig",
     "SourceConfig",
     "StreamConfig",
+    "TitansConfig",
 ]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nlray.config import Config, OptimizerConfig
-from nlray.config.old_keys import upgraded
-from nlray.config.values import Scalar, build, shown
+from nlray.config.checks import Scalar, build, shown
+from nlray.config.old_keys import refuse_renamed, upgraded
 from nlray.config.yaml_text import dump_yaml, load_yaml
 from nlray.errors import UserError
 from nlray.storage import absolute
@@ -63,6 +63,7 @@ def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str
         _expand_sources(plain)
         parts = [part.strip("[]") for part in re.findall(r"\[[^\[\]]+\]|[^.\[\]]+", key)]
         plain = _changed(plain, parts, _read_value(key, value), key)
+    refuse_renamed(plain)
     _expand_sources(plain)
     _expand_levels(plain)
     if default_name is not None:
@@ -153,7 +154,7 @@ def _read_init(init: str, run_dir: str) -> dict[str, Any]:
     if content is None:
         raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`")
     plain = upgraded(_load_mapping(name, content))
-    kept = {key: plain[key] for key in ("model", "memory", "sequence") if key in plain}
+    kept = {key: plain[key] for key in ("model", "cms", "sequence") if key in plain}
     data = plain.get("data")
     taken = {key: data[key] for key in ("tokenizer", "end_token", "begin_token") if key in data} if isinstance(data, dict) else {}
     return kept | ({"data": taken} if taken else {})
@@ -220,13 +221,13 @@ def _expand_sources(plain: dict[str, Any]) -> None:
 
 def _expand_levels(plain: dict[str, Any]) -> None:
     """Drop removed levels, and give every level the defaults."""
-    memory = plain.get("memory")
-    if isinstance(memory, dict) and isinstance(memory.get("levels"), dict):
+    cms = plain.get("cms")
+    if isinstance(cms, dict) and isinstance(cms.get("levels"), dict):
         # Defaults that are no mapping are told where they are read.
-        defaults = memory.get("defaults") if isinstance(memory.get("defaults"), dict) else {}
-        memory["levels"] = {
+        defaults = cms.get("defaults") if isinstance(cms.get("defaults"), dict) else {}
+        cms["levels"] = {
             name: _merged(_defaults_of(level, defaults), level) if isinstance(level, dict) else level
-            for name, level in memory["levels"].items()
+            for name, level in cms["levels"].items()
             if level is not None
         }
 

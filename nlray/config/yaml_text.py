@@ -1,7 +1,7 @@
 """YAML as the configuration has it: text to mappings, lists and strings, and back.
 
 Nothing is guessed from how a value looks. A value without quotes stays as it is written (`Scalar`), and the key that it belongs to says
-what it is (`nlray.config.values.read`): `run.name: 010` is that name, `run.steps: 010` is ten. Only null has a meaning of its own.
+what it is (`nlray.config.checks.read`): `run.name: 010` is that name, `run.steps: 010` is ten. Only null has a meaning of its own.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import yaml
 from yaml.constructor import ConstructorError
 
-from nlray.config.values import FLOAT, Scalar
+from nlray.config.checks import FLOAT, Scalar
 from nlray.errors import UserError
 
 MAX_NODES, MAX_DEPTH = 100_000, 100
@@ -88,5 +88,5 @@ _Loader.add_constructor(f"{_TAG}str", lambda loader, node: Scalar(node.value) if
 _Loader.add_constructor(f"{_TAG}seq", lambda loader, node: [loader.construct_object(child, deep=True) for child in node.value])
 _Loader.add_constructor(f"{_TAG}map", _mapping)
 _Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
-# YAML 1.1 takes 1e3 for a string; `nlray.config.values` takes it for a number.
+# YAML 1.1 takes 1e3 for a string; `nlray.config.checks` takes it for a number.
 _Dumper.add_implicit_resolver(f"{_TAG}float", FLOAT, list("-+.0123456789"))

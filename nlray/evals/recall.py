@@ -1,5 +1,5 @@
 """Associative recall: can the model keep pairs in its memory, in context? Run it with `python -m nlray.evals.recall`, for another
-memory with its settings: `python -m nlray.evals.recall model.phase=static model.rule=delta`.
+memory with its settings: `python -m nlray.evals.recall model.titans.phase=static model.titans.rule=delta`.
 
 A sequence shows pairs key value key value .., then asks for every key again in another order; at each question the model
 names the value. Pairs are drawn anew for every sequence, so nothing can be learned by heart: a model whose inner updates
@@ -50,8 +50,8 @@ def recall_config(*overrides: str) -> Config:
     The inner learning rate starts at half its maximum: there are 24 tokens to learn from, not a long text. The convolution
     is as wide as a pair, which is learned soonest.
     """
-    sizes = {"dim": 64, "layers": 2, "heads": 2, "seq_len": 24, "chunk_size": 4, "conv_width": 2}
-    settings = {"kind": "titans", "inner_lr_bias": 0, **sizes}
+    settings = {"kind": "titans", "dim": 64, "layers": 2, "heads": 2, "seq_len": 24}
+    settings |= {"titans.chunk_size": 4, "titans.conv_width": 2, "titans.inner_lr_bias": 0}
     return parse_config("recall", "", [*(f"model.{key}={value}" for key, value in settings.items()), *overrides])
 
 

@@ -30,7 +30,7 @@ class LevelLearner:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: Config, name: str, *, horizon: int) -> None:
-        level, slower = config.levels[name], config.memory.slower_than(name)
+        level, slower = config.levels[name], config.cms.slower_than(name)
         self.parameters = dict(parameters)
         self.optimizer = OuterOptimizer(self.parameters, level.optimizer, horizon=horizon)
         self.context_updates: int | None = None

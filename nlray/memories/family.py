@@ -7,7 +7,8 @@
 | static         | hebbian, delta, gated_delta     | matrix | MatrixMemory: linear attention and its relatives |
 | any            | dgd, gd                         | mlp    | MLPMemory: two layers per box                    |
 
-Memories with chunk sizes of their own do not collapse. `model.memory` may also be `package.module:Class`, a ChunkedMemory of the user's.
+Memories with chunk sizes of their own do not collapse. `model.titans.memory` may also be `package.module:Class`, a ChunkedMemory of the
+user's.
 """
 
 from torch import Tensor
@@ -27,9 +28,10 @@ class CollapsedMemory(MatrixMemory):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        self.retain = model.retain
-        self.options = {"chunk_size": self.chunk_size, "objective": model.objective, "retain": model.retain, "read": model.read}
-        self.options["path"] = model.kernels
+        titans = model.titans
+        self.retain = titans.retain
+        self.options = {"chunk_size": self.chunk_size, "objective": titans.objective, "retain": titans.retain, "read": titans.read}
+        self.options["path"] = titans.kernels
 
     def __call__(
         self, inputs_BHTP: Tensor, q_BHTd: Tensor, weights: MemoryWeights, state: MemoryState, *, inner_lr: float
@@ -37,7 +39,7 @@ class CollapsedMemory(MatrixMemory):
         return titans_memory(inputs_BHTP, q_BHTd, _collapsed(weights), state, inner_lr=inner_lr, **self.options)
 
     def problems(self) -> list[MemoryProblem]:
-        return box_problems(self.model, dict.fromkeys(self.model.boxes, 0) | {"mem": self.box_values()["mem"]})
+        return box_problems(self.model, dict.fromkeys(self.titans.components, 0) | {"mem": self.box_values()["mem"]})
 
     def initial_state(self, batch_size: int, weights: MemoryWeights) -> MemoryState:
         return initial_state(batch_size, _collapsed(weights), retain=self.retain)
@@ -52,17 +54,17 @@ def memory_of(model: ModelConfig) -> ChunkedMemory:
     """Return the memory that the configuration asks for; the collapsed form where it holds.
 
     Raises:
-        UserError: `model.memory` cannot be imported, is no ChunkedMemory, lists no optimization problem, or refuses the settings.
+        UserError: `model.titans.memory` cannot be imported, is no ChunkedMemory, lists no optimization problem, or refuses the settings.
     """
-    classes = {"matrix": CollapsedMemory if model.collapses else MatrixMemory, "mlp": MLPMemory}
-    cls = resolve_class("model.memory", model.memory, classes, ChunkedMemory)
-    options = options_of(cls, model.memory_options, key="model.memory_options", owner=model.memory)
+    titans = model.titans
+    classes = {"matrix": CollapsedMemory if titans.collapses else MatrixMemory, "mlp": MLPMemory}
+    cls = resolve_class("model.titans.memory", titans.memory, classes, ChunkedMemory)
+    options = options_of(cls, titans.options, key="model.titans.options", owner=titans.memory)
     try:
         memory = None if getattr(cls.problems, "__isabstractmethod__", False) else cls(model, **options)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.memory is {model.memory!r}: {one_line(error)}") from error
+        raise UserError(f"model.titans.memory is {titans.memory!r}: {one_line(error)}") from error
     if memory is None or not memory.problems():
-        raise UserError(
-            f"model.memory is {model.memory!r}: contributes no optimization problem; it needs a method problems (docs/extending.md)"
-        )
+        problem = "contributes no optimization problem; it needs a method problems (docs/extending.md)"
+        raise UserError(f"model.titans.memory is {titans.memory!r}: {problem}")
     return memory

@@ -7,7 +7,7 @@ and chunk sizes, so that a class adds how many values it holds, and its rule whe
 from collections.abc import Mapping
 from dataclasses import replace
 
-from nlray.config import ModelConfig
+from nlray.config import ModelConfig, TitansConfig
 from nlray.errors import NlrayError
 from nlray.memories.scan import GATE_BOXES, MemoryProblem
 
@@ -18,7 +18,7 @@ RULES = {
     "delta": "delta rule, no decay (Eq. 65)",
     "gated_delta": "delta rule after the decay to {target}",
 }
-"""Update rules in words, by `model.rule`; the target is what the decay leads to."""
+"""Update rules in words, by `model.titans.rule`; the target is what the decay leads to."""
 
 
 def box_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: str | None = None) -> list[MemoryProblem]:
@@ -27,37 +27,38 @@ def box_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: s
     Args:
         model: phase, objective, chunk sizes and so on.
         state_values: values that each box holds of one sequence, over the heads of a layer; 0 where they are in the main one's state.
-        rule: the update rule in words; None: that of `model.rule`.
+        rule: the update rule in words; None: that of `model.titans.rule`.
 
     Raises:
         NlrayError: a rule that has no words.
     """
-    objective = {"dot": "-<M k, {}>", "l2": "1/2 |M k - {}|^2"}[model.objective]
+    titans = model.titans
+    objective = {"dot": "-<M k, {}>", "l2": "1/2 |M k - {}|^2"}[titans.objective]
     memory = MemoryProblem(
         name="mem",
-        updates_per_token=1.0 if model.read == "token" else 1.0 / model.chunk_sizes["mem"],
-        context_flow="tokens" if model.read == "token" else "chunks",
-        key="k = W_k x" if model.phase == "static" else "k = M_k x",
-        value=_value("mem", model),
-        objective=objective.format(_value("mem", model).partition(" =")[0]),
-        rule=rule or _rule(model),
+        updates_per_token=1.0 if titans.read == "token" else 1.0 / titans.component_chunk_sizes["mem"],
+        context_flow="tokens" if titans.read == "token" else "chunks",
+        key="k = W_k x" if titans.phase == "static" else "k = M_k x",
+        value=_value("mem", titans),
+        objective=objective.format(_value("mem", titans).partition(" =")[0]),
+        rule=rule or _rule(titans),
         state_values=state_values["mem"],
     )
     projections = [
         replace(
             memory,
             name=box,
-            updates_per_token=1.0 / model.chunk_sizes[box],
+            updates_per_token=1.0 / titans.component_chunk_sizes[box],
             context_flow="chunks",
-            value=_value(box, model),
-            objective=objective.format(_value(box, model).partition(" =")[0]),
+            value=_value(box, titans),
+            objective=objective.format(_value(box, titans).partition(" =")[0]),
             rule="as memory.mem" if state_values[box] else "as memory.mem, in its state",
             state_values=state_values[box],
         )
-        for box in model.boxes
+        for box in titans.components
         if box != "mem"
     ]
-    if not model.momentum:
+    if not titans.momentum:
         return [memory, *projections]
     momentum = replace(
         memory,
@@ -70,16 +71,16 @@ def box_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: s
     return [momentum, replace(memory, after=(momentum.name,)), *projections]
 
 
-def _rule(model: ModelConfig) -> str:
-    if model.rule not in RULES:
-        raise NlrayError(f"memory rule {model.rule!r} contributes no optimization problem; add it to nlray/memories/problems.py")
-    return RULES[model.rule].format(target="its initial state" if model.retain == "init" else "zero")
+def _rule(titans: TitansConfig) -> str:
+    if titans.rule not in RULES:
+        raise NlrayError(f"memory rule {titans.rule!r} contributes no optimization problem; add it to nlray/memories/problems.py")
+    return RULES[titans.rule].format(target="its initial state" if titans.retain == "init" else "zero")
 
 
-def _value(box: str, model: ModelConfig) -> str:
+def _value(box: str, titans: TitansConfig) -> str:
     """Return what a memory in context learns to answer."""
-    if model.phase == "self_modifying":
+    if titans.phase == "self_modifying":
         return f"v_{box} = M_{box} v"
     if box in GATE_BOXES:
         return "mean of v"
-    return "v = W_v x" if model.phase == "static" else "v = M_v x"
+    return "v = W_v x" if titans.phase == "static" else "v = M_v x"

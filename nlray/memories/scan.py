@@ -7,9 +7,9 @@ A memory is built from the configuration and called with a piece of a batch of s
     y_BHTd, state = memory(inputs_BHTP, q_BHTd, weights, state, inner_lr=1.0)
 
 Within a chunk every token's projections, values and gradients come from the memories at the chunk's start, so a chunk is matrix
-products. Memories may have chunk sizes of their own (`model.memory_chunks`, Eq. 90): the scan goes by the smallest, and of a memory with
-a larger one keeps what it was at the start of its own chunk. Letters are those of nlray/memories/layer.py; P columns of the inputs, d the
-head width.
+products. Memories may have chunk sizes of their own (`model.titans.chunk_sizes`, Eq. 90): the scan goes by the smallest, and of a memory
+with a larger one keeps what it was at the start of its own chunk. Letters are those of nlray/memories/layer.py; P columns of the inputs,
+d the head width.
 """
 
 import math
@@ -47,14 +47,14 @@ class MemoryWeights(NamedTuple):
     """What a layer's memories start from: meta-learned, shared over the batch."""
 
     memories: Mapping[str, tuple[Tensor, ...]]
-    """Initial state of each box of `ModelConfig.boxes`, its layers in the order of `ChunkedMemory.box_tensors`. Matrix memory:
+    """Initial state of each box of `TitansConfig.components`, its layers in the order of `ChunkedMemory.box_tensors`. Matrix memory:
     ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2), [H, d or 1, hidden] and [H, hidden, d]."""
     biases: Mapping[str, Tensor]
-    """Bias of each gate of `ModelConfig.gates`, [H]."""
+    """Bias of each gate of `TitansConfig.gates`, [H]."""
 
 
 class MemoryState(NamedTuple):
-    """What a sequence carries from one piece to the next; its size is bounded by `model.chunk_period`, the chunk size where all
+    """What a sequence carries from one piece to the next; its size is bounded by `model.titans.chunk_period`, the chunk size where all
     memories have the same one."""
 
     fast_weights: Tensor
@@ -74,7 +74,8 @@ class Tokens(NamedTuple):
 
 def input_width(model: ModelConfig) -> int:
     """Return P, the columns of a memory's inputs: k, v and the gates' logits if they are projected outside, else the head's x."""
-    return 2 * model.head_dim + len(model.gates) if model.phase == "static" else model.head_dim
+    titans = model.titans
+    return 2 * model.head_dim + len(titans.gates) if titans.phase == "static" else model.head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,19 +100,21 @@ class ChunkedMemory(ABC):
     """A memory in context; what its state is and how a chunk changes it is the subclass's, a user's own too (docs/extending.md).
 
     `layers` below is whatever a subclass computes a chunk with. A constructor raises ValueError for settings that its class does not know;
-    its arguments after `model` are `model.memory_options`.
+    its arguments after `model` are `model.titans.options`.
     """
 
     recomputes = False
-    """Whether the backward computes each chunk anew in place of keeping its intermediate results, where model.recompute_chunks is null."""
+    """Whether the backward computes each chunk again and does not keep its intermediate results, where model.titans.recompute_chunks is
+    null."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self.model = model
-        if model.recompute_chunks is not None:
-            self.recomputes = model.recompute_chunks
-        sizes = sorted(set(model.chunk_sizes.values()))
+        self.model, self.titans = model, model.titans
+        if self.titans.recompute_chunks is not None:
+            self.recomputes = self.titans.recompute_chunks
+        sizes = sorted(set(self.titans.component_chunk_sizes.values()))
         if len(sizes) > 1 and type(self)._renewed is ChunkedMemory._renewed:
-            raise ValueError(f"model.memory_chunks gives chunks of {', '.join(map(str, sizes))} tokens; allowed without _renewed: one size")
+            given = f"model.titans.chunk_sizes gives chunks of {', '.join(map(str, sizes))} tokens"
+            raise ValueError(f"{given}; allowed without _renewed: one size")
         self.chunk_size = sizes[0]
 
     def __call__(
@@ -138,7 +141,7 @@ class ChunkedMemory(ABC):
         num_open = state.open_inputs.shape[2]
         with torch.autocast(inputs_BHTP.device.type, enabled=False):
             inputs_BHTP = torch.cat([state.open_inputs, inputs_BHTP.to(state.open_inputs.dtype)], dim=2)
-            first_open = inputs_BHTP.shape[2] - inputs_BHTP.shape[2] % self.model.chunk_period
+            first_open = inputs_BHTP.shape[2] - inputs_BHTP.shape[2] % self.titans.chunk_period
             # The tokens of the open chunk were read before: their queries are not needed again.
             q_BHTd = None if q_BHTd is None else F.pad(q_BHTd.to(inputs_BHTP.dtype), (0, 0, num_open, 0))
             layers = starts = boundary = self._layers(weights, state.fast_weights)
@@ -167,8 +170,8 @@ class ChunkedMemory(ABC):
 
     def _starts(self, starts: Any, layers: Any, num_read: int) -> Any:
         """Return the starts of the next token's chunks: of each box whose chunk ends with this token, what it now is."""
-        ended = tuple(box for box, size in self.model.chunk_sizes.items() if num_read % size == 0)
-        if len(ended) == len(self.model.boxes):
+        ended = tuple(box for box, size in self.titans.component_chunk_sizes.items() if num_read % size == 0)
+        if len(ended) == len(self.titans.components):
             return layers
         return self._renewed(starts, layers, ended) if ended else starts
 
@@ -186,12 +189,12 @@ class ChunkedMemory(ABC):
                 None if x is None else x[:, :, start:end].unflatten(2, (-1, size)).permute(2, 1, 0, 3, 4).unsqueeze(2).contiguous()
                 for x in (inputs_BHTP, q_BHTd)
             )
-            if self.model.phase != "static":
+            if self.titans.phase != "static":
                 yield from zip(inputs_NHGBCP.unbind(), [None] * len(inputs_NHGBCP) if q_NHGBCd is None else q_NHGBCd.unbind(), strict=True)
                 continue
             # Eq. 76: all chunks at once, for nothing here depends on the memories.
-            sizes = [self.model.head_dim] * 2 + [1] * len(self.model.gates)
-            raw = dict(zip(("k", "v", *self.model.gates), inputs_NHGBCP.split(sizes, dim=-1), strict=True))
+            sizes = [self.model.head_dim] * 2 + [1] * len(self.titans.gates)
+            raw = dict(zip(("k", "v", *self.titans.gates), inputs_NHGBCP.split(sizes, dim=-1), strict=True))
             k, v, q, (*shares, momentum) = self._tokens(raw, q_NHGBCd, biases, inner_lr)
             of_momentum = [None] * len(inputs_NHGBCP) if momentum is None else map(MomentumCoefficients._make, _unbind(momentum))
             for (k_HGBCd, v_HGBCd, q_HGBCd, *of_chunk), carried in zip(_unbind((k, v, q, *shares)), of_momentum, strict=True):
@@ -211,12 +214,12 @@ class ChunkedMemory(ABC):
         logits = {gate: raw[gate] + bias_H.view(-1, 1, 1, 1, 1) for gate, bias_H in biases.items()}
         k_HGBCd, zero = unit(raw["k"]), torch.zeros_like(raw["k"][..., :1])
         # Departs from Eq. 79, 83: v that a memory makes has length 1 as k has; otherwise v grows with that memory.
-        v_HGBCd = raw["v"] if self.model.phase == "static" else unit(raw["v"])
+        v_HGBCd = raw["v"] if self.titans.phase == "static" else unit(raw["v"])
         # Departs from Eq. 76, 79, 83: the gates have biases and eta a bound; eta must start small, alpha near 1.
         eta = inner_lr * torch.sigmoid(logits["eta"]) if "eta" in logits else zero + inner_lr
         log_alpha = F.logsigmoid(logits["alpha"]) if "alpha" in logits else zero
         log_theta = F.logsigmoid(logits["theta"]) if "theta" in logits else None
-        coefficients = chunk_coefficients(eta, log_alpha, log_theta, gated=self.model.rule == "gated_delta")
+        coefficients = chunk_coefficients(eta, log_alpha, log_theta, gated=self.titans.rule == "gated_delta")
         return Tokens(k_HGBCd, v_HGBCd, unit(raw["q"] if q_HGBCd is None else q_HGBCd), coefficients)
 
     def _check(self, inputs_BHTP: Tensor, q_BHTd: Tensor | None, weights: MemoryWeights) -> None:
@@ -225,17 +228,17 @@ class ChunkedMemory(ABC):
         if len(shape) != 4 or shape[1] != heads or shape[2] < 1 or shape[3] != columns:
             raise ValueError(f"inputs_BHTP is {shape}; expected [B, {heads}, T >= 1, {columns}]")
         q_shape = None if q_BHTd is None else tuple(q_BHTd.shape)
-        if q_shape != (None if self.model.adapt_q else (*shape[:3], width)):
-            raise ValueError(f"q_BHTd is {q_shape}; expected {None if self.model.adapt_q else (*shape[:3], width)}")
-        if set(weights.memories) != set(self.model.boxes) or set(weights.biases) != set(self.model.gates):
+        if q_shape != (None if self.titans.adapt_q else (*shape[:3], width)):
+            raise ValueError(f"q_BHTd is {q_shape}; expected {None if self.titans.adapt_q else (*shape[:3], width)}")
+        if set(weights.memories) != set(self.titans.components) or set(weights.biases) != set(self.titans.gates):
             raise ValueError(
                 f"weights has memories {sorted(weights.memories)} and biases {sorted(weights.biases)}; "
-                f"expected {sorted(self.model.boxes)} and {sorted(self.model.gates)}"
+                f"expected {sorted(self.titans.components)} and {sorted(self.titans.gates)}"
             )
 
     def box_values(self) -> dict[str, int]:
         """Return how many values the initial state of each box has, over the heads of a layer."""
-        return {box: sum(math.prod(tensor.shape) for tensor in self.box_tensors(box).values()) for box in self.model.boxes}
+        return {box: sum(math.prod(tensor.shape) for tensor in self.box_tensors(box).values()) for box in self.titans.components}
 
     @abstractmethod
     def box_tensors(self, box: str) -> dict[str, BoxTensor]:

@@ -2,8 +2,8 @@
 
     u = silu(conv(norm(x)))  ->  heads  ->  memory  ->  RMSNorm per head  ->  gate silu(W_g norm(x))  ->  W_o
 
-Hope is this layer followed by the continuum memory system in every block (Eq. 94-97). `model.phase`, `model.memory` and `model.rule`
-say which memory it is; nlray/memories/family.py picks it.
+Hope is this layer followed by the continuum memory system in every block (Eq. 94-97). The section `model.titans` says which memory it
+is; nlray/memories/family.py picks it.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class TitansState(NamedTuple):
     fast_weights: Tensor
     """The memories where the chunks of all of them last ended, [B, H, ...]; the layout is the memory's own."""
     open_inputs: Tensor
-    """Inputs of the tokens since then, [B, H, m, P], m < `model.chunk_period`."""
+    """Inputs of the tokens since then, [B, H, m, P], m < `model.titans.chunk_period`."""
     conv_tail: Tensor
     """Last inputs of the convolution, [B, conv_width - 1, D]."""
 
@@ -38,25 +38,26 @@ class Titans(ParameterModule):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.model = model
+        self.model, titans = model, model.titans
         self.memory = memory_of(model)
-        self.inner_lr = model.inner_lr
+        self.inner_lr = titans.inner_lr
         dim, heads = model.dim, model.heads
         self.add("norm", dim, init=constant(1.0))
-        self.conv = ShortConvolution(dim, model.conv_width) if model.conv_width > 0 else None
-        projections = {} if model.adapt_q else {"q": dim}
-        if model.phase == "static":
-            projections |= {"k": dim, "v": dim} | dict.fromkeys(model.gates, heads)
+        self.conv = ShortConvolution(dim, titans.conv_width) if titans.conv_width > 0 else None
+        projections = {} if titans.adapt_q else {"q": dim}
+        if titans.phase == "static":
+            projections |= {"k": dim, "v": dim} | dict.fromkeys(titans.gates, heads)
         for name, rows in projections.items():
             self.add(f"w_{name}", rows, dim, init=normal(dim**-0.5))
-        tensors = {box: {f"m_{box}{layer}": tensor for layer, tensor in self.memory.box_tensors(box).items()} for box in model.boxes}
+        layers = {box: self.memory.box_tensors(box) for box in titans.components}
+        tensors = {box: {f"m_{box}{layer}": tensor for layer, tensor in of_box.items()} for box, of_box in layers.items()}
         self.memory_names = {box: tuple(layers) for box, layers in tensors.items()}
         # Gates last: an order that checkpoints and digests go by.
-        for box in sorted(model.boxes, key=GATE_BOXES.__contains__):
+        for box in sorted(titans.components, key=GATE_BOXES.__contains__):
             for name, tensor in tensors[box].items():
                 self.add(name, *tensor.shape, init=tensor.init)
-        starts = {"eta": constant(model.inner_lr_bias), "alpha": constant(*model.decay_biases), "theta": constant(0.0)}
-        for gate in model.gates:
+        starts = {"eta": constant(titans.inner_lr_bias), "alpha": constant(*model.decay_biases), "theta": constant(0.0)}
+        for gate in titans.gates:
             self.add(f"b_{gate}", heads, init=starts[gate])
         self.add("head_norm", model.head_dim, init=constant(1.0))
         self.add("w_g", dim, dim, init=normal(dim**-0.5))
@@ -64,7 +65,7 @@ class Titans(ParameterModule):
 
     def memory_weights(self) -> MemoryWeights:
         memories = {box: tuple(getattr(self, name) for name in names) for box, names in self.memory_names.items()}
-        return MemoryWeights(memories, {gate: getattr(self, f"b_{gate}") for gate in self.model.gates})
+        return MemoryWeights(memories, {gate: getattr(self, f"b_{gate}") for gate in self.model.titans.gates})
 
     def init_state(self, batch_size: int) -> TitansState:
         memory = self.memory.initial_state(batch_size, self.memory_weights())
@@ -77,7 +78,7 @@ class Titans(ParameterModule):
         xn_BTD = rms_norm(x_BTD, self.norm)
         u_BTD, tail = self.conv(xn_BTD, state.conv_tail) if self.conv is not None else (xn_BTD, state.conv_tail)
         u_BTD = F.silu(u_BTD)
-        q_BHTd = None if self.model.adapt_q else self._heads(F.linear(u_BTD, self.w_q))
+        q_BHTd = None if self.model.titans.adapt_q else self._heads(F.linear(u_BTD, self.w_q))
         memory = MemoryState(state.fast_weights, state.open_inputs)
         y_BHTd, memory = self.memory(self._inputs(u_BTD), q_BHTd, self.memory_weights(), memory, inner_lr=self.inner_lr)
         y_BTD = rms_norm(y_BHTd.transpose(1, 2), self.head_norm).flatten(2)
@@ -85,9 +86,10 @@ class Titans(ParameterModule):
 
     def _inputs(self, u_BTD: Tensor) -> Tensor:
         """Return what the memories read, [B, H, T, P]: each head's slice of u, or with static projections k, v and the gates' logits."""
-        if self.model.phase != "static":
+        if self.model.titans.phase != "static":
             return self._heads(u_BTD)
-        return torch.cat([self._heads(F.linear(u_BTD, getattr(self, f"w_{name}"))) for name in ("k", "v", *self.model.gates)], dim=-1)
+        names = ("k", "v", *self.model.titans.gates)
+        return torch.cat([self._heads(F.linear(u_BTD, getattr(self, f"w_{name}"))) for name in names], dim=-1)
 
     def _heads(self, z_BTD: Tensor) -> Tensor:
         return z_BTD.unflatten(-1, (self.model.heads, -1)).transpose(1, 2)

@@ -25,7 +25,7 @@ RATE_BIAS = -2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LevelForm:
-    """What a level is made of; see `memory.hidden`, `memory.mlp_bias`, `model.norm`, `model.norm_eps`, and LevelConfig for the rest."""
+    """What a level is made of; see `cms.hidden`, `cms.mlp_bias`, `model.norm`, `model.norm_eps`, and LevelConfig for the rest."""
 
     dim: int
     """Width D of the model."""
@@ -164,16 +164,16 @@ def build_level(config: Config, level: LevelConfig) -> Level:
     """Return a level in one block, as the configuration says, its parameters unset.
 
     Raises:
-        UserError: the class that `memory.mlp` names cannot be used, or does not know an option.
+        UserError: the class that `cms.mlp` names cannot be used, or does not know an option.
     """
-    memory, model = config.memory, config.model
-    cls = resolve_class("memory.mlp", memory.mlp, CLASSES, Level)
-    options = options_of(cls, memory.mlp_options, key="memory.mlp_options", owner=memory.mlp)
+    cms, model = config.cms, config.model
+    cls = resolve_class("cms.mlp", cms.mlp, CLASSES, Level)
+    options = options_of(cls, cms.mlp_options, key="cms.mlp_options", owner=cms.mlp)
     form = LevelForm(
         dim=model.dim,
         hidden=config.cms_hidden,
         num_layers=model.layers,
-        has_bias=memory.mlp_bias,
+        has_bias=cms.mlp_bias,
         norm=model.norm,
         norm_eps=model.norm_eps,
         rule=level.rule,
@@ -186,7 +186,7 @@ def build_level(config: Config, level: LevelConfig) -> Level:
 def check_levels(config: Config) -> None:
     """Raise UserError where the class of the levels cannot be used; one of the user's is built and computed once for each level."""
     for level in config.levels.values():
-        if config.memory.mlp in CLASSES:
+        if config.cms.mlp in CLASSES:
             with torch.device("meta"):
                 build_level(config, level)
         else:
@@ -194,13 +194,13 @@ def check_levels(config: Config) -> None:
 
 
 def _try_level(config: Config, level: LevelConfig) -> None:
-    what = f"memory.mlp is {config.memory.mlp!r}"
+    what = f"cms.mlp is {config.cms.mlp!r}"
     try:
         built = build_level(config, level)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"memory.mlp_options: {config.memory.mlp}: {one_line(error)}") from error
+        raise UserError(f"cms.mlp_options: {config.cms.mlp}: {one_line(error)}") from error
     if list(built.children()):
         raise UserError(f"{what}: has modules of its own, which contribute no optimization problem; allowed: parameters, by `add`")
     if not built.key_value():

@@ -54,13 +54,13 @@ class Block(ParameterModule):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        model, memory = config.model, config.memory
+        model, cms = config.model, config.cms
         self.mixer_name = "attention" if model.uses_attention else "memory"
         self.mlp_name = "cms" if model.uses_cms else "mlp"
         self.add_module(self.mixer_name, Attention(model) if model.uses_attention else Titans(model))
         if model.uses_cms:
-            levels = {name: build_level(config, level) for name, level in memory.levels_of(layer, model.layers).items()}
-            mlp = ContinuumMemory(levels, is_independent=memory.variant == "independent")
+            levels = {name: build_level(config, level) for name, level in cms.levels_of(layer, model.layers).items()}
+            mlp = ContinuumMemory(levels, is_independent=cms.variant == "independent")
         elif model.kind == "titans":
             mlp = SiluLevel(LevelForm(dim=model.dim, hidden=model.mlp_hidden or 4 * model.dim, num_layers=model.layers))
         else:

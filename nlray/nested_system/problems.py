@@ -332,7 +332,7 @@ def _level_problems(config: Config, plan: LevelPlan, module: Level) -> list[Prob
 
 def _initial_state_problems(config: Config, plan: LevelPlan, runs_on: str) -> list[Problem]:
     """In the nested variant the initial state of a level is learned at the frequency of the next slower one (Eq. 72)."""
-    slower = config.memory.slower_than(plan.name)
+    slower = config.cms.slower_than(plan.name)
     if slower is None:
         return []
     name, frequency = f"cms.{plan.name}.initial_state", 1.0 / (slower.update_period * _step_tokens(config))
@@ -414,7 +414,7 @@ def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[
         shard = plan.shards[max(range(plan.ranks), key=lambda r: _size(plan.shards[r]))]
         size = _VALUE_BYTES * _size(shard)
         optimizer = _optimizer_bytes(config.levels[plan.name].optimizer, shard)
-        slower = config.memory.slower_than(plan.name)
+        slower = config.cms.slower_than(plan.name)
         if slower is not None:
             optimizer += 2 * size + _optimizer_bytes(slower.optimizer, shard)
         ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))

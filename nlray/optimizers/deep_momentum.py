@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from nlray.config.values import Range, Rate
+from nlray.config.checks import Range, Rate
 from nlray.optimizers.base import TINY, GradientMemory, GradientOptimizer, memory, require, require_share
 
 

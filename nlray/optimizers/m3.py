@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nlray.backend import Path
-from nlray.config.values import Epsilon, Iterations, Rate
+from nlray.config.checks import Epsilon, Iterations, Rate
 from nlray.optimizers.backend import uses_triton
 from nlray.optimizers.base import GradientMemory, GradientOptimizer, memory, require, require_share, total_size
 from nlray.optimizers.newton_schulz import newton_schulz_each

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nlray.config.values import Epsilon, Iterations, Rate
+from nlray.config.checks import Epsilon, Iterations, Rate
 from nlray.optimizers.base import GradientMemory, GradientOptimizer, memory, require, require_share, root_mean_square, total_size
 from nlray.optimizers.newton_schulz import newton_schulz
 

@@ -79,7 +79,7 @@ def gradient_memories(config: OptimizerConfig, shapes: Mapping[str, tuple[int, .
 def check_optimizers(config: Config) -> None:
     """Raise UserError, with the key, for the first optimizer of a configuration that cannot be built."""
     optimizers = {"sequence.optimizer": config.sequence.optimizer}
-    optimizers |= {f"memory.levels.{name}.optimizer": level.optimizer for name, level in config.levels.items()}
+    optimizers |= {f"cms.levels.{name}.optimizer": level.optimizer for name, level in config.levels.items()}
     for key, optimizer in optimizers.items():
         try:
             build_on_trial(optimizer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlray.backend import Path
-from nlray.config.values import Iterations
+from nlray.config.checks import Iterations
 from nlray.optimizers.backend import uses_triton
 from nlray.optimizers.base import GradientMemory, loss_of, memory, total_size, undecorated
 from nlray.optimizers.newton_schulz import newton_schulz_each

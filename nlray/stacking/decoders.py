@@ -1,7 +1,7 @@
 """Decoders that level stacking takes over: what a source is as a configuration here, and its tensors by their names here.
 
     source = open_source("models/llama")     # a folder as the `transformers` library saves it, or a run of kind transformer
-    source.plain                             # {"model": {...}, "memory": {...}}, what the weights decide
+    source.plain                             # {"model": {...}, "cms": {...}}, what the weights decide
     source.rest(), source.layer(0)           # tensors; those of a layer in two, the attention's and the MLP's
 
 Of a folder only config.json, the safetensors files (`nlray/stacking/weights.py`) and tokenizer.json are read; of a run,
@@ -91,7 +91,7 @@ class TransformerRun(Source):
                 "tie_head": model.tie_head,
                 "attention": {key: getattr(own, key) for key in type(own).__slots__},
             },
-            "memory": {"mlp": "swiglu", "mlp_bias": False, "hidden": self._tensors["blocks.0.mlp.w_in"].shape[0]},
+            "cms": {"mlp": "swiglu", "mlp_bias": False, "hidden": self._tensors["blocks.0.mlp.w_in"].shape[0]},
         }
         data = config.data
         self.data = {"tokenizer": data.tokenizer, "end_token": data.end_token, "begin_token": data.begin_token}
@@ -123,7 +123,7 @@ class HuggingFaceDecoder(Source):
         """Take config.json as read; the weights are opened, and read one at a time as they are asked for."""
         hf.refuse_unless("quantization_config", None)
         self.source, self.hf = source, hf
-        self.plain = {"model": self.model(), "memory": self.mlp()}
+        self.plain = {"model": self.model(), "cms": self.mlp()}
         self.weights = weights = Weights(Path(source), self.prefix)
         layers = self.plain["model"]["layers"]
         weights.require(self.layer_norm.format(layers - 1))
@@ -243,7 +243,7 @@ class LlamaDecoder(HuggingFaceDecoder):
         mlp = {"norm": get("post_attention_layernorm.weight")}
         for name, theirs in {"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}.items():
             mlp[f"w_{name}"] = get(f"mlp.{theirs}.weight")
-            if self.plain["memory"]["mlp_bias"]:
+            if self.plain["cms"]["mlp_bias"]:
                 mlp[f"b_{name}"] = get(f"mlp.{theirs}.bias")
         return attention, mlp
 

@@ -1,9 +1,9 @@
 """Level stacking (section 7.3): a pretrained decoder becomes Hope-Attention whose levels start from its MLP blocks.
 
-    stack("models/llama", "runs/stacked", ["memory.layout=by_layer"])
+    stack("models/llama", "runs/stacked", ["cms.layout=by_layer"])
 
 The source is whatever `nlray.stacking.decoders` opens: a local folder as the `transformers` library saves it, or a run of kind transformer.
-The logits stay those of the source: with `memory.layout=by_layer`, the default, the MLP of a layer becomes that layer's one level;
+The logits stay those of the source: with `cms.layout=by_layer`, the default, the MLP of a layer becomes that layer's one level;
 with `chain` it becomes the slowest level, and the faster ones before it are copies of it whose output is zero until they have learned.
 """
 
@@ -24,7 +24,7 @@ from nlray.stacking.decoders import Source, open_source
 from nlray.storage import absolute, is_local
 
 DEFAULTS = {
-    "memory": {
+    "cms": {
         "layout": "by_layer",
         "levels": {
             "fast": {"update_period": 1},
@@ -66,7 +66,7 @@ def check_free(out: str) -> None:
 def stacked_config(decoder: Source, source: str, overrides: list[str]) -> Config:
     """Return the configuration that a decoder is taken over as; raise UserError where the overrides change what its weights decide."""
     plain = DEFAULTS | {"model": {"kind": "hope_attention", **decoder.plain["model"]}, "data": decoder.data}
-    plain["memory"] = plain["memory"] | decoder.plain["memory"]
+    plain["cms"] = plain["cms"] | decoder.plain["cms"]
     config = parse_config(source, yaml.safe_dump(plain), overrides)
     _check(config, plain, source)
     return config
@@ -104,7 +104,7 @@ def _pieces(decoder: Source, config: Config) -> Iterator[dict[str, Any]]:
 def block_tensors(layer: int, attention: Mapping[str, Any], mlp: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Return a layer's tensors by their full names: the attention's, and the MLP's for each level that the layer has."""
     tensors = {f"blocks.{layer}.attention.{name}": tensor for name, tensor in attention.items()}
-    *faster, slowest = config.memory.levels_of(layer, config.model.layers)
+    *faster, slowest = config.cms.levels_of(layer, config.model.layers)
     for level in (*faster, slowest):
         for name, tensor in mlp.items():
             is_silent = level != slowest and name in ("w_out", "b_out")
@@ -135,12 +135,12 @@ def _check(config: Config, plain: Mapping[str, Any], source: str) -> None:
     fixed = {f"model.{key}": (getattr(config.model, key), value) for key, value in plain["model"].items()}
     del fixed["model.seq_len"], fixed["model.attention"]
     fixed |= {f"model.attention.{k}": (getattr(config.model.attention, k), value) for k, value in plain["model"]["attention"].items()}
-    fixed |= {f"memory.{key}": (getattr(config.memory, key), plain["memory"][key]) for key in ("hidden", "mlp", "mlp_bias")}
+    fixed |= {f"cms.{key}": (getattr(config.cms, key), plain["cms"][key]) for key in ("hidden", "mlp", "mlp_bias")}
     for key, (now, value) in fixed.items():
         if now != value:
             raise UserError(f"{key} is {now}; {source} has {value}")
-    if config.memory.variant == "independent":
-        raise UserError("memory.variant is independent; allowed for a pretrained model: sequential, nested, which keep its logits")
-    for name, level in config.memory.levels.items():
+    if config.cms.variant == "independent":
+        raise UserError("cms.variant is independent; allowed for a pretrained model: sequential, nested, which keep its logits")
+    for name, level in config.cms.levels.items():
         if level.in_context is not None:
-            raise UserError(f"memory.levels.{name}.in_context is set; allowed for a pretrained model: null, which keeps its logits")
+            raise UserError(f"cms.levels.{name}.in_context is set; allowed for a pretrained model: null, which keeps its logits")

@@ -31,7 +31,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
         optimizers[name] = OuterOptimizer(newest[name], level.optimizer, horizon=config.run.steps)
         sums[name] = {}
         versions[name] = {0: {n: p.clone() for n, p in newest[name].items()}}
-        slower = config.memory.slower_than(name)
+        slower = config.cms.slower_than(name)
         if slower is not None:
             initial[name] = {n: p.clone() for n, p in newest[name].items()}
             initial_optimizers[name] = OuterOptimizer(initial[name], slower.optimizer, horizon=config.run.steps)
@@ -56,7 +56,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
             loss.backward()
             step_loss += loss.item()
             states.append(state_from_tensors({n: t.detach() for n, t in state_tensors(state).items()}, like=state))
-        carried = states if config.model.carry_state else None
+        carried = states if config.model.titans.carry_state else None
         losses.append(step_loss)
         for name, level in config.levels.items():
             for n, p in in_model[name].items() if step % level.grad_every == 0 else ():
@@ -70,7 +70,7 @@ def train_plainly(config: Config, num_steps: int, *, on_step=None) -> tuple[dict
                 optimizers[name].step(step)
                 if name in initial:
                     context[name].append({n: p.grad for n, p in newest[name].items()})
-                    if step % config.memory.slower_than(name).update_period == 0:
+                    if step % config.cms.slower_than(name).update_period == 0:
                         for n, p in initial[name].items():
                             p.grad = sum(gradients[n] for gradients in context[name]) / len(context[name])
                         initial_optimizers[name].step(step)

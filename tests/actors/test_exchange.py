@@ -110,7 +110,7 @@ def test_backward_adds_to_the_buffers_and_a_step_that_is_left_out_leaves_the_sum
 
 
 def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(small):
-    channel, ranks, parameters = open_channel(small("memory.levels.medium.delay=4"), "medium", LateRank)
+    channel, ranks, parameters = open_channel(small("cms.levels.medium.delay=4"), "medium", LateRank)
     for step in (1, 2, 3, 4):
         channel.apply(step)
         channel.accumulate(gradients_like(parameters))
@@ -128,7 +128,7 @@ def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(
 
 @pytest.mark.parametrize(("layout", "before"), [("chain", [1, 1, 1]), ("by_layer", [1, 2, 3])])
 def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_without_its_level(small, layout, before):
-    run = InProcessRun(small("run.steps=3", "model.layers=3", f"memory.layout={layout}", "sequence.micro_batch=2", "eval.sequences=0"))
+    run = InProcessRun(small("run.steps=3", "model.layers=3", f"cms.layout={layout}", "sequence.micro_batch=2", "eval.sequences=0"))
     seen = []
     for block in run.worker.model.blocks:
         block.mixer.register_forward_hook(lambda *_: seen.append("mixer"))
@@ -144,7 +144,7 @@ def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_withou
 
 
 def test_evaluations_see_versions_where_the_steps_use_local_updates(small):
-    config = small("memory.levels.fast.delay=1", "memory.defaults.local_update=true", "eval.every=1")
+    config = small("cms.levels.fast.delay=1", "cms.defaults.local_update=true", "eval.every=1")
     run = InProcessRun(config)
     evaluate, updated = run.worker.evaluate, dict.fromkeys(run.ranks, 0)
 
@@ -162,7 +162,7 @@ def test_evaluations_see_versions_where_the_steps_use_local_updates(small):
 
 
 def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(small):
-    channel, (rank,), parameters = open_channel(small("memory.levels.medium.delay=4"), "medium")
+    channel, (rank,), parameters = open_channel(small("cms.levels.medium.delay=4"), "medium")
     pulled = [rank.pull(0).data]
     expected = {n: p.clone() for n, p in parameters.items()}
 

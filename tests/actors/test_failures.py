@@ -31,7 +31,7 @@ class BrokenRank(LevelRank):
 
 
 def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_level(small):
-    config = small("run.steps=12", "memory.levels.slow=null")
+    config = small("run.steps=12", "cms.levels.slow=null")
     run = InProcessRun(config)
     honest, calls = run.worker.model.token_losses, 0
 
@@ -55,7 +55,7 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_le
 
 
 def test_a_skipped_step_leaves_the_carried_state_as_it_was(small):
-    run = InProcessRun(small("model.carry_state=true", "run.steps=5", "eval.sequences=0"))
+    run = InProcessRun(small("model.titans.carry_state=true", "run.steps=5", "eval.sequences=0"))
     honest, seen = run.worker.model.token_losses, []
 
     def losses(blocks, state=None):
@@ -81,7 +81,7 @@ def test_ten_such_steps_in_a_row_end_the_run(small):
 def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
     # Each step multiplies the matrices by a million.
     diverging = ["sequence.optimizer.lr=1000", "sequence.optimizer.weight_decay=1000", "sequence.optimizer.schedule.warmup=0"]
-    config = small("recovery.checkpoint_every=2", "memory.levels.medium=null", "memory.levels.slow=null", "run.steps=60", *diverging)
+    config = small("recovery.checkpoint_every=2", "cms.levels.medium=null", "cms.levels.slow=null", "run.steps=60", *diverging)
     status, _, events = run_to_end(config)
     assert status.state == "failed" and status.exit_code == 1
     assert "not finite for 10 steps in a row" in status.message
@@ -92,7 +92,7 @@ def test_a_diverged_run_fails_with_the_last_good_checkpoint(small, cluster):
 
 @pytest.mark.slow
 def test_a_fault_that_comes_again_at_the_same_step_ends_the_run_with_a_usable_checkpoint(small, cluster):
-    levels = ["memory.levels.fast.ranks=2", "memory.levels.medium=null"]
+    levels = ["cms.levels.fast.ranks=2", "cms.levels.medium=null"]
     config = small(*levels, "run.steps=60", "recovery.window=2")
     status, _, _ = run_to_end(config, behaviours=Behaviours(level_rank=BrokenRank))
     assert (status.state, status.exit_code) == ("failed", 1)
@@ -104,7 +104,7 @@ def test_a_fault_that_comes_again_at_the_same_step_ends_the_run_with_a_usable_ch
 
 
 def test_stop_ends_the_run_with_a_checkpoint(small, cluster):
-    config = small("memory.levels.medium=null", "memory.levels.slow=null", "run.steps=100000")
+    config = small("cms.levels.medium=null", "cms.levels.slow=null", "run.steps=100000")
     status, rows, _ = run_to_end(config, during=lambda handle, rows: handle.request_stop() if rows else None)
     assert status.state == "stopped" and status.exit_code == 0
     assert status.summary["checkpoint"].endswith(f"step_{rows[-1]['step']:09d}")
@@ -115,20 +115,20 @@ def test_more_gpus_than_there_are_is_the_users_mistake(small, cluster, tmp_path)
     with pytest.raises(UserError, match=r"sequence\.resources asks for 9 GPU on one node; the largest node of the cluster has 8"):
         launch(small("sequence.resources.gpus=9"))
     with pytest.raises(
-        UserError, match=r"the run asks for 10 GPU \(memory\.levels\.slow\.resources, sequence\.resources\); the cluster has 8"
+        UserError, match=r"the run asks for 10 GPU \(cms\.levels\.slow\.resources, sequence\.resources\); the cluster has 8"
     ):
-        launch(small("sequence.resources.gpus=4", "memory.levels.slow.resources.gpus=6"))
-    with pytest.raises(UserError, match=r"memory\.levels\.slow\.resources\.labels is .*no node of the cluster carries these labels"):
-        launch(small("memory.levels.slow.resources.labels={region: moon}"))
-    with pytest.raises(UserError, match=r"memory\.levels\.slow\.ranks is 99; allowed: at most the level's 6 tensors"):
-        launch(small("memory.levels.slow.ranks=99"))
+        launch(small("sequence.resources.gpus=4", "cms.levels.slow.resources.gpus=6"))
+    with pytest.raises(UserError, match=r"cms\.levels\.slow\.resources\.labels is .*no node of the cluster carries these labels"):
+        launch(small("cms.levels.slow.resources.labels={region: moon}"))
+    with pytest.raises(UserError, match=r"cms\.levels\.slow\.ranks is 99; allowed: at most the level's 6 tensors"):
+        launch(small("cms.levels.slow.ranks=99"))
     assert not (tmp_path / "run").exists()
 
 
 def test_gpus_auto_is_one_each_where_they_go_round_and_the_workers_first_where_not(small):
     from nlray.actors.hosts.placement import plan_actors
 
-    config = small("memory.levels.slow.ranks=2")
+    config = small("cms.levels.slow.ranks=2")
     assert list(config.levels) == ["fast", "medium", "slow"]
     for gpus, expected, num_notes in [(8, [1] * 5, 0), (3, [1, 0, 0, 0, 0], 1), (0, [0] * 5, 0)]:
         actors, notes = plan_actors(config, gpus)
@@ -158,24 +158,22 @@ def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(sma
     from nlray.actors.hosts.placement import check_kernels, plan_actors
     from nlray.actors.launch import fixed_on_resume
 
-    config = small("model.kernels=triton")
+    config = small("model.titans.kernels=triton")
     check_kernels(config, plan_actors(config, 1)[0])
-    with pytest.raises(UserError, match=r"model.kernels is triton and a sequence worker has no GPU .*; allowed then: auto, torch"):
+    with pytest.raises(UserError, match=r"model.titans.kernels is triton and a sequence worker has no GPU .*; allowed then: auto, torch"):
         check_kernels(config, plan_actors(config, 0)[0])
     check_kernels(small(), plan_actors(small(), 0)[0])
     assert fixed_on_resume(config) == fixed_on_resume(small())
-    config = small("memory.levels.fast.optimizer.kernels=triton")
+    config = small("cms.levels.fast.optimizer.kernels=triton")
     check_kernels(config, plan_actors(config, 8)[0])
-    with pytest.raises(
-        UserError, match=r"memory.levels.fast.optimizer.kernels is triton and a rank of level fast has no GPU .*auto, torch"
-    ):
+    with pytest.raises(UserError, match=r"cms.levels.fast.optimizer.kernels is triton and a rank of level fast has no GPU .*auto, torch"):
         check_kernels(config, plan_actors(config, 1)[0])
     assert fixed_on_resume(config) == fixed_on_resume(small())
     # In the nested variant a level's ranks step its initial state by the next slower level's optimizer.
-    own = ["memory.levels.medium.optimizer.kernels=triton", "memory.levels.fast.resources.gpus=0"]
+    own = ["cms.levels.medium.optimizer.kernels=triton", "cms.levels.fast.resources.gpus=0"]
     check_kernels(config := small(*own), plan_actors(config, 8)[0])
-    with pytest.raises(UserError, match=r"memory.levels.medium.optimizer.kernels is triton and a rank of level fast has no GPU"):
-        check_kernels(config := small("memory.variant=nested", *own), plan_actors(config, 8)[0])
+    with pytest.raises(UserError, match=r"cms.levels.medium.optimizer.kernels is triton and a rank of level fast has no GPU"):
+        check_kernels(config := small("cms.variant=nested", *own), plan_actors(config, 8)[0])
 
 
 def test_the_fit_is_checked_per_node_and_per_label(small):
@@ -184,12 +182,12 @@ def test_the_fit_is_checked_per_node_and_per_label(small):
     def node(labels=None, **resources):
         return {"Alive": True, "Resources": resources, "Labels": labels or {}}
 
-    config = small("memory.levels.slow.resources={cpus: 1, labels: {region: west}}", "memory.levels.fast.resources.custom={far: 1}")
+    config = small("cms.levels.slow.resources={cpus: 1, labels: {region: west}}", "cms.levels.fast.resources.custom={far: 1}")
     actors, _ = plan_actors(config, 0)
     check_fit(actors, [node(CPU=2, far=1), node({"region": "west"}, CPU=1)])
-    with pytest.raises(UserError, match=r"memory.levels.fast.resources asks for 1 far on one node; the largest node of the cluster has 0"):
+    with pytest.raises(UserError, match=r"cms.levels.fast.resources asks for 1 far on one node; the largest node of the cluster has 0"):
         check_fit(actors, [node(CPU=2), node({"region": "west"}, CPU=1)])
-    with pytest.raises(UserError, match=r"memory.levels.slow.resources asks for 1 CPU on one node; the largest .* has 0.5"):
+    with pytest.raises(UserError, match=r"cms.levels.slow.resources asks for 1 CPU on one node; the largest .* has 0.5"):
         check_fit(actors, [node(CPU=2, far=1), node({"region": "west"}, CPU=0.5)])
     dead = {**node(CPU=9), "Alive": False}
     with pytest.raises(UserError, match=r"the run asks for 2.2 CPU \(.*\); the cluster has 2"):

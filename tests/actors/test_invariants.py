@@ -22,8 +22,8 @@ from .conftest import run_to_end
 from .in_process import InProcessRun
 from .plain_loop import digest_plainly, train_plainly
 
-NO_DELAY = ["memory.levels.medium.delay=0", "memory.levels.slow.delay=0"]
-CARRIED = ["model.carry_state=true", "data.stream.lane_blocks=7", "model.seq_len=36"]
+NO_DELAY = ["cms.levels.medium.delay=0", "cms.levels.slow.delay=0"]
+CARRIED = ["model.titans.carry_state=true", "data.stream.lane_blocks=7", "model.seq_len=36"]
 """Lanes of 7 blocks; a block ends within a chunk of the memory, so that open inputs are carried too."""
 
 
@@ -71,31 +71,31 @@ def test_no_delay_equals_the_plain_loop(sized, workers):
 @pytest.mark.parametrize("overrides", [[], ["exchange.compression=int8"]], ids=["float32", "int8"])
 def test_the_local_update_of_a_lone_worker_is_the_update_bit_for_bit(small, overrides):
     delayed = [
-        "memory.levels.fast.delay=1",
-        "memory.levels.medium.delay=4",
-        "memory.levels.slow.delay=5",
-        "memory.defaults.local_update=true",
+        "cms.levels.fast.delay=1",
+        "cms.levels.medium.delay=4",
+        "cms.levels.slow.delay=5",
+        "cms.defaults.local_update=true",
     ]
-    at_once, late = (InProcessRun(small(*overrides, *delays, "memory.defaults.ranks=2")).train() for delays in (NO_DELAY, delayed))
+    at_once, late = (InProcessRun(small(*overrides, *delays, "cms.defaults.ranks=2")).train() for delays in (NO_DELAY, delayed))
     assert digest_plainly(late.parameters) == digest_plainly(at_once.parameters)
     assert [row["levels"]["fast"]["lag_steps"] for row in late.worker.report(0).rows[1:]] == [1] * 19
 
 
-LATE = ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"]
+LATE = ["cms.levels.fast.delay=1", "cms.levels.medium.delay=4", "cms.levels.slow.delay=5"]
 
 
 def test_two_workers_that_add_their_local_updates_up_have_the_bits_of_no_delay(small):
     """With three the order of a sum differs, and with it the last bits."""
 
     def trained(*overrides: str) -> str:
-        return digest_plainly(InProcessRun(small("sequence.workers=2", "memory.levels.slow.ranks=2", *overrides)).train().parameters)
+        return digest_plainly(InProcessRun(small("sequence.workers=2", "cms.levels.slow.ranks=2", *overrides)).train().parameters)
 
     at_once = trained(*NO_DELAY)
-    assert trained(*LATE, "memory.defaults.local_update=true") == at_once
+    assert trained(*LATE, "cms.defaults.local_update=true") == at_once
 
 
 def test_three_workers_that_add_their_local_updates_up_have_no_delay_up_to_rounding(sized):
-    late = InProcessRun(sized(3, *LATE, "memory.defaults.local_update=true")).train()
+    late = InProcessRun(sized(3, *LATE, "cms.defaults.local_update=true")).train()
     assert_equal(late.parameters, train_plainly(sized(3, *NO_DELAY), 20)[0], workers=3)
 
 
@@ -105,16 +105,16 @@ def test_three_workers_that_add_their_local_updates_up_have_no_delay_up_to_round
     [
         [],
         NO_DELAY,
-        [*LATE, "memory.defaults.local_update=true"],
-        ["exchange.compression=int8", "memory.levels.fast={delay: 1, local_update: true}"],
-        ["memory.levels.fast={delay: 1, local_update: true}", "memory.defaults.optimizer={name: muon, clip: 0.01}"],
-        ["memory.variant=nested", "memory.levels.slow={delay: 3, local_update: true}"],
+        [*LATE, "cms.defaults.local_update=true"],
+        ["exchange.compression=int8", "cms.levels.fast={delay: 1, local_update: true}"],
+        ["cms.levels.fast={delay: 1, local_update: true}", "cms.defaults.optimizer={name: muon, clip: 0.01}"],
+        ["cms.variant=nested", "cms.levels.slow={delay: 3, local_update: true}"],
     ],
     ids=["delays", "no delay", "local updates", "int8", "muon", "nested"],
 )
 def test_level_ranks_change_no_bit(sized, workers, overrides):
     def trained(ranks: int) -> str:
-        run = InProcessRun(sized(workers, *overrides, *[f"memory.levels.{n}.ranks={ranks}" for n in ("fast", "medium", "slow")]))
+        run = InProcessRun(sized(workers, *overrides, *[f"cms.levels.{n}.ranks={ranks}" for n in ("fast", "medium", "slow")]))
         return digest_plainly(run.train().parameters)
 
     assert trained(1) == trained(2) == trained(3)
@@ -123,16 +123,16 @@ def test_level_ranks_change_no_bit(sized, workers, overrides):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["memory.levels.fast.delay=1", "memory.levels.medium.delay=4", "memory.levels.slow.delay=5"],
-        ["memory.defaults.rule=dgd", "memory.levels.slow.delay=3"],
-        ["sequence.micro_batch=1", "memory.defaults.optimizer.clip=0"],
+        ["cms.levels.fast.delay=1", "cms.levels.medium.delay=4", "cms.levels.slow.delay=5"],
+        ["cms.defaults.rule=dgd", "cms.levels.slow.delay=3"],
+        ["sequence.micro_batch=1", "cms.defaults.optimizer.clip=0"],
         ["model.kind=hope_attention", "model.tie_head=false"],
-        ["memory.variant=nested", "memory.levels.slow.ranks=2"],
-        ["memory.variant=independent", "memory.levels.fast.ranks=3"],
-        ["memory.layout=by_layer", "memory.levels.medium=null"],
-        ["memory.levels.medium.grad_every=2", "memory.levels.slow={grad_every: 4, rule: dgd}"],
+        ["cms.variant=nested", "cms.levels.slow.ranks=2"],
+        ["cms.variant=independent", "cms.levels.fast.ranks=3"],
+        ["cms.layout=by_layer", "cms.levels.medium=null"],
+        ["cms.levels.medium.grad_every=2", "cms.levels.slow={grad_every: 4, rule: dgd}"],
         CARRIED,
-        [*CARRIED, "memory.levels.fast.in_context={chunk_size: 8}", "memory.defaults.rule=dgd"],
+        [*CARRIED, "cms.levels.fast.in_context={chunk_size: 8}", "cms.defaults.rule=dgd"],
     ],
     ids=[
         "delays",
@@ -156,21 +156,21 @@ def test_delayed_versions_equal_the_plain_loop_that_delays_by_the_same_rule(size
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["memory.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
-        ["memory.variant=nested", "memory.levels.slow.optimizer.name=muon"],
+        ["cms.levels.medium.optimizer.name=muon", "sequence.optimizer.name=muon"],
+        ["cms.variant=nested", "cms.levels.slow.optimizer.name=muon"],
     ],
     ids=["medium", "nested"],
 )
 def test_muon_equals_the_plain_loop(small, overrides):
     """Of a lone worker: in bfloat16, in which Muon orthogonalizes, another order of a sum is no small difference."""
-    config = small("memory.levels.slow.ranks=2", *overrides)
+    config = small("cms.levels.slow.ranks=2", *overrides)
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 20)[0])
 
 
 @pytest.mark.parametrize(("compression", "workers"), [("none", 2), ("int8", 1)])
 def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compression, workers):
-    levels = ["memory.levels.fast.delay=1", "memory.levels.medium={delay: 3, grad_every: 2}"]
-    levels += ["memory.levels.slow={delay: 5, local_update: true}"]
+    levels = ["cms.levels.fast.delay=1", "cms.levels.medium={delay: 3, grad_every: 2}"]
+    levels += ["cms.levels.slow={delay: 5, local_update: true}"]
     config = small(*levels, f"exchange.compression={compression}", f"sequence.workers={workers}")
     run = InProcessRun(config).train()
     loop, stream = BareLoop(config, with_exchange=True), open_stream(config)
@@ -184,7 +184,7 @@ def test_the_loop_of_the_benchmarks_does_what_the_exchange_does(small, compressi
 @pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("optimizer", ["{name: m3, options: {slow_every: 3}}", "{name: deep_momentum, options: {hidden: 8}}"])
 def test_optimizers_with_memories_of_their_own_equal_the_plain_loop(sized, optimizer, workers, ranks):
-    config = sized(workers, f"memory.defaults.optimizer={optimizer}", f"sequence.optimizer={optimizer}", f"memory.defaults.ranks={ranks}")
+    config = sized(workers, f"cms.defaults.optimizer={optimizer}", f"sequence.optimizer={optimizer}", f"cms.defaults.ranks={ranks}")
     assert_equal(InProcessRun(config).train().parameters, train_plainly(config, 20)[0], workers=workers)
 
 
@@ -199,7 +199,7 @@ def test_kinds_without_levels_equal_the_plain_loop(sized, kind, workers):
 def test_a_run_that_starts_from_a_checkpoint_equals_the_plain_loop_that_does(sized, tmp_path, workers):
     first = InProcessRun(sized(workers, "run.stop_after=4")).train()
     first.write(4, str(tmp_path / "start"))
-    config = sized(workers, f"init={tmp_path}/start", "memory.levels.slow.ranks=2", "run.seed=3")
+    config = sized(workers, f"init={tmp_path}/start", "cms.levels.slow.ranks=2", "run.seed=3")
     second = InProcessRun(config)
     assert digest_plainly(second.parameters) == digest_plainly(first.parameters)
     assert_equal(second.train().parameters, train_plainly(config, 20)[0], workers=workers)
@@ -229,7 +229,7 @@ def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_
     def small(*overrides: str):
         return sized(workers, *overrides)
 
-    overrides = [f"exchange.compression={compression}", "memory.levels.medium.delay=2"]
+    overrides = [f"exchange.compression={compression}", "cms.levels.medium.delay=2"]
     plain = InProcessRun(small()).train()
     whole = InProcessRun(small(*overrides)).train()
     losses = [[row["loss"] for row in run.worker.report(0).rows] for run in (plain, whole)]
@@ -237,15 +237,15 @@ def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_
     pushed, pulled = (whole.worker.report(0).rows[-1]["levels"]["fast"][key] for key in ("bytes_pushed", "bytes_pulled"))
     assert 1.8 < pulled / pushed < 4
     # After 10 steps: the open period of medium has two steps, that of fast none but what is left.
-    first = InProcessRun(small(*overrides, "run.stop_after=10", "memory.levels.slow.ranks=2")).train()
+    first = InProcessRun(small(*overrides, "run.stop_after=10", "cms.levels.slow.ranks=2")).train()
     first.write(10, str(tmp_path / "ten"))
-    second = InProcessRun(small(*overrides, "memory.levels.fast.ranks=2"))
+    second = InProcessRun(small(*overrides, "cms.levels.fast.ranks=2"))
     second.load(str(tmp_path / "ten"))
     assert digest_plainly(second.train().parameters) == digest_plainly(whole.parameters)
 
 
 def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(small):
-    settings = [*CARRIED, "memory.levels.fast={delay: 1, local_update: true}"]
+    settings = [*CARRIED, "cms.levels.fast={delay: 1, local_update: true}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
     two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, snapshots=one.snapshots()) for i in range(2)]
@@ -276,13 +276,13 @@ def test_any_periods_and_delays_equal_the_plain_loop(small, data):
         levels[name] = {"update_period": period, "delay": data.draw(st.integers(0, period)), "ranks": data.draw(st.integers(1, 2))}
         levels[name] |= data.draw(st.sampled_from([{}, {"local_update": True}]))
     levels = "{" + ", ".join(f"{n}: {{{', '.join(f'{k}: {v}' for k, v in level.items())}}}" for n, level in levels.items()) + "}"
-    config = small("run.steps=15", "memory.levels={fast: null, medium: null, slow: null}", f"memory.levels={levels}")
+    config = small("run.steps=15", "cms.levels={fast: null, medium: null, slow: null}", f"cms.levels={levels}")
     assert digest_plainly(InProcessRun(config).train().parameters) == digest_plainly(train_plainly(config, 15)[0])
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_late_level_ranks_change_no_bit(sized, workers):
-    config = sized(workers, "memory.levels.slow.ranks=2", "memory.levels.medium.local_update=true")
+    config = sized(workers, "cms.levels.slow.ranks=2", "cms.levels.medium.local_update=true")
     late, quiet = (InProcessRun(config, rank_class).train().parameters for rank_class in (SleepyRank, LevelRank))
     assert digest_plainly(late) == digest_plainly(quiet)
 
@@ -313,7 +313,7 @@ def test_under_ray_the_digest_is_the_plain_loops(small, cluster):
 
 
 def test_under_ray_late_ranks_of_groups_of_two_change_no_bit(small, cluster):
-    config = small("memory.levels.fast.ranks=2", "memory.levels.slow.ranks=2")
+    config = small("cms.levels.fast.ranks=2", "cms.levels.slow.ranks=2")
     status, _, events = run_to_end(config, behaviours=Behaviours(level_rank=SleepyRank))
     assert any("given a GPU, but torch sees none there" in e for e in events) != torch.cuda.is_available()
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 20)[0])
@@ -321,7 +321,7 @@ def test_under_ray_late_ranks_of_groups_of_two_change_no_bit(small, cluster):
 
 @pytest.mark.slow
 def test_under_ray_three_workers_agree_to_summation_order_and_repeat_their_bits_and_resume_to_them(sized, small, cluster, tmp_path):
-    overrides = ["memory.levels.slow.ranks=2", "memory.levels.medium=null", "run.steps=12"]
+    overrides = ["cms.levels.slow.ranks=2", "cms.levels.medium=null", "run.steps=12"]
     config = sized(3, *overrides)
     whole, _, _ = run_to_end(config)
     run_to_end(sized(3, *overrides, "run.stop_after=7", f"run.dir={tmp_path}/parts"))
@@ -331,6 +331,6 @@ def test_under_ray_three_workers_agree_to_summation_order_and_repeat_their_bits_
 
 
 def test_eager_mode_trains_with_two_workers(small, cluster):
-    config = small("exchange.mode=eager", "sequence.workers=2", "memory.levels.medium=null", "run.steps=30")
+    config = small("exchange.mode=eager", "sequence.workers=2", "cms.levels.medium=null", "run.steps=30")
     status, rows, _ = run_to_end(config)
     assert status.state == "completed" and rows[-1]["loss"] < rows[0]["loss"] - 0.5

@@ -58,7 +58,7 @@ def node_of(handle, role: str) -> str:
 
 @pytest.mark.slow
 def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
-    spot = "memory.levels.medium.resources={cpus: 0.1, gpus: 0, custom: {spot: 1}}"
+    spot = "cms.levels.medium.resources={cpus: 0.1, gpus: 0, custom: {spot: 1}}"
     overrides = ["run.steps=240", "recovery.window=20", "recovery.hang_timeout_s=10", "eval.every=0", spot]
     config = small(*overrides)
     lost, joined = [], []
@@ -82,7 +82,7 @@ def test_a_lost_node_changes_no_bit_and_one_that_joins_is_used(small, nodes):
 @pytest.mark.chaos
 def test_a_run_on_one_node_keeps_its_copies_on_another_and_outlives_its_own(small, nodes):
     pair = "resources={cpus: 0.1, gpus: 0, threads: 1, custom: {pair: 1}}"
-    levels = [f"memory.levels.{name}.{pair}" for name in ("fast", "medium", "slow")]
+    levels = [f"cms.levels.{name}.{pair}" for name in ("fast", "medium", "slow")]
     config = small("run.steps=4000", "recovery.window=20", "eval.every=0", f"sequence.{pair}", *levels, name="pair")
     nodes.add_node(num_cpus=3, resources={"pair": 4})
     lost, stopped = [], []
@@ -109,7 +109,7 @@ def test_a_run_on_one_node_keeps_its_copies_on_another_and_outlives_its_own(smal
 
 @pytest.mark.chaos
 def test_growing_waits_for_a_node_while_the_run_goes_on(small, nodes):
-    rare = "memory.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {rare: 1}}"
+    rare = "cms.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {rare: 1}}"
     config = small("run.steps=800", "recovery.window=50", "eval.every=0", rare, name="grow")
     asked, joined = [], []
 
@@ -133,7 +133,7 @@ def test_growing_waits_for_a_node_while_the_run_goes_on(small, nodes):
 
 @pytest.mark.chaos
 def test_a_run_that_has_no_node_for_a_lost_rank_waits_and_can_be_stopped_and_resumed(small, nodes):
-    mine = "memory.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {mine: 1}}"
+    mine = "cms.levels.slow.resources={cpus: 0.1, gpus: 0, custom: {mine: 1}}"
     config = small("run.steps=300", "recovery.window=10", "run.timeout_s=15", "eval.every=0", mine, name="waits")
     nodes.add_node(num_cpus=1, resources={"mine": 1})
     lost, asked = [], []

@@ -30,7 +30,7 @@ def at_three_moments(kind: str) -> list[Strike]:
 
 @pytest.mark.slow
 def test_one_fault_of_each_kind_changes_no_bit(small, cluster, tmp_path):
-    config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.checkpoint_every=12")
+    config = small(*POINTS, "cms.levels.slow.ranks=2", "recovery.checkpoint_every=12")
     strikes = [
         Strike("step", 10, ("sequence-0",)),
         Strike("publish", 16, ("medium-0",), by="rank"),
@@ -51,7 +51,7 @@ def test_one_fault_of_each_kind_changes_no_bit(small, cluster, tmp_path):
 @pytest.mark.chaos
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
-    config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.checkpoint_every=12")
+    config = small(*POINTS, "cms.levels.slow.ranks=2", "recovery.checkpoint_every=12")
     status, rows, events = run_to_end(config, behaviours=striking(tmp_path, at_three_moments(kind)))
     assert status.state == "completed", (status.message, events)
     assert struck(tmp_path) == 3
@@ -67,7 +67,7 @@ def test_faults_at_three_moments_change_no_bit(small, cluster, tmp_path, kind):
 
 @pytest.mark.chaos
 def test_several_at_once_killed_then_hung_change_no_bit(small, cluster, tmp_path):
-    config = small(*POINTS, "memory.levels.slow.ranks=2", "recovery.hang_timeout_s=3")
+    config = small(*POINTS, "cms.levels.slow.ranks=2", "recovery.hang_timeout_s=3")
     strikes = [
         Strike("publish", 12, ("sequence-0", "fast-0", "slow-1"), by="rank"),
         Strike("step", 22, ("sequence-0", "medium-0"), "stop"),
@@ -111,11 +111,11 @@ def test_three_workers_recover_from_the_loss_of_one_or_several(small, cluster, t
         *POINTS,
         "sequence.workers=3",
         "sequence.global_batch=6",
-        "memory.levels.fast.ranks=2",
+        "cms.levels.fast.ranks=2",
         "recovery.standbys=1",
-        "model.carry_state=true",
+        "model.titans.carry_state=true",
     ]
-    overrides.append("memory.levels.fast={delay: 1, local_update: true}")
+    overrides.append("cms.levels.fast={delay: 1, local_update: true}")
     overrides.append(f"sequence.shard={shard}")
     quiet, _, _ = run_to_end(small(*overrides, name="quiet"))
     strikes = [
@@ -172,7 +172,7 @@ def test_a_run_that_begins_again_starts_from_the_checkpoint_of_its_launch_whatev
 @pytest.mark.chaos
 def test_a_fault_while_the_run_recovers_is_met_too(small, cluster, tmp_path):
     strikes = [Strike("step", 10, ("medium-0",)), Strike("point", 8, ("sequence-0",)), Strike("publish", 8, ("conductor",), by="rank")]
-    config = small(*POINTS, "model.carry_state=true", "data.stream.lane_blocks=6")
+    config = small(*POINTS, "model.titans.carry_state=true", "data.stream.lane_blocks=6")
     status, _, _ = run_to_end(config, behaviours=striking(tmp_path, strikes))
     assert all(r["replayed"] <= r["step"] - r["restored"] for r in status.summary["recovery_log"])
     assert struck(tmp_path) == 3

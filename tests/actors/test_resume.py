@@ -22,7 +22,7 @@ from .plain_loop import digest_plainly, train_plainly
 
 @pytest.mark.slow
 def test_stop_after_and_resume_give_the_digest_of_one_go(small, cluster):
-    delays = ["memory.levels.medium.delay=3", "memory.levels.slow.ranks=2"]
+    delays = ["cms.levels.medium.delay=3", "cms.levels.slow.ranks=2"]
     stopped, _, _ = run_to_end(small(*delays, "run.stop_after=13"))
     assert stopped.state == "stopped" and stopped.summary["steps"] == 13
     config = resume_config(stopped.summary["checkpoint"].split("/checkpoints/")[0], [])
@@ -37,7 +37,7 @@ def test_stop_after_and_resume_give_the_digest_of_one_go(small, cluster):
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, cluster):
-    config = small("recovery.checkpoint_every=5", "recovery.keep=3", "memory.levels.medium=null")
+    config = small("recovery.checkpoint_every=5", "recovery.keep=3", "cms.levels.medium=null")
     whole, _, events = run_to_end(config)
     assert [e for e in events if "step_000000015 written" in e]
     newest = Path(whole.summary["checkpoint"])
@@ -98,9 +98,9 @@ def test_a_checkpoint_under_another_name_and_a_configuration_that_is_no_text_are
 
 @pytest.mark.slow
 def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small, cluster):
-    config = small("run.stop_after=10", "memory.levels.slow.ranks=3", "memory.levels.medium.ranks=1", "sequence.workers=2")
+    config = small("run.stop_after=10", "cms.levels.slow.ranks=3", "cms.levels.medium.ranks=1", "sequence.workers=2")
     run_to_end(config)
-    more = resume_config(config.run.dir, ["memory.levels.slow.ranks=1", "memory.levels.medium.ranks=2", "sequence.workers=1"])
+    more = resume_config(config.run.dir, ["cms.levels.slow.ranks=1", "cms.levels.medium.ranks=2", "sequence.workers=1"])
     status, rows, _ = run_to_end(more, resume=True)
     assert status.state == "completed"
     _, losses = train_plainly(small(), 20)
@@ -110,22 +110,22 @@ def test_checkpoint_of_one_rank_count_and_worker_count_loads_into_another(small,
 @pytest.mark.parametrize(
     "setting",
     [
-        ["memory.variant=sequential"],
-        ["memory.variant=nested"],
-        ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "sequence.workers=2"],
-        ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "sequence.workers=3", "sequence.global_batch=3"],
+        ["cms.variant=sequential"],
+        ["cms.variant=nested"],
+        ["cms.defaults.local_update=true", "cms.levels.fast.delay=1", "sequence.workers=2"],
+        ["cms.defaults.local_update=true", "cms.levels.fast.delay=1", "sequence.workers=3", "sequence.global_batch=3"],
     ],
     ids=["sequential", "nested", "locally updated", "three workers"],
 )
 @pytest.mark.parametrize("stop", [1, 4, 6, 8, 11])
 def test_resume_is_exact_wherever_the_run_stopped(small, tmp_path, stop, setting):
     """Boundaries inside and at the ends of periods and contexts, with versions under way, from parts written as a run writes them."""
-    overrides = ["memory.levels.medium.delay=4", "memory.levels.slow.delay=2", "memory.levels.slow.ranks=2", "run.steps=14"]
+    overrides = ["cms.levels.medium.delay=4", "cms.levels.slow.delay=2", "cms.levels.slow.ranks=2", "run.steps=14"]
     overrides += setting
     first = InProcessRun(small(*overrides, f"run.stop_after={stop}")).train()
     url = str(tmp_path / "checkpoint")
     first.write(stop, url)
-    config = small(*overrides, "memory.levels.medium.ranks=2")
+    config = small(*overrides, "cms.levels.medium.ranks=2")
     second = InProcessRun(config)
     second.load(url)
     whole = InProcessRun(config).train()
@@ -171,7 +171,7 @@ def rows_after(run: InProcessRun, step: int) -> list[dict]:
 
 
 def test_a_checkpoint_that_cannot_be_written_for_a_while_is_written_then(small, cluster):
-    changes = ["memory.levels={fast: null, medium: null, slow: {}}", "recovery.checkpoint_every=5"]
+    changes = ["cms.levels={fast: null, medium: null, slow: {}}", "recovery.checkpoint_every=5"]
     quiet, rows, _ = run_to_end(small(*changes, name="quiet"))
     config = small(*changes)
     blocked = Path(config.run.dir) / "checkpoints"
@@ -209,14 +209,14 @@ def test_a_run_whose_folder_is_removed_fails_and_does_not_make_it_again(small, c
 
 
 def test_a_resumed_run_keeps_the_options_of_its_optimizers(small):
-    fixed = fixed_on_resume(small("memory.levels.slow.optimizer={name: m3, options: {slow_every: 2}}"))
-    assert fixed["memory.levels.slow.optimizer.options"] == {"slow_every": 2} and fixed["sequence.optimizer.options"] == {}
+    fixed = fixed_on_resume(small("cms.levels.slow.optimizer={name: m3, options: {slow_every: 2}}"))
+    assert fixed["cms.levels.slow.optimizer.options"] == {"slow_every": 2} and fixed["sequence.optimizer.options"] == {}
 
 
 def test_a_resumed_run_keeps_the_mlp_of_its_levels_and_how_they_learn_in_context(small):
-    fixed = fixed_on_resume(small("memory.mlp=swiglu", "memory.levels.slow.in_context={chunk_size: 4}"))
-    assert fixed["memory.mlp"] == "swiglu" and fixed["memory.levels.fast.in_context"] is None
-    assert fixed["memory.levels.slow.in_context"] == {"chunk_size": 4, "lr": 1.0, "objective": "l2"}
+    fixed = fixed_on_resume(small("cms.mlp=swiglu", "cms.levels.slow.in_context={chunk_size: 4}"))
+    assert fixed["cms.mlp"] == "swiglu" and fixed["cms.levels.fast.in_context"] is None
+    assert fixed["cms.levels.slow.in_context"] == {"chunk_size": 4, "lr": 1.0, "objective": "l2"}
 
 
 def test_a_resumed_run_keeps_the_tokens_that_begin_and_end_its_documents(small, tmp_path):
@@ -238,12 +238,12 @@ def test_a_resumed_run_keeps_the_tokens_that_begin_and_end_its_documents(small, 
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(small, cluster):
-    config = small("memory.levels.medium=null", "run.stop_after=2")
+    config = small("cms.levels.medium=null", "run.stop_after=2")
     run_to_end(config)
     changes = {
         "model.dim": 16,
-        "memory.levels.slow.update_period": 16,
-        "memory.levels.fast.optimizer.name": "muon",
+        "cms.levels.slow.update_period": 16,
+        "cms.levels.fast.optimizer.name": "muon",
         "data.eval_fraction": 0.1,
         # A position in a lane would lie beyond the end of a shorter one.
         "data.stream.lane_blocks": 8,

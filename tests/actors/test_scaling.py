@@ -34,7 +34,7 @@ def scaling(plan: list[tuple[int, dict[str, int]]]):
 @pytest.mark.slow
 def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
     # As many steps as it takes: how many there are until a new process stands depends on the machine.
-    late = ["memory.levels.fast={delay: 1, local_update: true}", "memory.levels.medium={delay: 3, local_update: true}"]
+    late = ["cms.levels.fast={delay: 1, local_update: true}", "cms.levels.medium={delay: 3, local_update: true}"]
     config = small("run.steps=4000", "recovery.window=16", "eval.every=0", *late)
     ask, waiting = scaling([(20, {"fast": 3}), (90, {"fast": 1, "slow": 2}), (180, {"medium": 2})])
     stopped = []
@@ -61,9 +61,9 @@ def test_levels_grow_and_shrink_without_changing_a_bit(small, cluster):
 @pytest.mark.parametrize("step", [8, 10])
 def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_under_way(small, step):
     """At the end of a period of medium, and where version 2 has come and none is under way; of fast one always is."""
-    overrides = ["memory.defaults.local_update=true", "memory.levels.fast.delay=1", "memory.levels.medium.delay=2", "eval.sequences=0"]
+    overrides = ["cms.defaults.local_update=true", "cms.levels.fast.delay=1", "cms.levels.medium.delay=2", "eval.sequences=0"]
     config = small(*overrides)
-    first, others = InProcessRun(config), InProcessRun(small(*overrides, "memory.levels.fast.ranks=2", "memory.levels.medium.ranks=3"))
+    first, others = InProcessRun(config), InProcessRun(small(*overrides, "cms.levels.fast.ranks=2", "cms.levels.medium.ranks=3"))
     worker = first.worker
     for rank in first.all_ranks:
         rank.start()
@@ -125,7 +125,9 @@ def test_changes_that_come_before_the_last_one_is_done_are_carried_out_in_turn(s
     assert status.summary["digest"] == digest_plainly(train_plainly(config, 300)[0])
 
 
-@pytest.mark.parametrize("overrides", [[], pytest.param(["model.carry_state=true"], marks=pytest.mark.chaos)], ids=["blocks", "lanes"])
+@pytest.mark.parametrize(
+    "overrides", [[], pytest.param(["model.titans.carry_state=true"], marks=pytest.mark.chaos)], ids=["blocks", "lanes"]
+)
 def test_workers_come_and_go_with_the_same_data(small, cluster, overrides):
     config = small("run.steps=4000", "recovery.window=16", "eval.every=0", *overrides)
     ask, waiting = scaling([(10, {"sequence": 2, "fast": 2}), (60, {"sequence": 1})])
@@ -174,8 +176,8 @@ class SlowRank(LevelRank):
 
 @pytest.mark.slow
 def test_a_level_that_is_late_grows_by_its_policy(small, cluster):
-    policy = "memory.levels.fast.autoscale={max: 2, target_lag: 0.5}"
-    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", "memory.levels.medium=null", policy)
+    policy = "cms.levels.fast.autoscale={max: 2, target_lag: 0.5}"
+    config = small("run.steps=4000", "recovery.window=16", "eval.every=0", "cms.levels.medium=null", policy)
     stopped = []
 
     def during(handle, rows):

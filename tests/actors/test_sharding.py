@@ -24,8 +24,8 @@ VARIED = (
     "sequence.recompute_blocks=true",
     "sequence.precision=bf16",
     "model.tie_head=false",
-    "model.carry_state=true",
-    "memory.variant=independent",
+    "model.titans.carry_state=true",
+    "cms.variant=independent",
 )
 
 

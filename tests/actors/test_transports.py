@@ -136,7 +136,7 @@ def test_what_is_got_lasts_as_long_as_a_tensor_over_it_whatever_becomes_of_who_k
 
 @needs_nixl
 def test_a_run_over_nixl_changes_no_bit(small):
-    config = small("run.steps=9", "memory.levels.medium.ranks=2", "exchange.compression=int8")
+    config = small("run.steps=9", "cms.levels.medium.ranks=2", "exchange.compression=int8")
     runs = [InProcessRun(config, store=store).train() for store in (None, STORES["nixl"](10.0))]
     assert digest_plainly(runs[0].parameters) == digest_plainly(runs[1].parameters)
 

@@ -71,7 +71,7 @@ def test_the_plan_has_70_b_parameters_and_a_worker_of_it_takes_32_gpus(plan, hop
 
 
 def test_operations_are_those_that_torch_counts():
-    config = load_config("tiny", ["model.dim=32", "model.layers=3", "model.heads=2", "model.chunk_size=8", "model.seq_len=32"])
+    config = load_config("tiny", ["model.dim=32", "model.layers=3", "model.heads=2", "model.titans.chunk_size=8", "model.seq_len=32"])
     model = build_model(config, 64, seed=None)
     in_place = {torch.ops.aten.baddbmm_: added_products_flops}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
@@ -253,7 +253,7 @@ def test_goodput_by_hand(hope):
 
 
 def test_a_byte_more_or_less_than_predicted_is_told(capsys):
-    config = load_config("tiny", ["model.vocab_size=257", "sequence.workers=2", "memory.defaults.ranks=3"])
+    config = load_config("tiny", ["model.vocab_size=257", "sequence.workers=2", "cms.defaults.ranks=3"])
     work = workload_of("check", config)
 
     def row(step):

@@ -60,14 +60,14 @@ def test_the_gate_of_the_layer_passes_and_sees_a_memory_that_is_wrong(phase, mon
     right = layer.memory_of
 
     def wrong(model):
-        return right(replace(model, read="chunk_start" if model.read == "token" else "token"))
+        return right(replace(model, titans=replace(model.titans, read="chunk_start" if model.titans.read == "token" else "token")))
 
     monkeypatch.setattr(layer, "memory_of", wrong)
     assert layer.error_of("matrix", phase) > 100 * layer.TOLERANCE
 
 
 def test_the_work_of_the_layer_leaves_gradients_and_is_the_same_each_time():
-    model = layer.ModelConfig(dim=16, heads=2, layers=1, seq_len=12, chunk_size=4)
+    model = layer.ModelConfig(dim=16, heads=2, layers=1, seq_len=12, titans={"chunk_size": 4})
     torch.manual_seed(0)
     built = layer.build_layer(model)
     assert all(p.isfinite().all() for p in built.parameters())

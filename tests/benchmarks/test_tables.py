@@ -54,11 +54,11 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_frozen_levels_are_not_updated_within_the_run_and_keep_their_order():
-    assert tuple(DEFAULTS["memory"]["levels"]) == LEVELS
+    assert tuple(DEFAULTS["cms"]["levels"]) == LEVELS
     periods = [int(change.rpartition("=")[2]) for change in FROZEN]
     assert STEPS < periods[0] < periods[1]
 
 
 def test_the_bare_loop_refuses_states_that_it_would_not_carry():
-    with pytest.raises(UserError, match=r"model\.carry_state is true; allowed for the bare loop"):
-        BareLoop(load_config("tiny", ["model.carry_state=true", "model.vocab_size=31"]))
+    with pytest.raises(UserError, match=r"model\.titans\.carry_state is true; allowed for the bare loop"):
+        BareLoop(load_config("tiny", ["model.titans.carry_state=true", "model.vocab_size=31"]))

@@ -110,7 +110,7 @@ def test_a_run_in_the_background_is_scaled_and_stopped(cluster, tmp_path):
 
 def test_a_run_that_fails_raises(cluster, tmp_path):
     with pytest.raises(UserError, match="ranks is 1000"):
-        nlray.train("tiny", **SMALL, **{"run.dir": tmp_path / "run", "memory.levels.slow.ranks": 1000})
+        nlray.train("tiny", **SMALL, **{"run.dir": tmp_path / "run", "cms.levels.slow.ranks": 1000})
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "' + "good words " * 200 + '"}\n' + "{broken\n")
     with pytest.raises((RunFailedError, UserError), match=r"bad.jsonl"):

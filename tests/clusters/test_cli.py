@@ -111,7 +111,7 @@ def test_no_arguments_print_help(capsys):
         (["train", "missing.yaml"], ["missing.yaml"]),
         (["train", "run.stepz=3"], ["run.stepz", "did you mean steps?"]),
         (["train", "run.steps=0"], ["run.steps is 0", "1 to"]),
-        (["levels", "memory.levels.slow.delay=99"], ["memory.levels.slow.delay", "99", "0 to"]),
+        (["levels", "cms.levels.slow.delay=99"], ["cms.levels.slow.delay", "99", "0 to"]),
         (["train", "data.sources=[nothing_here.parquet]"], ["data.sources[0]", "nothing_here.parquet"]),
         (["train", "data.tokenizer=nothing_here.json"], ["data.tokenizer", "nothing_here.json"]),
         (["train", "model.vocab_size=100"], ["model.vocab_size", "100", "257"]),

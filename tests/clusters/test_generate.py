@@ -11,7 +11,7 @@ from nlray.config.loading import config_to_yaml, load_config
 from nlray.models.lm import build_model
 from nlray.pipelines.tokenizers import ByteTokenizer
 
-SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "model.chunk_size=8"]
+SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "model.titans.chunk_size=8"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from nlray.config.loading import load_config
 # Small tensors gain nothing from a second thread, and lose much when the cores are busy.
 torch.set_num_threads(1)
 
-SIZES = ["model.dim=16", "model.layers=2", "model.heads=2", "model.seq_len=12", "model.chunk_size=4", "memory.hidden=24"]
+SIZES = ["model.dim=16", "model.layers=2", "model.heads=2", "model.seq_len=12", "model.titans.chunk_size=4", "cms.hidden=24"]
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +40,21 @@ def kind(request) -> str:
 
 MEMORIES = {
     "collapsed": (),
-    "gd": ("model.rule=gd", "model.objective=l2"),
-    "adaptive": ("model.phase=adaptive",),
-    "adaptive q": ("model.phase=adaptive", "model.adapt_q=true"),
-    "static": ("model.phase=static",),
-    "momentum": ("model.phase=static", "model.momentum=true"),
-    **{rule: ("model.phase=static", f"model.rule={rule}") for rule in ("hebbian", "delta", "gated_delta")},
-    "mlp": ("model.memory=mlp", "model.memory_hidden=6"),
-    "adaptive mlp": ("model.memory=mlp", "model.phase=adaptive", "model.adapt_q=true"),
-    "static mlp with momentum": ("model.memory=mlp", "model.phase=static", "model.rule=gd", "model.objective=l2", "model.momentum=true"),
+    "gd": ("model.titans.rule=gd", "model.titans.objective=l2"),
+    "adaptive": ("model.titans.phase=adaptive",),
+    "adaptive q": ("model.titans.phase=adaptive", "model.titans.adapt_q=true"),
+    "static": ("model.titans.phase=static",),
+    "momentum": ("model.titans.phase=static", "model.titans.momentum=true"),
+    **{rule: ("model.titans.phase=static", f"model.titans.rule={rule}") for rule in ("hebbian", "delta", "gated_delta")},
+    "mlp": ("model.titans.memory=mlp", "model.titans.hidden=6"),
+    "adaptive mlp": ("model.titans.memory=mlp", "model.titans.phase=adaptive", "model.titans.adapt_q=true"),
+    "static mlp with momentum": (
+        "model.titans.memory=mlp",
+        "model.titans.phase=static",
+        "model.titans.rule=gd",
+        "model.titans.objective=l2",
+        "model.titans.momentum=true",
+    ),
 }
 
 

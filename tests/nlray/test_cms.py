@@ -66,7 +66,7 @@ def test_sequential_levels_are_a_chain():
 
 
 def test_independent_weights_are_equal_at_the_start_and_belong_to_the_sequence_parameters(small_config, random_blocks, vocab_size):
-    model = build_model(small_config("hope", "memory.variant=independent"), vocab_size, seed=0)
+    model = build_model(small_config("hope", "cms.variant=independent"), vocab_size, seed=0)
     mixes = [name for name in sequence_parameters(model) if name.endswith("cms.mix")]
     assert mixes == ["blocks.0.cms.mix", "blocks.1.cms.mix"]
     assert all((dict(model.named_parameters())[name] == 0).all() for name in mixes)
@@ -76,14 +76,14 @@ def test_independent_weights_are_equal_at_the_start_and_belong_to_the_sequence_p
 
 
 def test_a_level_named_mix_is_not_the_weights(small_config, random_blocks, vocab_size):
-    config = small_config("hope", "memory.variant=independent", "memory.levels={mix: {update_period: 2}}")
+    config = small_config("hope", "cms.variant=independent", "cms.levels={mix: {update_period: 2}}")
     model = build_model(config, vocab_size, seed=0)
     assert len(level_parameters(model)["mix"]) == 6 and torch.isfinite(model(random_blocks(1, 5))[0]).all()
 
 
 @pytest.mark.parametrize(("layers", "dealt"), [(4, [0, 1, 2, 3]), (8, [0, 0, 1, 1, 2, 2, 3, 3]), (6, [0, 0, 1, 2, 2, 3])])
 def test_by_layer_every_layer_has_one_level_the_fastest_first(small_config, vocab_size, layers, dealt):
-    config = small_config("hope", f"model.layers={layers}", "memory.layout=by_layer")
+    config = small_config("hope", f"model.layers={layers}", "cms.layout=by_layer")
     model = build_model(config, vocab_size, seed=0)
     assert [list(block.cms._modules) for block in model.blocks] == [[LEVELS[i]] for i in dealt]
     parameters = level_parameters(model)
@@ -95,11 +95,11 @@ def test_by_layer_every_layer_has_one_level_the_fastest_first(small_config, voca
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["memory.variant=nested", "memory.levels.slow.update_period=10"], ["memory.levels.slow.update_period is 10", "nested", "4"]),
-        (["memory.variant=nested", "memory.levels.medium.update_period=1"], ["memory.levels.medium.update_period is 1", "2 or more"]),
-        (["memory.variant=independent", "memory.layout=by_layer"], ["memory.layout", "chain"]),
-        (["memory.layout=by_layer", "model.layers=3"], ["model.layers is 3", "4 levels"]),
-        (["memory.variant=parallel"], ["memory.variant", "parallel", "independent"]),
+        (["cms.variant=nested", "cms.levels.slow.update_period=10"], ["cms.levels.slow.update_period is 10", "nested", "4"]),
+        (["cms.variant=nested", "cms.levels.medium.update_period=1"], ["cms.levels.medium.update_period is 1", "2 or more"]),
+        (["cms.variant=independent", "cms.layout=by_layer"], ["cms.layout", "chain"]),
+        (["cms.layout=by_layer", "model.layers=3"], ["model.layers is 3", "4 levels"]),
+        (["cms.variant=parallel"], ["cms.variant", "parallel", "independent"]),
     ],
 )
 def test_levels_that_cannot_be_joined_so_are_one_line(overrides, words):
@@ -110,7 +110,7 @@ def test_levels_that_cannot_be_joined_so_are_one_line(overrides, words):
 
 def nested_config(*overrides: str):
     plain = "optimizer={name: adamw, lr: 0.01, weight_decay: 0, schedule: {kind: constant, warmup: 0}}"
-    return load_config("tiny", ["memory.variant=nested", f"memory.defaults.{plain}", "memory.levels.medium.optimizer.lr=0.1", *overrides])
+    return load_config("tiny", ["cms.variant=nested", f"cms.defaults.{plain}", "cms.levels.medium.optimizer.lr=0.1", *overrides])
 
 
 def learner_of(parameters: dict[str, torch.Tensor], config, level: str = "fast") -> LevelLearner:

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nlray.clusters.cli import main
 from nlray.config import Config, LevelConfig
 from nlray.config.loading import (
     PRESETS,
@@ -55,7 +56,7 @@ def test_no_source_is_tiny():
 def test_any_configuration_goes_round(steps, period, share, lr, workers, name):
     plain = {
         "run": {"steps": steps},
-        "memory": {"levels": {name: {"update_period": period, "delay": int(share * period), "optimizer": {"lr": lr}}}},
+        "cms": {"levels": {name: {"update_period": period, "delay": int(share * period), "optimizer": {"lr": lr}}}},
         "sequence": {"workers": workers, "global_batch": 3 * workers},
     }
     config = config_from_dict(plain)
@@ -65,50 +66,52 @@ def test_any_configuration_goes_round(steps, period, share, lr, workers, name):
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("run: {steps: 7}\nmodel: {dim: 64}\nmemory: {levels: {a: {update_period: 2}}}\n")
-    config = load_config(str(path), ["run.steps=8", "run.steps=9", "model.objective=l2"])
-    assert (config.run.steps, config.model.dim, config.model.objective, list(config.levels)) == (9, 64, "l2", ["a"])
+    path.write_text("run: {steps: 7}\nmodel: {dim: 64}\ncms: {levels: {a: {update_period: 2}}}\n")
+    config = load_config(str(path), ["run.steps=8", "run.steps=9", "model.titans.objective=l2"])
+    assert (config.run.steps, config.model.dim, config.model.titans.objective, list(config.levels)) == (9, 64, "l2", ["a"])
 
 
 def test_null_removes_a_level_and_a_new_name_adds_one():
-    config = load_config("tiny", ["memory.levels.slow=null", "memory.levels.rare.update_period=100"])
+    config = load_config("tiny", ["cms.levels.slow=null", "cms.levels.rare.update_period=100"])
     assert list(config.levels) == ["fast", "medium", "slowest", "rare"]
 
 
 def test_levels_are_ordered_by_period():
-    assert list(load_config("tiny", ["memory.levels.fast.update_period=32"]).levels) == ["medium", "slow", "fast", "slowest"]
+    assert list(load_config("tiny", ["cms.levels.fast.update_period=32"]).levels) == ["medium", "slow", "fast", "slowest"]
 
 
 def test_defaults_hold_where_a_level_says_nothing():
-    config = load_config("tiny", ["memory.defaults.optimizer.lr=0.5", "memory.defaults.ranks=2", "memory.levels.slow.ranks=3"])
+    config = load_config("tiny", ["cms.defaults.optimizer.lr=0.5", "cms.defaults.ranks=2", "cms.levels.slow.ranks=3"])
     assert {level.optimizer.lr for level in config.levels.values()} == {0.5}
     assert [level.ranks for level in config.levels.values()] == [2, 2, 3, 2]
 
 
 def test_gradients_are_taken_in_every_so_many_steps_of_a_period():
-    assert load_config("tiny", ["memory.levels.slow.grad_every=4"]).levels["slow"].grad_every == 4
-    with pytest.raises(UserError, match=r"memory\.levels\.slow\.grad_every is 3; allowed: a divisor of update_period=16"):
-        load_config("tiny", ["memory.levels.slow.grad_every=3"])
+    assert load_config("tiny", ["cms.levels.slow.grad_every=4"]).levels["slow"].grad_every == 4
+    with pytest.raises(UserError, match=r"cms\.levels\.slow\.grad_every is 3; allowed: a divisor of update_period=16"):
+        load_config("tiny", ["cms.levels.slow.grad_every=3"])
 
 
 def test_a_state_that_grows_with_the_text_is_not_carried():
-    with pytest.raises(UserError, match=r"model\.carry_state is true; allowed for kind hope_attention, whose state grows .*: false"):
-        load_config("tiny", ["model.carry_state=true", "model.kind=hope_attention"])
+    with pytest.raises(
+        UserError, match=r"model\.titans\.carry_state is true; allowed for kind hope_attention, whose state grows .*: false"
+    ):
+        load_config("tiny", ["model.titans.carry_state=true", "model.kind=hope_attention"])
     with pytest.raises(UserError, match=r"data\.stream\.lane_blocks is 0; allowed: 1 or more"):
-        load_config("tiny", ["model.carry_state=true", "data.stream.lane_blocks=0"])
+        load_config("tiny", ["model.titans.carry_state=true", "data.stream.lane_blocks=0"])
 
 
 def test_options_of_an_optimizer_are_kept_as_they_came():
     options = "{slow_every: [16, 128], beta3: 0.99}"
-    config = load_config("tiny", ["memory.defaults.optimizer.name=m3", f"memory.defaults.optimizer.options={options}"])
+    config = load_config("tiny", ["cms.defaults.optimizer.name=m3", f"cms.defaults.optimizer.options={options}"])
     assert {level.optimizer.name for level in config.levels.values()} == {"m3"}
     assert all(level.optimizer.options == {"slow_every": [16, 128], "beta3": 0.99} for level in config.levels.values())
     assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
 
 
 def test_options_of_the_defaults_hold_for_levels_with_the_same_optimizer_only():
-    defaults = "memory.defaults.optimizer={name: m3, lr: 0.5, options: {beta3: 0.99}}"
-    own = ["memory.levels.slow.optimizer.name=adamw", "memory.levels.medium.optimizer.options.alpha=1.0"]
+    defaults = "cms.defaults.optimizer={name: m3, lr: 0.5, options: {beta3: 0.99}}"
+    own = ["cms.levels.slow.optimizer.name=adamw", "cms.levels.medium.optimizer.options.alpha=1.0"]
     levels = load_config("tiny", [defaults, *own]).levels
     assert levels["slow"].optimizer.options == {} and levels["slow"].optimizer.lr == 0.5
     assert levels["medium"].optimizer.options == {"beta3": 0.99, "alpha": 1.0}
@@ -117,9 +120,7 @@ def test_options_of_the_defaults_hold_for_levels_with_the_same_optimizer_only():
 
 def test_what_a_section_does_not_set_is_as_without_the_section():
     resources = (
-        load_config("tiny", ["memory.levels.slow.resources.custom={far: 1}", "memory.defaults.resources.threads=2"])
-        .levels["slow"]
-        .resources
+        load_config("tiny", ["cms.levels.slow.resources.custom={far: 1}", "cms.defaults.resources.threads=2"]).levels["slow"].resources
     )
     assert (resources.cpus, resources.threads, resources.custom) == (0.1, 2, {"far": 1.0})
     # A section of which only some keys are given is made by its class: so every default must be that of the class.
@@ -134,13 +135,13 @@ def test_what_a_section_does_not_set_is_as_without_the_section():
 
 @pytest.mark.parametrize(("period", "delay", "visible"), [(1, None, 0), (4, None, 4), (64, None, 8), (64, 0, 0), (1, 1, 1)])
 def test_delay_in_force(period, delay, visible):
-    config = config_from_dict({"memory": {"levels": {"a": {"update_period": period, "delay": delay}}}})
+    config = config_from_dict({"cms": {"levels": {"a": {"update_period": period, "delay": delay}}}})
     assert config.levels["a"].visible_delay == visible
 
 
 @pytest.mark.parametrize(("value", "biases"), [("4", (4.0,) * 4), ("[1, 2.5, -3, 4e0]", (1.0, 2.5, -3.0, 4.0))])
 def test_the_decay_has_one_bias_or_one_for_each_head(value, biases):
-    config = load_config("tiny", [f"model.decay_bias={value}"])
+    config = load_config("tiny", [f"model.titans.decay_bias={value}"])
     assert config.model.decay_biases == biases
     assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
 
@@ -162,7 +163,7 @@ def test_names_of_runs():
     assert default_run_name(None, ["init=runs/stacked"], "S") == "stacked-S"
     assert load_config("tiny", default_name="n").run.name == "n"
     assert load_config("tiny", ["run.name=own"], default_name="n").run.name == "own"
-    assert with_run(Config(memory=load_config("tiny").memory), dir="d").run.dir == "d"
+    assert with_run(Config(cms=load_config("tiny").cms), dir="d").run.dir == "d"
 
 
 @pytest.mark.parametrize(
@@ -171,42 +172,54 @@ def test_names_of_runs():
         (["nonsense"], ["nonsense", "key=value"]),
         (["modle.dim=3"], ["modle", "model"]),
         (["model.dims=3"], ["model.dims", "model.dim"]),
-        (["memory.levels.slow.period=3"], ["memory.levels.slow.period"]),
-        (["memory.levels.slow.optimizer.beta=3"], ["memory.levels.slow.optimizer.beta", "betas"]),
-        (["memory.defaults.period=3"], ["memory.defaults.period"]),
+        (["cms.levels.slow.period=3"], ["cms.levels.slow.period"]),
+        (["cms.levels.slow.optimizer.beta=3"], ["cms.levels.slow.optimizer.beta", "betas"]),
+        (["cms.defaults.period=3"], ["cms.defaults.period"]),
         (
-            ["memory.levels.slow.optimizer.name=delta_momentm"],
-            ["memory.levels.slow.optimizer.name is", "did you mean 'delta_momentum'", "m3"],
+            ["cms.levels.slow.optimizer.name=delta_momentm"],
+            ["cms.levels.slow.optimizer.name is", "did you mean 'delta_momentum'", "m3"],
         ),
         (["sequence.optimizer.name=torch.optim.SGD"], ["sequence.optimizer.name", "package.module:Class"]),
         (["sequence.optimizer.options=3"], ["sequence.optimizer.options is 3", "a mapping"]),
         (["model.dim=wide"], ["model.dim", "wide"]),
         (["model.kind=mamba"], ["model.kind", "mamba", "transformer"]),
         (["model.heads=3"], ["model.heads", "3", "128"]),
-        (["model.rule=delta"], ["model.phase is self_modifying", "model.rule=delta", "static"]),
-        (["model.rule=hebbian", "model.phase=static", "model.memory=mlp"], ["model.memory is mlp", "model.rule=hebbian", "matrix"]),
+        (["model.titans.rule=delta"], ["model.titans.phase is self_modifying", "model.titans.rule=delta", "static"]),
         (
-            ["model.rule=gated_delta", "model.phase=static", "model.objective=l2"],
-            ["model.objective is l2", "gated_delta", "dot"],
+            ["model.titans.rule=hebbian", "model.titans.phase=static", "model.titans.memory=mlp"],
+            ["model.titans.memory is mlp", "model.titans.rule=hebbian", "matrix"],
         ),
-        (["model.rule=delta", "model.phase=static", "model.momentum=true"], ["model.momentum is true", "model.rule=delta", "false"]),
-        (["model.rule=gd"], ["model.objective is dot", "model.rule=gd and model.phase=self_modifying", "l2"]),
-        (["model.rule=gd", "model.phase=static", "model.memory=mlp"], ["model.objective is dot", "model.memory=mlp", "l2"]),
-        (["model.momentum=true"], ["model.momentum is true", "model.phase=self_modifying", "false"]),
-        (["model.phase=static", "model.adapt_q=true"], ["model.adapt_q is true", "model.phase=static", "false"]),
-        (["model.memory_hidden=8"], ["model.memory_hidden is 8", "model.memory=matrix", "null"]),
-        (["model.memory=mlp", "model.memory_hidden=0"], ["model.memory_hidden is 0", "1 to 1048576"]),
-        (["model.memory_chunks.kk=8"], ["model.memory_chunks.kk", "did you mean k?", "self_modifying: k, v, eta, alpha, mem"]),
-        (["model.memory=matrx"], ["model.memory is 'matrx'", "did you mean 'matrix'?", "mlp, or package.module:Class"]),
-        (["model.decay_bias=[1,2]"], ["model.decay_bias is [1.0, 2.0]", "model.heads=4"]),
-        (["model.decay_bias=[1,2,3,slow]"], ["model.decay_bias is", "slow", "a list, each a number"]),
-        (["model.decay_bias=null"], ["model.decay_bias is null", "a number"]),
-        (["memory.levels.slow.update_period=0"], ["memory.levels.slow.update_period", "0", "1 or more"]),
-        (["memory.levels.slow.delay=17"], ["memory.levels.slow.delay", "17", "0 to", "16"]),
-        (["memory.levels.slow.optimizer.lr=0"], ["memory.levels.slow.optimizer.lr", "more than 0"]),
+        (
+            ["model.titans.rule=gated_delta", "model.titans.phase=static", "model.titans.objective=l2"],
+            ["model.titans.objective is l2", "gated_delta", "dot"],
+        ),
+        (
+            ["model.titans.rule=delta", "model.titans.phase=static", "model.titans.momentum=true"],
+            ["model.titans.momentum is true", "model.titans.rule=delta", "false"],
+        ),
+        (["model.titans.rule=gd"], ["model.titans.objective is dot", "model.titans.rule=gd and model.titans.phase=self_modifying", "l2"]),
+        (
+            ["model.titans.rule=gd", "model.titans.phase=static", "model.titans.memory=mlp"],
+            ["model.titans.objective is dot", "model.titans.memory=mlp", "l2"],
+        ),
+        (["model.titans.momentum=true"], ["model.titans.momentum is true", "model.titans.phase=self_modifying", "false"]),
+        (
+            ["model.titans.phase=static", "model.titans.adapt_q=true"],
+            ["model.titans.adapt_q is true", "model.titans.phase=static", "false"],
+        ),
+        (["model.titans.hidden=8"], ["model.titans.hidden is 8", "model.titans.memory=matrix", "null"]),
+        (["model.titans.memory=mlp", "model.titans.hidden=0"], ["model.titans.hidden is 0", "1 to 1048576"]),
+        (["model.titans.chunk_sizes.kk=8"], ["model.titans.chunk_sizes.kk", "did you mean k?", "self_modifying: k, v, eta, alpha, mem"]),
+        (["model.titans.memory=matrx"], ["model.titans.memory is 'matrx'", "did you mean 'matrix'?", "mlp, or package.module:Class"]),
+        (["model.titans.decay_bias=[1,2]"], ["model.titans.decay_bias is [1.0, 2.0]", "model.heads=4"]),
+        (["model.titans.decay_bias=[1,2,3,slow]"], ["model.titans.decay_bias is", "slow", "a list, each a number"]),
+        (["model.titans.decay_bias=null"], ["model.titans.decay_bias is null", "a number"]),
+        (["cms.levels.slow.update_period=0"], ["cms.levels.slow.update_period", "0", "1 or more"]),
+        (["cms.levels.slow.delay=17"], ["cms.levels.slow.delay", "17", "0 to", "16"]),
+        (["cms.levels.slow.optimizer.lr=0"], ["cms.levels.slow.optimizer.lr", "more than 0"]),
         (["sequence.optimizer.schedule.warmup=-1"], ["sequence.optimizer.schedule.warmup is -1"]),
-        (["memory.levels.slow.optimizer.schedule.final=2"], ["memory.levels.slow.optimizer.schedule.final is 2"]),
-        (["memory.levels.medium.resources.cpus=-1"], ["memory.levels.medium.resources.cpus is -1"]),
+        (["cms.levels.slow.optimizer.schedule.final=2"], ["cms.levels.slow.optimizer.schedule.final is 2"]),
+        (["cms.levels.medium.resources.cpus=-1"], ["cms.levels.medium.resources.cpus is -1"]),
         (["sequence.optimizer.lr=-1"], ["sequence.optimizer.lr", "-1"]),
         (["sequence.workers=3"], ["sequence.global_batch", "8", "sequence.workers=3"]),
         (["sequence.micro_batch=3"], ["sequence.micro_batch", "3", "8"]),
@@ -214,11 +227,11 @@ def test_names_of_runs():
         (["data.eval_fraction=1"], ["data.eval_fraction", "1"]),
         (["data.sources=[]"], ["data.sources is []", "one source or more"]),
         (["data.sources=[{path: a, wieght: 2}]"], ["data.sources[0].wieght", "weight"]),
-        (["memory.levels.sequence.update_period=2"], ["memory.levels.sequence"]),
-        (["memory.levels.backup.update_period=2"], ["memory.levels.backup", "not one of sequence, standby, backup, conductor"]),
+        (["cms.levels.sequence.update_period=2"], ["cms.levels.sequence"]),
+        (["cms.levels.backup.update_period=2"], ["cms.levels.backup", "not one of sequence, standby, backup, conductor"]),
         (
-            ["memory.levels.fast=null", "memory.levels.medium=null", "memory.levels.slow=null", "memory.levels.slowest=null"],
-            ["memory.levels"],
+            ["cms.levels.fast=null", "cms.levels.medium=null", "cms.levels.slow=null", "cms.levels.slowest=null"],
+            ["cms.levels"],
         ),
     ],
 )
@@ -285,14 +298,46 @@ def test_what_a_run_of_an_earlier_version_wrote_means_the_same():
 
 @pytest.mark.parametrize(("earlier", "today"), [("none", False), ("summed", True)])
 def test_a_level_of_an_earlier_version_learns_as_it_did(earlier, today):
-    written = config_to_yaml(load_config("tiny", ["memory.levels.fast.delay=1"]))
-    old = written.replace("local_update: false", f"local_update: {earlier}\n      predict: 0.0")
+    written = config_to_yaml(load_config("tiny", ["cms.levels.fast.delay=1"]))
+    old = written.replace("local_update: false", f"local_update: {earlier}\n      predict: 0.0").replace("\ncms:", "\nmemory:")
     assert old != written
     assert {level.local_update for level in parse_run_config("config.yaml", old).levels.values()} == {today}
 
 
 @pytest.mark.parametrize(("key", "value"), [("predict", "2.0"), ("local_update", "own")])
 def test_a_level_of_an_earlier_version_that_nlray_cannot_continue_is_told(key, value):
-    old = config_to_yaml(load_config("tiny")).replace("local_update: false", f"{key}: {value}")
+    old = config_to_yaml(load_config("tiny")).replace("local_update: false", f"{key}: {value}").replace("\ncms:", "\nmemory:")
     with pytest.raises(UserError, match=rf"memory\.levels\.fast\.{key} is {value}, which nlray does not do any more; .*true"):
         parse_run_config("config.yaml", old)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memory.levels.fast.update_period=2", "memory.levels.fast.update_period: renamed cms.levels.fast.update_period"),
+        ("memory.levels={new: {update_period: 2, ranks: 3}}", "memory.levels.new: renamed cms.levels.new"),
+        ("memory.hidden=8", "memory.hidden: renamed cms.hidden"),
+        ("memory=null", "memory: renamed cms"),
+        ("model.phase=static", "model.phase: renamed model.titans.phase"),
+        ("model.memory=mlp", "model.memory: renamed model.titans.memory"),
+        ("model.memory_options.width=3", "model.memory_options.width: renamed model.titans.options.width"),
+        ("model.memory_chunks={k: 16}", "model.memory_chunks.k: renamed model.titans.chunk_sizes.k"),
+        ("model={dim: 8, conv_width: 2}", "model.conv_width: renamed model.titans.conv_width"),
+    ],
+)
+def test_an_old_key_names_the_new_one(override, message, tmp_path, capsys):
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", [override])
+    assert str(caught.value) == message
+    for command in (["train", "tiny"], ["levels"], ["resume", str(tmp_path / "run")]):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").write_text(config_to_yaml(load_config("tiny")))
+        assert main([*command, override]) == 2
+        assert capsys.readouterr().err == f"nlray: error: {message}\n"
+
+
+def test_a_file_with_old_keys_names_all_of_them():
+    with pytest.raises(UserError) as caught:
+        parse_config("mine.yaml", "model: {dim: 64, rule: gd, memory_hidden: 8}\nmemory: {hidden: 8, mlp: gelu}")
+    renamed = {"model.rule": "model.titans.rule", "model.memory_hidden": "model.titans.hidden", "memory": "cms"}
+    assert str(caught.value) == "; ".join(f"{old}: renamed {new}" for old, new in renamed.items())

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nlray.config import Config, OptimizerConfig
+from nlray.config.checks import LIMITS, SMALLEST, Range, Scalar, read
 from nlray.config.loading import load_config
-from nlray.config.values import LIMITS, SMALLEST, Range, Scalar, read
 from nlray.errors import UserError
 from nlray.models.lm import build_model
 from nlray.optimizers import OuterOptimizer
@@ -20,8 +20,8 @@ from nlray.optimizers.registry import CLASSES, OWN_KEYS, build_on_trial
 
 BASE = [
     "run.steps=100",
-    "memory.levels.slow.autoscale={max: 2, target_lag: 1}",
-    "memory.levels.slow.in_context={chunk_size: 4, objective: l2}",
+    "cms.levels.slow.autoscale={max: 2, target_lag: 1}",
+    "cms.levels.slow.in_context={chunk_size: 4, objective: l2}",
 ]
 NOT_NUMBERS = ("nan", ".nan", "inf", "-inf", ".inf", "true", "yes", "0x10", "0o10", "1_000", "1:30", "2026-11-30", "3 4", "")
 NUMBERS = ("-1", "0", "1", "3", "010", "0.5", "1e3", "3.0", "1e-38", "1e-60", "1e308", "1e999", str(2**31), str(2**63), "9" * 5000)
@@ -40,16 +40,16 @@ def numbers_of(kind: Any, key: str) -> Iterator[tuple[str, Any, type, Range]]:
         elif origin is list and inner[0] is not Any:
             yield from numbers_of(inner[0], f"{key}.0")
         elif origin is dict and inner[1] is not Any:
-            name = {"memory.levels": "slow", "model.memory_chunks": "k", "model.attention.rope_scaling": "factor"}.get(key, "any")
+            name = {"cms.levels": "slow", "model.titans.chunk_sizes": "k", "model.attention.rope_scaling": "factor"}.get(key, "any")
             yield from numbers_of(inner[1], f"{key}.{name}")
 
 
-KEYS = {key: (declared, kind, rule) for key, declared, kind, rule in numbers_of(Config, "") if key != "model.decay_bias.0"}
+KEYS = {key: (declared, kind, rule) for key, declared, kind, rule in numbers_of(Config, "") if key != "model.titans.decay_bias.0"}
 
 
 def overrides_of(key: str, value: str) -> list[str]:
     """Return overrides that set a key, in a configuration that has the lists that it may be in."""
-    lists = ["data.sources=[a.txt]", "sequence.optimizer.betas=[0.9, 0.95]", "memory.levels.slow.optimizer.betas=[0.9, 0.95]"]
+    lists = ["data.sources=[a.txt]", "sequence.optimizer.betas=[0.9, 0.95]", "cms.levels.slow.optimizer.betas=[0.9, 0.95]"]
     return [*BASE, *lists, f"{key}={value}"]
 
 
@@ -63,8 +63,8 @@ def outcome(key: str, value: str) -> Any:
 
 def test_every_key_is_there():
     assert len(KEYS) > 70
-    assert {"run.timeout_s", "sequence.optimizer.betas.0", "memory.levels.slow.autoscale.target_lag", "data.sources.0.weight"} <= set(KEYS)
-    assert {"memory.levels.slow.in_context.lr", "memory.levels.slow.resources.custom.any", "model.memory_chunks.k"} <= set(KEYS)
+    assert {"run.timeout_s", "sequence.optimizer.betas.0", "cms.levels.slow.autoscale.target_lag", "data.sources.0.weight"} <= set(KEYS)
+    assert {"cms.levels.slow.in_context.lr", "cms.levels.slow.resources.custom.any", "model.titans.chunk_sizes.k"} <= set(KEYS)
 
 
 @pytest.mark.parametrize("value", ["nan", "1e999"])
@@ -99,8 +99,8 @@ def test_pythons_own_values_are_read_alike(value):
             read("a key", value, kind)
 
 
-SMALL = ["model.dim=8", "model.heads=2", "model.layers=2", "model.seq_len=8", "model.chunk_size=4", "memory.hidden=8"]
-FLOATS = [key for key, (_, kind, _) in KEYS.items() if kind is float and key.startswith(("model.", "memory.levels.slow.optimizer"))]
+SMALL = ["model.dim=8", "model.heads=2", "model.layers=2", "model.seq_len=8", "model.titans.chunk_size=4", "cms.hidden=8"]
+FLOATS = [key for key, (_, kind, _) in KEYS.items() if kind is float and key.startswith(("model.", "cms.levels.slow.optimizer"))]
 
 
 @pytest.mark.parametrize("is_high", [False, True])

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from nlray.config.loading import config_to_yaml, load_config, parse_config
+from nlray.config.loading import config_to_yaml, load_config, parse_config, parse_run_config
 from nlray.config.yaml_text import dump_yaml, load_yaml
 from nlray.errors import UserError
 
@@ -25,9 +25,7 @@ def message_of(*arguments, **named):
 @pytest.mark.parametrize("name", ["20240101_1200", "010", "yes", "1e3", "0x10", "1_000", "12:30", "2026-11-30", "1.10", "on", "a b", "#5"])
 def test_a_string_is_the_characters_as_they_are_written(name, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        f"memory: {{levels: {{a: {{update_period: 2}}}}}}\nrun:\n  name: {name if name[0] != '#' else repr(name)}\n  steps: 010\n"
-    )
+    path.write_text(f"cms: {{levels: {{a: {{update_period: 2}}}}}}\nrun:\n  name: {name if name[0] != '#' else repr(name)}\n  steps: 010\n")
     for config in load_config(str(path)), load_config(str(path), ["run.name=other", f"run.name={name}"]):
         assert (config.run.name, config.run.steps) == (name, 10)
         # As it is written to the run's folder; other readers of YAML have the same strings.
@@ -45,8 +43,8 @@ def test_other_strings_too():
 
 def test_options_without_a_declared_type_are_decimal_numbers_booleans_or_strings():
     options = "{a: 010, b: 1e3, c: true, d: yes, e: 0x10, f: '5', g: [1, 2.5], h: null, i: '1e3'}"
-    found = load_config("tiny", [f"model.memory_options={options}"])
-    assert found.model.memory_options == {
+    found = load_config("tiny", [f"model.titans.options={options}"])
+    assert found.model.titans.options == {
         "a": 10,
         "b": 1e3,
         "c": True,
@@ -91,7 +89,7 @@ def test_a_file_that_is_no_configuration_is_one_line_with_its_name(content, word
 
 def test_anchors_and_merges_are_read(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("memory:\n  levels:\n    a: &a {update_period: 2, ranks: 3}\n    b: {<<: *a, update_period: 4}\n")
+    path.write_text("cms:\n  levels:\n    a: &a {update_period: 2, ranks: 3}\n    b: {<<: *a, update_period: 4}\n")
     levels = load_config(str(path)).levels
     assert [(level.update_period, level.ranks) for level in levels.values()] == [(2, 3), (4, 3)]
 
@@ -140,10 +138,10 @@ def test_an_override_of_a_list_of_numbers():
         (["sequence.optimizer.betas.0=1"], "sequence.optimizer.betas is {'0': 1}; allowed: a list"),
         (["data.sources=['']"], "data.sources[0].path is ''; allowed: a string that is not empty"),
         (["data.sources=[null]"], "data.sources[0] is null; allowed: keys path"),
-        (["memory.levels=[]"], "memory.levels is []; allowed: a mapping"),
-        (["memory.levels.slow=[]"], "memory.levels.slow is []; allowed: keys update_period"),
-        (["memory.defaults.ranks=0"], "memory.defaults.ranks is 0; allowed: 1 or more"),
-        (["memory.defaults=3"], "memory.defaults is 3; allowed: keys update_period"),
+        (["cms.levels=[]"], "cms.levels is []; allowed: a mapping"),
+        (["cms.levels.slow=[]"], "cms.levels.slow is []; allowed: keys update_period"),
+        (["cms.defaults.ranks=0"], "cms.defaults.ranks is 0; allowed: 1 or more"),
+        (["cms.defaults=3"], "cms.defaults is 3; allowed: keys update_period"),
         (["model=[1]"], "model is [1]; allowed: keys kind"),
         (["run=null"], "run is null; allowed: keys name"),
         (["model.dim.x=3"], "model.dim is {'x': 3}; allowed: a whole number"),
@@ -174,7 +172,7 @@ def test_a_run_of_an_older_nlray_is_read():
     text = (
         "run: {timeout_s: 300.0, name: '010'}\nmodel: {norm_eps: 1.0e-06, kind: titans, decay_bias: 5}\nsequence: {resources: {gpus: 1}}\n"
     )
-    config = parse_config("config.yaml", text.encode())
+    config = parse_run_config("config.yaml", text.encode())
     assert (config.run.name, config.model.norm_eps, config.model.decay_biases[0], config.sequence.resources.gpus) == ("010", 1e-6, 5.0, 1.0)
 
 

@@ -96,8 +96,8 @@ def test_a_level_follows_its_own_rule(small_config, random_blocks, vocab_size):
         return {name: p.grad for name, p in model.named_parameters()}
 
     plain = gradients()
-    delta = gradients("memory.levels.slow.rule=dgd", "memory.levels.slow.dgd_lambda=0.5")
-    doubled = gradients("memory.levels.slow.rule=dgd", "memory.levels.slow.dgd_lambda=0.5", loss_tokens=12)
+    delta = gradients("cms.levels.slow.rule=dgd", "cms.levels.slow.dgd_lambda=0.5")
+    doubled = gradients("cms.levels.slow.rule=dgd", "cms.levels.slow.dgd_lambda=0.5", loss_tokens=12)
     for name in plain:
         if ".slow.w_" in name:
             assert not torch.allclose(delta[name], plain[name], rtol=1e-3)
@@ -107,7 +107,7 @@ def test_a_level_follows_its_own_rule(small_config, random_blocks, vocab_size):
 
 
 def test_dgd_under_bf16_autocast_is_close_to_float32(small_config, random_blocks, vocab_size):
-    model = build_model(small_config("hope", "memory.defaults.rule=dgd"), vocab_size, seed=0)
+    model = build_model(small_config("hope", "cms.defaults.rule=dgd"), vocab_size, seed=0)
     blocks = random_blocks(2, 13)
     model.token_losses(blocks)[0].mean().backward()
     exact = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -19,18 +19,18 @@ from nlray.nested_system.problems import NestedSystem
 
 DIM, HIDDEN, LAMBDA, LOSS_TOKENS = 4, 3, 0.7, 20
 IN_CONTEXT = [
-    "memory.levels.fast.in_context={chunk_size: 3}",
-    "memory.levels.slow.in_context={chunk_size: 5, objective: dot}",
-    "memory.levels.slow.rule=dgd",
+    "cms.levels.fast.in_context={chunk_size: 3}",
+    "cms.levels.slow.in_context={chunk_size: 5, objective: dot}",
+    "cms.levels.slow.rule=dgd",
 ]
 MODELS = {
     "hope": ["model.kind=hope"],
-    "hope_attention": ["model.kind=hope_attention", "memory.mlp=swiglu"],
-    "nested": ["model.kind=hope", "memory.variant=nested"],
-    "independent": ["model.kind=hope", "memory.variant=independent", "memory.mlp=gelu", "memory.mlp_bias=true"],
-    "by_layer": ["model.kind=hope", "memory.layout=by_layer", "model.layers=4"],
+    "hope_attention": ["model.kind=hope_attention", "cms.mlp=swiglu"],
+    "nested": ["model.kind=hope", "cms.variant=nested"],
+    "independent": ["model.kind=hope", "cms.variant=independent", "cms.mlp=gelu", "cms.mlp_bias=true"],
+    "by_layer": ["model.kind=hope", "cms.layout=by_layer", "model.layers=4"],
 }
-SIZES = ["model.dim=8", "model.heads=2", "model.layers=2", "model.seq_len=12", "model.chunk_size=4", "memory.hidden=6"]
+SIZES = ["model.dim=8", "model.heads=2", "model.layers=2", "model.seq_len=12", "model.titans.chunk_size=4", "cms.hidden=6"]
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -259,7 +259,7 @@ def test_the_state_is_bounded_and_the_nested_system_counts_it(config, vocab_size
     assert "Eq. 92" in problems["cms.slow.in_context"].objective and "Eq. 93" in problems["cms.fast.in_context"].objective
     assert "lambda 1" in problems["cms.slow.in_context"].rule and "descent" in problems["cms.fast.in_context"].rule
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
-    if config.model.kind == "hope" and config.memory.variant == "sequential" and config.memory.layout == "chain":
+    if config.model.kind == "hope" and config.cms.variant == "sequential" and config.cms.layout == "chain":
         # The state comes back to its size at the start where the chunks of 3, 4 (of the memory) and 5 tokens end at once.
         values = stream_losses(model, random_blocks(61), piece_length=1).state_values
         start = sum(tensor.numel() for tensor in state_tensors(model.init_state(1)).values())
@@ -267,7 +267,7 @@ def test_the_state_is_bounded_and_the_nested_system_counts_it(config, vocab_size
 
 
 def test_a_rule_or_objective_in_context_that_contributes_nothing_is_an_error(monkeypatch):
-    config = load_config("tiny", ["memory.levels.fast.in_context={chunk_size: 3}"])
+    config = load_config("tiny", ["cms.levels.fast.in_context={chunk_size: 3}"])
     for table, key in ((nested_system._CONTEXT_RULES, "gd"), (nested_system._CONTEXT_OBJECTIVES, "l2")):
         with monkeypatch.context() as patch, pytest.raises(NlrayError, match=rf"{key}.* contributes no optimization problem"):
             patch.delitem(table, key)
@@ -324,17 +324,17 @@ def test_a_state_goes_round_through_named_tensors(config, vocab_size, random_blo
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["memory.levels.fast.in_context={chunk_size: 256}"], ["memory.levels.fast.in_context.chunk_size is 256", "model.seq_len=256"]),
-        (["memory.levels.slow.in_context={chunk_size: 0}"], ["memory.levels.slow.in_context.chunk_size is 0", "1 or more"]),
-        (["memory.levels.slow.in_context={chunk_size: 8, lr: 0}"], ["memory.levels.slow.in_context.lr is 0", "more than 0"]),
-        (["memory.levels.slow.in_context={lr: 0.5}"], ["memory.levels.slow.in_context.chunk_size: has no value"]),
-        (["memory.levels.slow.in_context.chunk_siz=8"], ["memory.levels.slow.in_context.chunk_siz: unknown key; did you mean chunk_size?"]),
-        (["memory.defaults.in_context.rate=1"], ["memory.defaults.in_context.rate: unknown key", "chunk_size, lr, objective"]),
-        (["memory.levels.slow.in_context=8"], ["memory.levels.slow.in_context", "8", "chunk_size"]),
-        (["memory.levels.slow.in_context={chunk_size: 8, objective: cosine}"], ["memory.levels.slow.in_context.objective", "cosine"]),
+        (["cms.levels.fast.in_context={chunk_size: 256}"], ["cms.levels.fast.in_context.chunk_size is 256", "model.seq_len=256"]),
+        (["cms.levels.slow.in_context={chunk_size: 0}"], ["cms.levels.slow.in_context.chunk_size is 0", "1 or more"]),
+        (["cms.levels.slow.in_context={chunk_size: 8, lr: 0}"], ["cms.levels.slow.in_context.lr is 0", "more than 0"]),
+        (["cms.levels.slow.in_context={lr: 0.5}"], ["cms.levels.slow.in_context.chunk_size: has no value"]),
+        (["cms.levels.slow.in_context.chunk_siz=8"], ["cms.levels.slow.in_context.chunk_siz: unknown key; did you mean chunk_size?"]),
+        (["cms.defaults.in_context.rate=1"], ["cms.defaults.in_context.rate: unknown key", "chunk_size, lr, objective"]),
+        (["cms.levels.slow.in_context=8"], ["cms.levels.slow.in_context", "8", "chunk_size"]),
+        (["cms.levels.slow.in_context={chunk_size: 8, objective: cosine}"], ["cms.levels.slow.in_context.objective", "cosine"]),
         (
-            ["memory.levels.slow.in_context={chunk_size: 8, objective: dot}"],
-            ["memory.levels.slow.in_context.objective is dot", "rule=gd", "l2"],
+            ["cms.levels.slow.in_context={chunk_size: 8, objective: dot}"],
+            ["cms.levels.slow.in_context.objective is dot", "rule=gd", "l2"],
         ),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides, words):
 
 
 def test_a_configuration_with_levels_in_context_goes_round_and_a_level_may_do_without(tmp_path):
-    config = load_config("tiny", ["memory.defaults.in_context={chunk_size: 32, lr: 0.5}", "memory.levels.slow.in_context=null"])
+    config = load_config("tiny", ["cms.defaults.in_context={chunk_size: 32, lr: 0.5}", "cms.levels.slow.in_context=null"])
     assert [level.in_context is not None for level in config.levels.values()] == [True, True, False, True]
     path = tmp_path / "again.yaml"
     path.write_text(config_to_yaml(config))

@@ -76,13 +76,13 @@ def test_every_name_of_the_configuration_has_a_class():
 
 @pytest.mark.parametrize("form", LEVEL_FORMS)
 def test_matrices_of_a_level_are_those_that_matrix_optimizers_take(form, small_config, vocab_size):
-    config = small_config("hope", f"memory.mlp={form}", "memory.mlp_bias=true", "memory.levels.fast.in_context={chunk_size: 3}")
+    config = small_config("hope", f"cms.mlp={form}", "cms.mlp_bias=true", "cms.levels.fast.in_context={chunk_size: 3}")
     for name, parameter in level_parameters(build_model(config, vocab_size, seed=0))["fast"].items():
         assert is_matrix(name) == (parameter.ndim == 2), name
 
 
 def test_a_class_of_the_users_is_used_by_its_import_path(own_module, small_config, vocab_size, random_blocks):
-    own = ["memory.mlp=own_levels:Scaled", "memory.mlp_options.scale=2.0"]
+    own = ["cms.mlp=own_levels:Scaled", "cms.mlp_options.scale=2.0"]
     config = small_config("hope", *own)
     assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
     model, plain = build_model(config, vocab_size, seed=0), build_model(small_config("hope"), vocab_size, seed=0)
@@ -96,23 +96,23 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module, small_confi
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["memory.mlp=silu", "memory.mlp_options.rank=3"], ["memory.mlp_options.rank: silu has no such option", "none"]),
-        (["memory.mlp=own_levels:Scaled", "memory.mlp_options.scal=3"], ["memory.mlp_options.scal:", "did you mean scale?"]),
-        (["memory.mlp=own_levels:Scaled", "memory.mlp_options.scale=big"], ["memory.mlp_options.scale is 'big'", "a number"]),
-        (["memory.mlp=own_levels:Scaled", "memory.mlp_options.scale=0"], ["memory.mlp_options: own_levels:Scaled: scale is 0"]),
-        (["memory.mlp=own_levels:Needy"], ["memory.mlp_options.width: own_levels:Needy needs a value"]),
-        (["memory.mlp=own_levels:Missing"], ["memory.mlp is 'own_levels:Missing'", "cannot be imported"]),
-        (["memory.mlp=own_nowhere_levels:A"], ["memory.mlp is 'own_nowhere_levels:A'", "cannot be imported", "own_nowhere_levels"]),
-        (["memory.mlp=own_broken_levels:A"], ["cannot be imported", "ZeroDivisionError"]),
-        (["memory.mlp=own_levels:NoLevel"], ["memory.mlp is", "not a subclass of nlray.models.level.Level"]),
-        (["memory.mlp=own_levels:NoMLP"], ["own_levels:NoMLP", "abstract", "mlp"]),
-        (["memory.mlp=own_levels:Silent"], ["memory.mlp is", "contributes no optimization problem", "key_value"]),
-        (["memory.mlp=own_levels:WithModule"], ["memory.mlp is", "modules of its own", "no optimization problem"]),
-        (["memory.mlp=own_levels:Narrow"], ["memory.mlp is", "its mlp returns [1, 1, 3] for [1, 1, 16]"]),
-        (["memory.mlp=own_levels:Broken"], ["memory.mlp is", "cannot be computed: RuntimeError"]),
+        (["cms.mlp=silu", "cms.mlp_options.rank=3"], ["cms.mlp_options.rank: silu has no such option", "none"]),
+        (["cms.mlp=own_levels:Scaled", "cms.mlp_options.scal=3"], ["cms.mlp_options.scal:", "did you mean scale?"]),
+        (["cms.mlp=own_levels:Scaled", "cms.mlp_options.scale=big"], ["cms.mlp_options.scale is 'big'", "a number"]),
+        (["cms.mlp=own_levels:Scaled", "cms.mlp_options.scale=0"], ["cms.mlp_options: own_levels:Scaled: scale is 0"]),
+        (["cms.mlp=own_levels:Needy"], ["cms.mlp_options.width: own_levels:Needy needs a value"]),
+        (["cms.mlp=own_levels:Missing"], ["cms.mlp is 'own_levels:Missing'", "cannot be imported"]),
+        (["cms.mlp=own_nowhere_levels:A"], ["cms.mlp is 'own_nowhere_levels:A'", "cannot be imported", "own_nowhere_levels"]),
+        (["cms.mlp=own_broken_levels:A"], ["cannot be imported", "ZeroDivisionError"]),
+        (["cms.mlp=own_levels:NoLevel"], ["cms.mlp is", "not a subclass of nlray.models.level.Level"]),
+        (["cms.mlp=own_levels:NoMLP"], ["own_levels:NoMLP", "abstract", "mlp"]),
+        (["cms.mlp=own_levels:Silent"], ["cms.mlp is", "contributes no optimization problem", "key_value"]),
+        (["cms.mlp=own_levels:WithModule"], ["cms.mlp is", "modules of its own", "no optimization problem"]),
+        (["cms.mlp=own_levels:Narrow"], ["cms.mlp is", "its mlp returns [1, 1, 3] for [1, 1, 16]"]),
+        (["cms.mlp=own_levels:Broken"], ["cms.mlp is", "cannot be computed: RuntimeError"]),
         (
-            ["memory.mlp=own_levels:Composed", "memory.levels.slow.in_context={chunk_size: 4}"],
-            ["memory.mlp is", "cannot be computed", "no parameter w_*"],
+            ["cms.mlp=own_levels:Composed", "cms.levels.slow.in_context={chunk_size: 4}"],
+            ["cms.mlp is", "cannot be computed", "no parameter w_*"],
         ),
     ],
 )
@@ -129,6 +129,6 @@ def test_a_mistake_is_one_line_that_names_the_key(own_module, small_config, over
 
 @pytest.mark.parametrize(("name", "words"), [("swigl", "did you mean 'swiglu'?"), ("a.b", "allowed: silu, swiglu, gelu, or package")])
 def test_a_name_that_is_neither_of_ours_nor_an_import_path_is_refused_at_once(name, words):
-    with pytest.raises(UserError, match=f"^memory.mlp is '{name}'; .*") as caught:
-        load_config("tiny", [f"memory.mlp={name}"])
+    with pytest.raises(UserError, match=f"^cms.mlp is '{name}'; .*") as caught:
+        load_config("tiny", [f"cms.mlp={name}"])
     assert words in str(caught.value)

@@ -10,7 +10,7 @@ from nlray.levels.local_update import LocalUpdate
 from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import OuterOptimizer, clip_gradients_
 
-UPDATED = "memory.levels.fast={delay: 1, local_update: true}"
+UPDATED = "cms.levels.fast={delay: 1, local_update: true}"
 
 
 def some(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_without_a_finite_gradient_there_is_no_update(gradient):
 def test_it_is_counted_in_the_workers_where_there_is_a_delay():
     costs = {}
     for setting in ("{delay: 1}", "{delay: 1, local_update: true}", "{delay: 0}", "{delay: 0, local_update: true}"):
-        config = load_config("tiny", [f"memory.levels.fast={setting}"])
+        config = load_config("tiny", [f"cms.levels.fast={setting}"])
         costs[setting] = {cost.name: (cost.optimizer, cost.buffers) for cost in NestedSystem.build(config, 16).actors}
     size = 4 * level_plans(config_of(), 16)[0].num_parameters
     optimizer, buffers = costs["{delay: 1}"]["sequence"]
@@ -105,12 +105,12 @@ def test_it_is_counted_in_the_workers_where_there_is_a_delay():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"exchange": {"mode": "eager"}}, r"memory\.levels\.a\.local_update is true; allowed with exchange\.mode=eager: false"),
-        ({"variant": "nested"}, r"memory\.levels\.a\.local_update is true; allowed for variant nested: false but in the slowest level"),
+        ({"exchange": {"mode": "eager"}}, r"cms\.levels\.a\.local_update is true; allowed with exchange\.mode=eager: false"),
+        ({"variant": "nested"}, r"cms\.levels\.a\.local_update is true; allowed for variant nested: false but in the slowest level"),
     ],
 )
 def test_what_cannot_be_updated_is_refused(config, message):
     levels = {"a": {"update_period": 2, "local_update": True}, "b": {"update_period": 4, "local_update": True}}
-    memory = {"levels": levels, "variant": config.pop("variant", "sequential")}
+    cms = {"levels": levels, "variant": config.pop("variant", "sequential")}
     with pytest.raises(UserError, match=message):
-        config_from_dict({**config, "memory": memory})
+        config_from_dict({**config, "cms": cms})

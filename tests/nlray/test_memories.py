@@ -50,8 +50,10 @@ def test_chunks_equal_reference_in_outputs_states_and_gradients(objective, retai
     options = {"chunk_size": chunk_size, "objective": objective, "retain": retain, "read": read, "inner_lr": 0.7}
 
     y, state = titans_memory(u, q, parameters, **options)
-    model = ModelConfig(dim=HEADS * WIDTH, heads=HEADS, chunk_size=chunk_size, objective=objective, retain=retain, read=read)
-    memories = {box: (getattr(parameters, f"m_{box}"),) for box in model.boxes}
+    model = ModelConfig(
+        dim=HEADS * WIDTH, heads=HEADS, titans={"chunk_size": chunk_size, "objective": objective, "retain": retain, "read": read}
+    )
+    memories = {box: (getattr(parameters, f"m_{box}"),) for box in model.titans.components}
     weights = MemoryWeights(memories, {"eta": parameters.b_eta, "alpha": parameters.b_alpha})
     y_reference, last, _ = memory_reference(u, q, weights, model=model, inner_lr=0.7)
     assert_close(y, y_reference, "y")

@@ -32,7 +32,7 @@ SIMPLE = [{"phase": "static", "rule": rule} for rule in ("hebbian", "delta", "ga
 MATRIX = [*SIMPLE, *(phase | {"rule": rule} for phase in PHASES for rule in ("dgd", "gd"))][:-1]
 MATRIX += [{"phase": "self_modifying", "rule": "gd", "objective": "l2"}]
 MLP = [
-    phase | {"rule": rule, "memory": "mlp", "memory_hidden": HIDDEN, "objective": objective}
+    phase | {"rule": rule, "memory": "mlp", "hidden": HIDDEN, "objective": objective}
     for phase in PHASES
     for rule, objective in (("dgd", "dot"), ("gd", "l2"))
 ]
@@ -45,7 +45,7 @@ def name_of(settings: dict) -> str:
 
 
 def model_of(member: dict, **changes) -> ModelConfig:
-    return ModelConfig(**{"kind": "titans", "dim": HEADS * WIDTH, "heads": HEADS, "chunk_size": 4} | member | changes)
+    return ModelConfig(kind="titans", dim=HEADS * WIDTH, heads=HEADS, titans={"chunk_size": 4} | member | changes)
 
 
 def make_weights(model: ModelConfig, generator: torch.Generator) -> MemoryWeights:
@@ -55,28 +55,28 @@ def make_weights(model: ModelConfig, generator: torch.Generator) -> MemoryWeight
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     memories = {}
-    for box in model.boxes:
+    for box in model.titans.components:
         rows = 1 if box in GATE_BOXES else WIDTH
-        if model.memory == "mlp":
+        if model.titans.memory == "mlp":
             layers = (0.4 * noise(HEADS, rows, HIDDEN), 0.8 * noise(HEADS, HIDDEN, WIDTH))
         else:
             matrix = 0.3 * noise(HEADS, rows, WIDTH)
             layers = (matrix[:, 0] if box in GATE_BOXES else matrix + torch.eye(WIDTH, dtype=torch.float64),)
         memories[box] = tuple(layer.requires_grad_() for layer in layers)
     starts = {"eta": -1.0, "alpha": 1.0, "theta": 0.0}
-    return MemoryWeights(memories, {gate: (noise(HEADS) + starts[gate]).requires_grad_() for gate in model.gates})
+    return MemoryWeights(memories, {gate: (noise(HEADS) + starts[gate]).requires_grad_() for gate in model.titans.gates})
 
 
 def make_inputs(model: ModelConfig, generator: torch.Generator, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape = (batch, HEADS, length)
     inputs = torch.randn(*shape, input_width(model), generator=generator, dtype=torch.float64).requires_grad_()
     q = torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
-    return inputs, None if model.adapt_q else q
+    return inputs, None if model.titans.adapt_q else q
 
 
 def memory_and_reference(model: ModelConfig):
     """Return the general form, also where `memory_of` picks the collapsed one, and its reference."""
-    return (MatrixMemory(model), memory_reference) if model.memory == "matrix" else (MLPMemory(model), mlp_memory_reference)
+    return (MatrixMemory(model), memory_reference) if model.titans.memory == "matrix" else (MLPMemory(model), mlp_memory_reference)
 
 
 def start_of(memory: ChunkedMemory, batch: int, weights: MemoryWeights) -> MemoryState:
@@ -91,19 +91,19 @@ def tensors_of(weights: MemoryWeights) -> dict[str, torch.Tensor]:
 def boxes_of(memory: ChunkedMemory, weights: MemoryWeights, state: MemoryState) -> dict[str, list[torch.Tensor]]:
     """Return the layers of every box and their momenta, [B, H, V, K], from the state's values."""
     model, values = memory.model, state.fast_weights.flatten(2)
-    if model.memory == "mlp":
+    if model.titans.memory == "mlp":
         order = [box for group in memory.groups.values() for box in group]
         shapes = [(box, 1, (HIDDEN, WIDTH)) for box in order]
         shapes += [(box, 0, (1 if box in GATE_BOXES else WIDTH, HIDDEN)) for box in order]
     else:
-        shapes = [(box, 0, (1 if box in GATE_BOXES else WIDTH, WIDTH)) for box in model.boxes]
-    parts = values.split([rows * columns for _, _, (rows, columns) in shapes] * (2 if model.momentum else 1), dim=2)
+        shapes = [(box, 0, (1 if box in GATE_BOXES else WIDTH, WIDTH)) for box in model.titans.components]
+    parts = values.split([rows * columns for _, _, (rows, columns) in shapes] * (2 if model.titans.momentum else 1), dim=2)
     found = {}
     for part, (box, i, shape), is_momentum in zip(
         parts, shapes * 2, itertools.chain([False] * len(shapes), itertools.repeat(True)), strict=False
     ):
         layer = part.unflatten(2, shape)
-        if model.retain == "init" and not is_momentum:
+        if model.titans.retain == "init" and not is_momentum:
             layer = layer + weights.memories[box][i].view(HEADS, *shape)
         found[box, i, is_momentum] = layer
     return found
@@ -114,16 +114,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str, tolera
 
 
 def compare_with_reference(model: ModelConfig, length: int, batch: int) -> None:
-    generator = torch.Generator().manual_seed(1000 * model.chunk_size + length)
+    generator = torch.Generator().manual_seed(1000 * model.titans.chunk_size + length)
     memory, reference = memory_and_reference(model)
     weights = make_weights(model, generator)
     inputs, q = make_inputs(model, generator, batch, length)
     y, state = memory(inputs, q, weights, start_of(memory, batch, weights), inner_lr=INNER_LR)
     expected, memories, momenta = reference(inputs, q, weights, model=model, inner_lr=INNER_LR)
     assert_close(y, expected, "y")
-    assert state.open_inputs.shape[2] == length % model.chunk_period
+    assert state.open_inputs.shape[2] == length % model.titans.chunk_period
     found = boxes_of(memory, weights, state)
-    assert {box for box, _, _ in found} == set(model.boxes)
+    assert {box for box, _, _ in found} == set(model.titans.components)
     y_weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     loss, loss_expected = (y * y_weights).sum(), (expected * y_weights).sum()
     for (box, i, is_momentum), layer in found.items():
@@ -136,7 +136,7 @@ def compare_with_reference(model: ModelConfig, length: int, batch: int) -> None:
     right = torch.autograd.grad(loss_expected, list(wanted.values()), materialize_grads=True)
     for name, gradient, expected_gradient in zip(wanted, gradients, right, strict=True):
         assert_close(gradient, expected_gradient, f"gradient of {name}")
-    if length > model.chunk_period:
+    if length > model.titans.chunk_period:
         assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
@@ -177,27 +177,27 @@ def test_every_objective_retain_and_read_equals_reference(member):
 # Memories with chunk sizes of their own. Sizes of 4 and 6 end together after 12 tokens only.
 
 CHUNKS = [
-    {"chunk_size": 8, "memory_chunks": {"k": 4, "eta": 2}},
-    {"chunk_size": 2, "memory_chunks": {"v": 6, "alpha": 4, "mem": 4}, "objective": "l2", "retain": "zero", "read": "chunk_start"},
-    {"chunk_size": 1, "memory_chunks": {"mem": 4}, "objective": "l2"},
-    {"chunk_size": 3, "memory_chunks": {"v": 1, "k": 6}, "retain": "zero", "read": "chunk_start"},
+    {"chunk_size": 8, "chunk_sizes": {"k": 4, "eta": 2}},
+    {"chunk_size": 2, "chunk_sizes": {"v": 6, "alpha": 4, "mem": 4}, "objective": "l2", "retain": "zero", "read": "chunk_start"},
+    {"chunk_size": 1, "chunk_sizes": {"mem": 4}, "objective": "l2"},
+    {"chunk_size": 3, "chunk_sizes": {"v": 1, "k": 6}, "retain": "zero", "read": "chunk_start"},
 ]
 OWN_CHUNKS = [{"phase": "adaptive", "adapt_q": True} | chunks for chunks in CHUNKS[:2]]
 OWN_CHUNKS += [{"phase": "self_modifying"} | chunks for chunks in CHUNKS[2:]]
-OWN_CHUNKS += [settings | {"memory": "mlp", "memory_hidden": HIDDEN} for settings in OWN_CHUNKS]
+OWN_CHUNKS += [settings | {"memory": "mlp", "hidden": HIDDEN} for settings in OWN_CHUNKS]
 OWN_CHUNKS += [
     {"phase": "adaptive", "rule": "gd", **CHUNKS[0]},
     {"phase": "self_modifying", "rule": "gd", **CHUNKS[1]},
-    {"phase": "self_modifying", "rule": "gd", "memory": "mlp", "memory_hidden": HIDDEN, **CHUNKS[2]},
-    {"phase": "adaptive", "adapt_q": True, "chunk_size": 4, "memory_chunks": {"q": 2}},
+    {"phase": "self_modifying", "rule": "gd", "memory": "mlp", "hidden": HIDDEN, **CHUNKS[2]},
+    {"phase": "adaptive", "adapt_q": True, "chunk_size": 4, "chunk_sizes": {"q": 2}},
 ]
 
 
 @pytest.mark.parametrize("settings", OWN_CHUNKS, ids=name_of)
 def test_memories_with_chunk_sizes_of_their_own_equal_reference(settings):
     model = model_of(settings)
-    assert not model.collapses and type(memory_of(model)) is type(memory_and_reference(model)[0])
-    compare_with_reference(model, 2 * model.chunk_period + 3 if model.chunk_period < 12 else 15, 2)
+    assert not model.titans.collapses and type(memory_of(model)) is type(memory_and_reference(model)[0])
+    compare_with_reference(model, 2 * model.titans.chunk_period + 3 if model.titans.chunk_period < 12 else 15, 2)
 
 
 @pytest.mark.parametrize("memory", ["matrix", "mlp"])
@@ -205,29 +205,29 @@ def test_a_chunk_size_of_its_own_changes_what_its_memory_answers(memory):
     """Each size counts: with any of them replaced by that of the others the outputs are other ones."""
     settings = {"phase": "adaptive", "adapt_q": True, "memory": memory, "read": "chunk_start"}
     if memory == "mlp":
-        settings["memory_hidden"] = HIDDEN
+        settings["hidden"] = HIDDEN
     weights = make_weights(model_of(settings), torch.Generator().manual_seed(10))
     inputs, q = make_inputs(model_of(settings), torch.Generator().manual_seed(11), 1, 17)
 
-    def outputs(memory_chunks: dict[str, int]) -> torch.Tensor:
-        memory, _ = memory_and_reference(model_of(settings, memory_chunks=memory_chunks))
+    def outputs(chunk_sizes: dict[str, int]) -> torch.Tensor:
+        memory, _ = memory_and_reference(model_of(settings, chunk_sizes=chunk_sizes))
         with torch.no_grad():
             return memory(inputs, q, weights, memory.initial_state(1, weights), inner_lr=INNER_LR)[0]
 
     plain = outputs({})
-    for box in model_of(settings).boxes:
+    for box in model_of(settings).titans.components:
         assert (outputs({box: 2}) - plain).abs().max() > 1e-6, box
-    assert torch.equal(outputs(dict.fromkeys(model_of(settings).boxes, 4)), plain)
+    assert torch.equal(outputs(dict.fromkeys(model_of(settings).titans.components, 4)), plain)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"memory_chunks": {"q": 8}}, ["memory_chunks.q: no such memory", "model.phase=self_modifying: k, v, eta, alpha, mem"]),
-        ({"phase": "static", "memory_chunks": {"k": 8}}, ["memory_chunks.k", "model.phase=static: mem"]),
-        ({"memory_chunks": {"k": 0}}, ["memory_chunks.k is 0", "1 or more"]),
-        ({"chunk_size": 64, "memory_chunks": {"k": 12}}, ["chunk_size is 64", "a multiple of 12", "of k"]),
-        ({"memory_chunks": {"k": 8, "v": 6}}, ["memory_chunks.v is 6", "a multiple of 4", "of eta"]),
+        ({"chunk_sizes": {"q": 8}}, ["chunk_sizes.q: no such memory", "model.titans.phase=self_modifying: k, v, eta, alpha, mem"]),
+        ({"phase": "static", "chunk_sizes": {"k": 8}}, ["chunk_sizes.k", "model.titans.phase=static: mem"]),
+        ({"chunk_sizes": {"k": 0}}, ["chunk_sizes.k is 0", "1 or more"]),
+        ({"chunk_size": 64, "chunk_sizes": {"k": 12}}, ["chunk_size is 64", "a multiple of 12", "of k"]),
+        ({"chunk_sizes": {"k": 8, "v": 6}}, ["chunk_sizes.v is 6", "a multiple of 4", "of eta"]),
     ],
 )
 def test_chunk_sizes_that_do_not_go_together_are_refused(settings, words):
@@ -237,7 +237,7 @@ def test_chunk_sizes_that_do_not_go_together_are_refused(settings, words):
 
 
 def test_one_size_for_every_memory_collapses_whatever_chunk_size_says():
-    model = model_of({"chunk_size": 64, "memory_chunks": dict.fromkeys(("k", "v", "eta", "alpha", "mem"), 4)})
+    model = model_of({"chunk_size": 64, "chunk_sizes": dict.fromkeys(("k", "v", "eta", "alpha", "mem"), 4)})
     assert isinstance(memory_of(model), CollapsedMemory)
     generator = torch.Generator().manual_seed(12)
     weights = make_weights(model, generator)
@@ -275,8 +275,8 @@ def simple_run(rule: str, length: int = 11, **settings) -> tuple[dict[str, torch
     memory = memory_of(model)
     with torch.no_grad():
         y, _ = memory(inputs, q, weights, memory.initial_state(1, weights), inner_lr=INNER_LR)
-        columns = inputs[0, 0].split([WIDTH, WIDTH, *[1] * len(model.gates)], dim=-1)
-        tokens = dict(zip(("k", "v", *model.gates), columns, strict=True)) | {"q": q[0, 0]}
+        columns = inputs[0, 0].split([WIDTH, WIDTH, *[1] * len(model.titans.gates)], dim=-1)
+        tokens = dict(zip(("k", "v", *model.titans.gates), columns, strict=True)) | {"q": q[0, 0]}
         for name in ("k", "q"):
             tokens[name] = tokens[name] / (tokens[name].square().sum(-1, keepdim=True) + 1e-6).sqrt()
         for gate, bias in weights.biases.items():
@@ -337,7 +337,7 @@ def test_gd_with_static_projections_is_gradient_descent_at_the_chunks_start():
 
 def test_an_mlp_without_its_inner_layer_is_the_identity_plus_a_delta_rule():
     """With W_2 fixed by zero targets (W_1 = 0) the first write of W_1 is eta' v h^T, eta' = eta / (1 + eta |h|^2)."""
-    model = model_of({"phase": "static", "memory": "mlp", "memory_hidden": HIDDEN})
+    model = model_of({"phase": "static", "memory": "mlp", "hidden": HIDDEN})
     generator = torch.Generator().manual_seed(3)
     weights = make_weights(model, generator)
     weights = replace_main(weights, torch.zeros(HEADS, WIDTH, HIDDEN, dtype=torch.float64))
@@ -387,7 +387,7 @@ def compare_pieces_with_the_whole(model: ModelConfig, pieces: list[int]) -> None
     inputs, q = make_inputs(model, generator, 2, sum(pieces))
     memory, _ = memory_and_reference(model)
     # Plain gradient descent with momentum diverges within 45 tokens at the rate of the other tests.
-    inner_lr = INNER_LR / 50 if model.rule == "gd" else INNER_LR
+    inner_lr = INNER_LR / 50 if model.titans.rule == "gd" else INNER_LR
     with torch.no_grad():
         state = start_of(memory, 2, weights)
         whole, last = memory(inputs, q, weights, state, inner_lr=inner_lr)
@@ -397,7 +397,7 @@ def compare_pieces_with_the_whole(model: ModelConfig, pieces: list[int]) -> None
             y, state = memory(inputs[:, :, piece], None if q is None else q[:, :, piece], weights, state, inner_lr=inner_lr)
             outputs.append(y)
             start += length
-            assert state.open_inputs.shape[2] < model.chunk_period
+            assert state.open_inputs.shape[2] < model.titans.chunk_period
     assert_close(torch.cat(outputs, dim=2), whole, "y")
     assert_close(state.fast_weights, last.fast_weights, "fast weights")
     assert_close(state.open_inputs, last.open_inputs, "open inputs")
@@ -501,13 +501,13 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
         "q": (inputs, q[:, :, 1:], weights),
         "missing q": (inputs, None, weights),
         "length": (inputs[:, :, :0], q[:, :, :0], weights),
-        "weights": (inputs, q, make_weights(replace(model, phase="adaptive"), generator)),
+        "weights": (inputs, q, make_weights(replace(model, titans=replace(model.titans, phase="adaptive")), generator)),
     }[wrong]
     with pytest.raises(ValueError, match="expected"):
         memory(*broken, state, inner_lr=INNER_LR)
 
 
-@pytest.mark.parametrize("member", [{"memory": "mlp", "memory_hidden": 3}, {"rule": "gd", "objective": "l2"}], ids=name_of)
+@pytest.mark.parametrize("member", [{"memory": "mlp", "hidden": 3}, {"rule": "gd", "objective": "l2"}], ids=name_of)
 def test_chunks_computed_anew_change_no_bit_and_keep_less(member):
     found, kept = [], []
     for recompute_chunks in (False, True):

@@ -39,7 +39,7 @@ def test_bf16_autocast_keeps_every_memory_in_float32(memory, small_config, rando
 
 
 def test_each_head_starts_with_its_own_decay(small_config, vocab_size):
-    model = build_model(small_config("hope", "model.decay_bias=[2, 6.5]"), vocab_size, seed=0)
+    model = build_model(small_config("hope", "model.titans.decay_bias=[2, 6.5]"), vocab_size, seed=0)
     assert all(block.memory.b_alpha.tolist() == [2.0, 6.5] for block in model.blocks)
 
 
@@ -58,9 +58,9 @@ def test_levels_and_sequence_partition_the_parameters(kind, small_config, vocab_
 
 def test_levels_are_ordered_by_period_and_may_have_any_name(small_config, random_blocks, vocab_size):
     levels = "{eval: {update_period: 8}, keys: {update_period: 2}, forward: {update_period: 4}}"
-    config = small_config("hope", "memory.levels.fast=null", "memory.levels.medium=null", f"memory.levels={levels}")
+    config = small_config("hope", "cms.levels.fast=null", "cms.levels.medium=null", f"cms.levels={levels}")
     model = build_model(config, vocab_size, seed=0)
-    expected = [name for name, _ in sorted(config.memory.levels.items(), key=lambda item: item[1].update_period)]
+    expected = [name for name, _ in sorted(config.cms.levels.items(), key=lambda item: item[1].update_period)]
     assert list(level_parameters(model)) == expected
     assert [name for name in model.blocks[0].cms._modules] == expected
     model.eval()
@@ -83,7 +83,7 @@ def test_a_parameter_initialised_alone_has_the_bits_of_the_whole(kind, small_con
 
 
 def test_memories_start_as_the_config_says(small_config, vocab_size):
-    model = build_model(small_config("hope", "model.inner_lr_bias=-3", "model.decay_bias=4"), vocab_size, seed=0)
+    model = build_model(small_config("hope", "model.titans.inner_lr_bias=-3", "model.titans.decay_bias=4"), vocab_size, seed=0)
     memory = model.blocks[0].memory
     assert (memory.b_eta == -3).all() and (memory.b_alpha == 4).all()
     assert (memory.m_eta == 0).all() and (memory.m_alpha == 0).all()
@@ -147,7 +147,7 @@ def test_bf16_autocast_is_finite_and_close_to_float32(kind, small_config, random
 
 
 def test_options_of_the_config_reach_the_model(kind, small_config, random_blocks, vocab_size):
-    model = build_model(small_config(kind, "model.tie_head=false", "model.conv_width=0", "model.mlp_hidden=20"), vocab_size, seed=0)
+    model = build_model(small_config(kind, "model.tie_head=false", "model.titans.conv_width=0", "model.mlp_hidden=20"), vocab_size, seed=0)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes["head.weight"] == (vocab_size, 16)
     assert not any("conv" in name for name in shapes)
@@ -185,11 +185,11 @@ def test_a_few_steps_learn_a_repeated_sequence(kind, small_config, random_blocks
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [
-        ("hope", ["memory.defaults.rule=dgd", "memory.variant=independent"]),
-        ("hope", ["model.memory=mlp", "model.objective=l2"]),
-        ("hope", ["memory.levels.fast.in_context={chunk_size: 4}"]),
+        ("hope", ["cms.defaults.rule=dgd", "cms.variant=independent"]),
+        ("hope", ["model.titans.memory=mlp", "model.titans.objective=l2"]),
+        ("hope", ["cms.levels.fast.in_context={chunk_size: 4}"]),
         ("hope_attention", []),
-        ("titans", ["model.phase=adaptive"]),
+        ("titans", ["model.titans.phase=adaptive"]),
         ("transformer", []),
     ],
 )
@@ -231,5 +231,5 @@ def test_compiled_mlps_compute_the_same(small_config, random_blocks, vocab_size)
 
 
 def test_levels_in_context_are_not_compiled(small_config):
-    with pytest.raises(UserError, match=r"sequence.compile is true; allowed with memory.levels.*in_context: false"):
-        small_config("hope", "sequence.compile=true", "memory.levels.fast.in_context={chunk_size: 4}")
+    with pytest.raises(UserError, match=r"sequence.compile is true; allowed with cms.levels.*in_context: false"):
+        small_config("hope", "sequence.compile=true", "cms.levels.fast.in_context={chunk_size: 4}")

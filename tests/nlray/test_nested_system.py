@@ -12,7 +12,7 @@ from torch import nn
 
 import nlray.memories.problems as memory_problems
 import nlray.nested_system.problems as nested_system
-from nlray.config import OPTIMIZERS, LevelConfig, ModelConfig, OptimizerConfig
+from nlray.config import OPTIMIZERS, LevelConfig, ModelConfig, OptimizerConfig, TitansConfig
 from nlray.config.loading import PRESETS, load_config
 from nlray.errors import NlrayError
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
@@ -22,7 +22,7 @@ from nlray.optimizers import OuterOptimizer
 KINDS = get_args(get_type_hints(ModelConfig)["kind"])
 
 RULES = get_args(get_type_hints(LevelConfig)["rule"])
-SMALL = ["model.dim=16", "model.layers=3", "model.heads=2", "model.seq_len=32", "model.chunk_size=8", "sequence.global_batch=4"]
+SMALL = ["model.dim=16", "model.layers=3", "model.heads=2", "model.seq_len=32", "model.titans.chunk_size=8", "sequence.global_batch=4"]
 VOCAB = 31
 
 
@@ -38,7 +38,7 @@ def of(system, name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_problems_hold_every_parameter_and_optimizer_value_once(kind, name):
-    config, system = build(f"model.kind={kind}", f"sequence.optimizer.name={name}", f"memory.defaults.optimizer.name={name}")
+    config, system = build(f"model.kind={kind}", f"sequence.optimizer.name={name}", f"cms.defaults.optimizer.name={name}")
     model = build_model(config, VOCAB, seed=0)
     assert sum(p.parameters for p in system.problems) == system.num_parameters == sum(p.numel() for p in model.parameters())
     owned = {"workers": sequence_parameters(model)} | {f"level {n}": p for n, p in level_parameters(model).items()}
@@ -53,12 +53,12 @@ def test_problems_hold_every_parameter_and_optimizer_value_once(kind, name):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_has_its_objective(rule):
-    _, system = build(f"memory.levels.slow.rule={rule}")
+    _, system = build(f"cms.levels.slow.rule={rule}")
     assert ("Eq. 56" in of(system, "cms.slow").objective) == (rule == "dgd")
 
 
 def test_hope_lists_the_problems_of_the_paper_in_order():
-    _, system = build("memory.levels.medium=null", "memory.levels.slowest=null", "memory.levels.slow.update_period=8")
+    _, system = build("cms.levels.medium=null", "cms.levels.slowest=null", "cms.levels.slow.update_period=8")
     order = [
         {"memory.mem"},
         {"memory.k", "memory.v", "memory.eta", "memory.alpha"},
@@ -76,7 +76,7 @@ def test_hope_lists_the_problems_of_the_paper_in_order():
 
 
 def test_faster_problems_come_first_and_dependent_ones_later():
-    _, system = build("memory.defaults.optimizer.name=muon")
+    _, system = build("cms.defaults.optimizer.name=muon")
     frequencies = [p.updates_per_token for p in system.problems]
     assert frequencies == sorted(frequencies, reverse=True)
     for problem in system.problems:
@@ -92,28 +92,34 @@ def test_attention_has_infinite_frequency():
 
 MEMORIES = [
     [],
-    ["model.rule=gd", "model.objective=l2"],
-    ["model.phase=adaptive"],
-    ["model.phase=adaptive", "model.adapt_q=true"],
-    ["model.phase=static"],
-    ["model.phase=static", "model.momentum=true"],
-    *(["model.phase=static", f"model.rule={rule}"] for rule in get_args(get_type_hints(ModelConfig)["rule"])),
-    ["model.memory=mlp"],
-    ["model.memory=mlp", "model.memory_hidden=5", "model.phase=adaptive", "model.rule=gd", "model.objective=l2"],
-    ["model.memory=mlp", "model.phase=static", "model.momentum=true"],
-    ["model.memory_chunks={k: 4}"],
+    ["model.titans.rule=gd", "model.titans.objective=l2"],
+    ["model.titans.phase=adaptive"],
+    ["model.titans.phase=adaptive", "model.titans.adapt_q=true"],
+    ["model.titans.phase=static"],
+    ["model.titans.phase=static", "model.titans.momentum=true"],
+    *(["model.titans.phase=static", f"model.titans.rule={rule}"] for rule in get_args(get_type_hints(TitansConfig)["rule"])),
+    ["model.titans.memory=mlp"],
+    [
+        "model.titans.memory=mlp",
+        "model.titans.hidden=5",
+        "model.titans.phase=adaptive",
+        "model.titans.rule=gd",
+        "model.titans.objective=l2",
+    ],
+    ["model.titans.memory=mlp", "model.titans.phase=static", "model.titans.momentum=true"],
+    ["model.titans.chunk_sizes={k: 4}"],
 ]
 
 
 @pytest.mark.parametrize("retain", ["init", "zero"])
 @pytest.mark.parametrize("overrides", MEMORIES, ids=" ".join)
 def test_state_in_context_is_that_of_the_model(overrides, retain):
-    config, system = build(f"model.retain={retain}", *overrides)
+    config, system = build(f"model.titans.retain={retain}", *overrides)
     state = build_model(config, VOCAB, seed=0).init_state(1)
     memories = [p.name for p in system.problems if p.name.startswith("memory.")]
-    momentum = ["memory.momentum"] if config.model.momentum else []
-    assert sorted(memories) == sorted([f"memory.{box}" for box in config.model.boxes] + momentum)
-    assert all(of(system, name).state_values > 0 for name in memories if not config.model.collapses)
+    momentum = ["memory.momentum"] if config.model.titans.momentum else []
+    assert sorted(memories) == sorted([f"memory.{box}" for box in config.model.titans.components] + momentum)
+    assert all(of(system, name).state_values > 0 for name in memories if not config.model.titans.collapses)
     held = sum(block.mixer.fast_weights.numel() for block in state)
     assert sum(p.state_values for p in system.problems if p.name.startswith("memory.")) == held
 
@@ -128,14 +134,14 @@ def test_every_memory_is_counted_once(overrides):
 
 
 def test_a_memory_with_a_chunk_size_of_its_own_has_a_frequency_of_its_own():
-    _, system = build("model.memory_chunks={k: 4, mem: 16}", "model.read=chunk_start")
+    _, system = build("model.titans.chunk_sizes={k: 4, mem: 16}", "model.titans.read=chunk_start")
     frequencies = {box: of(system, f"memory.{box}").updates_per_token for box in ("k", "v", "eta", "alpha", "mem")}
     assert frequencies == {"k": 1 / 4, "v": 1 / 8, "eta": 1 / 8, "alpha": 1 / 8, "mem": 1 / 16}
     assert of(system, "memory.k").level < of(system, "memory.v").level < of(system, "memory.mem").level
 
 
 def test_a_memory_learns_through_its_momentum():
-    _, system = build("model.phase=static", "model.momentum=true")
+    _, system = build("model.titans.phase=static", "model.titans.momentum=true")
     assert of(system, "memory.mem").after == ("memory.momentum",)
     assert of(system, "memory.momentum").level < of(system, "memory.mem").level
 
@@ -143,7 +149,7 @@ def test_a_memory_learns_through_its_momentum():
 def test_a_rule_of_the_memory_that_contributes_nothing_is_an_error(monkeypatch):
     monkeypatch.delitem(memory_problems.RULES, "gd")
     with pytest.raises(NlrayError, match="memory rule 'gd' contributes no optimization problem"):
-        build("model.rule=gd", "model.phase=static")
+        build("model.titans.rule=gd", "model.titans.phase=static")
 
 
 def test_initial_states_are_those_of_the_five_memories():
@@ -154,7 +160,7 @@ def test_initial_states_are_those_of_the_five_memories():
 
 
 def test_level_plans_name_the_models_tensors_in_order():
-    config, system = build("memory.levels.slow.ranks=3", "memory.levels.slow.delay=2")
+    config, system = build("cms.levels.slow.ranks=3", "cms.levels.slow.delay=2")
     plans = level_plans(config, VOCAB)
     assert plans == system.levels
     parameters = level_parameters(build_model(config, VOCAB, seed=0))
@@ -167,7 +173,7 @@ def test_level_plans_name_the_models_tensors_in_order():
 
 
 def test_bytes_of_actors_and_wire():
-    _, system = build("memory.levels.slow.ranks=2", "sequence.workers=2")
+    _, system = build("cms.levels.slow.ranks=2", "sequence.workers=2")
     worker, *ranks = system.actors
     level_size = sum(plan.num_parameters for plan in system.levels)
     assert worker.count == 2 and worker.parameters == 4 * system.num_parameters and worker.gradients == system.sequence_bytes
@@ -185,7 +191,7 @@ def test_optimizer_that_contributes_nothing_is_an_error():
 
 def test_a_slow_momentum_has_a_frequency_of_its_own():
     """M3's slow momentum is a memory of the optimizer that is updated once in f of the level's updates (Eq. 75)."""
-    _, system = build("memory.levels.slow.optimizer={name: m3, options: {slow_every: [2, 5]}}")
+    _, system = build("cms.levels.slow.optimizer={name: m3, options: {slow_every: [2, 5]}}")
     level = of(system, "cms.slow")
     assert of(system, "cms.slow.m3_fast_momentum").updates_per_token == level.updates_per_token
     assert of(system, "cms.slow.m3_slow_momentum").updates_per_token == level.updates_per_token / 2

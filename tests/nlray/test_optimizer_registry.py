@@ -63,7 +63,7 @@ def test_every_name_of_the_configuration_has_a_class():
 def test_a_class_of_the_users_is_used_by_its_import_path(own_module):
     weight = torch.zeros(2, 2)
     weight.grad = torch.tensor([[1.0, -3.0], [0.0, 2.0]])
-    config = load_config("tiny", [f"memory.defaults.optimizer.name={own_module}:Signs", "memory.defaults.optimizer.options.scale=2"])
+    config = load_config("tiny", [f"cms.defaults.optimizer.name={own_module}:Signs", "cms.defaults.optimizer.options.scale=2"])
     optimizer = OuterOptimizer({"w_a": weight}, config.levels["fast"].optimizer, horizon=10)
     rate = optimizer.step(16)
     assert torch.equal(weight, -2 * rate * weight.grad.sign())
@@ -102,14 +102,14 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module):
 )
 def test_a_mistake_is_one_line_that_names_the_key(own_module, name, options, words):
     plain = {"name": name, "options": options}
-    config = load_config("tiny", [f"memory.levels.slow.optimizer={plain}"])
+    config = load_config("tiny", [f"cms.levels.slow.optimizer={plain}"])
     messages = []
     for build in (check_optimizers, lambda c: NestedSystem.build(c, 31), lambda c: level_plans(c, 31)):
         with pytest.raises(UserError) as caught:
             build(config)
         messages.append(str(caught.value))
     assert len(set(messages)) == 1 and "\n" not in messages[0]
-    assert messages[0].startswith("memory.levels.slow.optimizer.") and all(word in messages[0] for word in words), messages[0]
+    assert messages[0].startswith("cms.levels.slow.optimizer.") and all(word in messages[0] for word in words), messages[0]
 
 
 def test_the_memories_of_a_mixed_optimizer_have_names_of_their_own():

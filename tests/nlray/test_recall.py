@@ -31,11 +31,18 @@ def test_inner_updates_solve_recall_and_without_them_it_stays_near_chance():
 
 @pytest.mark.slow
 def test_fixed_projections_with_the_delta_rule_learn_recall_too():
-    assert recall_accuracy(train_recall(recall_config("model.phase=static", "model.rule=delta"), RecallTask(steps=150)), RecallTask()) > 0.8
+    assert (
+        recall_accuracy(
+            train_recall(recall_config("model.titans.phase=static", "model.titans.rule=delta"), RecallTask(steps=150)), RecallTask()
+        )
+        > 0.8
+    )
 
 
 @pytest.mark.parametrize(
-    "overrides", [["model.phase=static", "model.momentum=true"], ["model.memory=mlp", "model.objective=l2"]], ids=" ".join
+    "overrides",
+    [["model.titans.phase=static", "model.titans.momentum=true"], ["model.titans.memory=mlp", "model.titans.objective=l2"]],
+    ids=" ".join,
 )
 def test_any_memory_can_be_trained_on_recall(overrides):
     config, task = recall_config(*overrides), RecallTask(steps=2, batch_size=4)

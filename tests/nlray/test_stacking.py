@@ -27,9 +27,9 @@ def tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", SOURCES)
 def test_logits_are_those_of_the_source(tmp_path, name, layout):
     source = save_source(tmp_path / "source", name)
-    stack(str(tmp_path / "source"), str(tmp_path / "out"), [f"memory.layout={layout}"])
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), [f"cms.layout={layout}"])
     config = load_config(None, [f"init={tmp_path}/out"])
-    assert config.model.kind == "hope_attention" and config.memory.layout == layout
+    assert config.model.kind == "hope_attention" and config.cms.layout == layout
     model = build_model(config, config.model.vocab_size, seed=0)
     ids = tokens(2, 40)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_logits_are_those_of_the_source(tmp_path, name, layout):
 def test_by_layer_the_levels_start_from_the_mlps_and_in_a_chain_the_slowest_does(tmp_path):
     source = save_source(tmp_path / "source", "llama").model.layers
     for layout in ("by_layer", "chain"):
-        stack(str(tmp_path / "source"), str(tmp_path / layout), [f"memory.layout={layout}"])
+        stack(str(tmp_path / "source"), str(tmp_path / layout), [f"cms.layout={layout}"])
     by_layer, chain = (load_config(None, [f"init={tmp_path}/{layout}"]) for layout in ("by_layer", "chain"))
     levels = level_parameters(build_model(by_layer, 61, seed=0))
     for index, level in enumerate(("fast", "medium", "slow", "slowest")):
@@ -58,8 +58,8 @@ def test_by_layer_the_levels_start_from_the_mlps_and_in_a_chain_the_slowest_does
 
 def test_what_was_stacked_learns_in_every_level_generates_and_is_listed(tmp_path):
     save_source(tmp_path / "source", "gpt2")
-    stack(str(tmp_path / "source"), str(tmp_path / "out"), ["memory.layout=chain", "memory.levels.slowest=null"])
-    config = load_config(None, [f"init={tmp_path}/out", "memory.levels.slow.rule=dgd"])
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), ["cms.layout=chain", "cms.levels.slowest=null"])
+    config = load_config(None, [f"init={tmp_path}/out", "cms.levels.slow.rule=dgd"])
     model = build_model(config, 61, seed=0)
     model.token_losses(tokens(2, 25))[0].mean().backward()
     for level, parameters in level_parameters(model).items():
@@ -88,10 +88,10 @@ def test_weights_in_several_files_are_put_together(tmp_path):
 
 def test_a_new_level_that_the_start_does_not_have_is_one_line(tmp_path):
     save_source(tmp_path / "source", "llama")
-    stack(str(tmp_path / "source"), str(tmp_path / "out"), ["memory.layout=chain"])
+    stack(str(tmp_path / "source"), str(tmp_path / "out"), ["cms.layout=chain"])
     for overrides, words in (
-        (["memory.levels={new: {update_period: 2}}"], r"init: .* has no parameter blocks.0.cms.new.norm"),
-        (["memory.hidden=8"], r"init: blocks.0.cms.fast.w_gate is \[40, 32\] in .*; the configuration makes it \[8, 32\]"),
+        (["cms.levels={new: {update_period: 2}}"], r"init: .* has no parameter blocks.0.cms.new.norm"),
+        (["cms.hidden=8"], r"init: blocks.0.cms.fast.w_gate is \[40, 32\] in .*; the configuration makes it \[8, 32\]"),
     ):
         config = load_config(None, [f"init={tmp_path}/out", *overrides])
         with pytest.raises(CheckpointError, match=words):
@@ -105,15 +105,15 @@ def test_a_new_level_that_the_start_does_not_have_is_one_line(tmp_path):
     [
         ("model.dim=64", r"model.dim is 64; .* has 32"),
         ("model.attention.kv_heads=1", r"model.attention.kv_heads is 1; .* has 2"),
-        ("memory.hidden=8", r"memory.hidden is 8; .* has 40"),
-        ("memory.variant=independent", r"memory.variant is independent; allowed for a pretrained model: sequential, nested"),
-        ("memory.levels.slow.in_context={chunk_size: 4}", r"memory.levels.slow.in_context is set; allowed for a pretrained model: null"),
+        ("cms.hidden=8", r"cms.hidden is 8; .* has 40"),
+        ("cms.variant=independent", r"cms.variant is independent; allowed for a pretrained model: sequential, nested"),
+        ("cms.levels.slow.in_context={chunk_size: 4}", r"cms.levels.slow.in_context is set; allowed for a pretrained model: null"),
     ],
 )
 def test_what_the_weights_decide_cannot_be_changed(tmp_path, override, words):
     save_source(tmp_path / "source", "llama")
     with pytest.raises(UserError, match=words):
-        stack(str(tmp_path / "source"), str(tmp_path / "out"), ["memory.layout=chain", override])
+        stack(str(tmp_path / "source"), str(tmp_path / "out"), ["cms.layout=chain", override])
     assert not (tmp_path / "out").exists()
 
 
@@ -156,9 +156,9 @@ UNUSUAL = ["model.tie_head=false", "model.attention={kv_heads: 1, head_dim: 6, q
 )
 def test_logits_are_those_of_the_run_that_was_stacked(tmp_path, layout, where, overrides):
     source = save_run(tmp_path / "run", "model.rope_theta=500.0", "model.mlp_hidden=20", *overrides)
-    stack(str(tmp_path / "run" / where), str(tmp_path / "out"), [f"memory.layout={layout}"])
+    stack(str(tmp_path / "run" / where), str(tmp_path / "out"), [f"cms.layout={layout}"])
     config = load_config(None, [f"init={tmp_path}/out"])
-    assert (config.model.kind, config.memory.layout, config.memory.hidden) == ("hope_attention", layout, 20)
+    assert (config.model.kind, config.cms.layout, config.cms.hidden) == ("hope_attention", layout, 20)
     ids = tokens(2, 24)
     with torch.no_grad():
         expected, found = source(ids)[0], build_model(config, 257, seed=0)(ids)[0]

@@ -30,7 +30,7 @@ def test_pieces_of_any_length_equal_the_whole(kind, small_config, random_blocks,
 
 @pytest.mark.parametrize("option", ["retain=zero", "read=chunk_start", "objective=l2", "conv_width=0", "chunk_size=1"])
 def test_every_memory_option_streams(option, small_config, random_blocks, vocab_size):
-    model = build_model(small_config("hope", f"model.{option}"), vocab_size, seed=1).double()
+    model = build_model(small_config("hope", f"model.titans.{option}"), vocab_size, seed=1).double()
     blocks = random_blocks(14, seed=1)
     whole = stream_losses(model, blocks, piece_length=13).losses
     for piece_length in (1, 3, 5):
@@ -40,7 +40,7 @@ def test_every_memory_option_streams(option, small_config, random_blocks, vocab_
 
 @pytest.mark.parametrize("option", ["retain=init", "retain=zero", "read=chunk_start"])
 def test_every_memory_streams(memory, option, small_config, random_blocks, vocab_size):
-    model = build_model(small_config("hope", f"model.{option}", *memory), vocab_size, seed=1).double()
+    model = build_model(small_config("hope", f"model.titans.{option}", *memory), vocab_size, seed=1).double()
     blocks = random_blocks(14, seed=1)
     whole = stream_losses(model, blocks, piece_length=13).losses
     for piece_length in (1, 5):
@@ -99,7 +99,7 @@ def test_the_state_of_titans_is_bounded_and_that_of_attention_grows(kind, small_
 
 def test_the_state_settles_in_a_long_stream(small_config, random_blocks, vocab_size):
     """Also at inner learning rates far above the start (eta about 0.5) the decay bounds the state."""
-    model = build_model(small_config("hope", "model.inner_lr_bias=0", "model.chunk_size=64"), vocab_size, seed=0)
+    model = build_model(small_config("hope", "model.titans.inner_lr_bias=0", "model.titans.chunk_size=64"), vocab_size, seed=0)
     norms = stream_losses(model, random_blocks(4097), piece_length=256).state_norms
     assert norms.max() < 5
     assert norms[8:].mean() < 1.5 * norms[2:8].mean()
@@ -107,10 +107,10 @@ def test_the_state_settles_in_a_long_stream(small_config, random_blocks, vocab_s
 
 def test_the_state_of_every_memory_with_decay_settles(memory, small_config, random_blocks, vocab_size):
     """At the rates of the start; hebbian and delta have no decay, and stay finite here."""
-    model = build_model(small_config("hope", "model.chunk_size=64", *memory), vocab_size, seed=0)
+    model = build_model(small_config("hope", "model.titans.chunk_size=64", *memory), vocab_size, seed=0)
     norms = stream_losses(model, random_blocks(2049), piece_length=256).state_norms
     assert torch.isfinite(norms).all() and norms.min() > 0
-    if "alpha" in model.config.model.gates:
+    if "alpha" in model.config.model.titans.gates:
         assert norms[4:].mean() < 1.5 * norms[1:4].mean()
 
 

@@ -86,9 +86,9 @@ def test_odd_sizes_and_several_blocks_in_a_chunk_equal_the_torch_form(batch, hea
 def test_a_small_case_equals_the_recurrence_token_by_token():
     (u, q), parameters = make(1, 1, 4, 5)
     u, q, parameters = u.requires_grad_(), q.requires_grad_(), MemoryParameters(*(p.requires_grad_() for p in parameters))
-    model = ModelConfig(dim=5, heads=1, chunk_size=3, objective="dot")
+    model = ModelConfig(dim=5, heads=1, titans={"chunk_size": 3, "objective": "dot"})
     weights = MemoryWeights(
-        {box: (getattr(parameters, f"m_{box}"),) for box in model.boxes}, {"eta": parameters.b_eta, "alpha": parameters.b_alpha}
+        {box: (getattr(parameters, f"m_{box}"),) for box in model.titans.components}, {"eta": parameters.b_eta, "alpha": parameters.b_alpha}
     )
     y_reference, _, _ = memory_reference(u, q, weights, model=model, inner_lr=0.7)
     single = [x.detach().float().requires_grad_() for x in (u, q, *parameters)]
@@ -142,7 +142,7 @@ def test_auto_takes_torch_where_the_kernels_cannot_run_and_says_why_once(monkeyp
         for _ in range(2):
             assert not paths.uses_triton("auto", torch.device("cpu"), torch.float32, 5)
     assert [r.message for r in caplog.records] == ["memory in context: torch: the memory is on the CPU and the kernels need a GPU"]
-    with pytest.raises(UserError, match=r"model.kernels is triton, but the memory is on the CPU .* allowed here: auto, torch"):
+    with pytest.raises(UserError, match=r"model.titans.kernels is triton, but the memory is on the CPU .* allowed here: auto, torch"):
         titans_memory(u, q, parameters, path="triton", **OPTIONS)
     monkeypatch.setattr(backend, "is_installed", lambda: False)
     assert paths.why_not(torch.device("cuda"), torch.bfloat16, 64) == "Triton is not installed"
@@ -161,10 +161,11 @@ def test_on_a_gpu_the_precision_the_width_and_the_capability_decide(monkeypatch)
 
 
 def test_a_memory_without_kernels_refuses_to_insist_on_them():
-    assert ModelConfig(kernels="triton").kernels == "triton"
-    for other in ({"phase": "static"}, {"memory": "mlp"}, {"kind": "transformer"}):
-        with pytest.raises(UserError, match=r"kernels is triton; allowed for this memory or attention: auto, torch"):
-            ModelConfig(kernels="triton", **other)
+    triton = {"kernels": "triton"}
+    assert ModelConfig(titans=triton).titans.kernels == "triton"
+    for titans, kind in (({"phase": "static"}, "hope"), ({"memory": "mlp"}, "hope"), ({}, "transformer")):
+        with pytest.raises(UserError, match=r"titans.kernels is triton; allowed for this memory or attention: auto, torch"):
+            ModelConfig(titans=triton | titans, kind=kind)
 
 
 @pytest.mark.slow

@@ -32,17 +32,17 @@ class MatrixMemory(ChunkedMemory):
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         rows_HRd = self._stack(weights)
-        if self.model.retain == "init":
+        if self.titans.retain == "init":
             rows_HRd = torch.zeros_like(rows_HRd)
-        if self.model.momentum:
+        if self.titans.momentum:
             rows_HRd = torch.cat([rows_HRd, torch.zeros_like(rows_HRd)], dim=1)
         return rows_HRd.expand(batch_size, *rows_HRd.shape).clone()
 
     def _layers(self, weights: MemoryWeights, fast_weights: Tensor) -> Layer:
         # Departs from Eq. 77, 82, 88 with retain "init": alpha acts on the change since the initial memory, not on the whole memory.
-        anchor = self._stack(weights).unsqueeze(1) if self.model.retain == "init" else None
+        anchor = self._stack(weights).unsqueeze(1) if self.titans.retain == "init" else None
         rows_HGBRd = fast_weights.transpose(0, 1).unsqueeze(1)
-        change, momentum = rows_HGBRd.chunk(2, dim=-2) if self.model.momentum else (rows_HGBRd, None)
+        change, momentum = rows_HGBRd.chunk(2, dim=-2) if self.titans.momentum else (rows_HGBRd, None)
         return Layer(anchor, change, momentum)
 
     def _fast_weights(self, layers: Layer) -> Tensor:
@@ -50,27 +50,28 @@ class MatrixMemory(ChunkedMemory):
         return torch.cat(parts, dim=-2).squeeze(1).transpose(0, 1)
 
     def _renewed(self, starts: Layer, layers: Layer, boxes: tuple[str, ...]) -> Layer:
-        return renewed(starts, layers, [self._rows(box) for box in self.model.boxes], [box in boxes for box in self.model.boxes], -2)
+        every = self.titans.components
+        return renewed(starts, layers, [self._rows(box) for box in every], [box in boxes for box in every], -2)
 
     def _project(self, starts: Layer, x_HGBCd: Tensor) -> dict[str, Tensor]:
-        boxes = self.model.boxes[:-1]
+        boxes = self.titans.components[:-1]
         answers = answer_at_start(rows_of(starts, slice(0, -self.model.head_dim)), x_HGBCd)
         return dict(zip(boxes, answers.split([self._rows(box) for box in boxes], dim=-1), strict=True))
 
     def _update(self, layers: Layer, starts: Layer, tokens: Tokens) -> tuple[Tensor, Layer]:
         k_HGBCd, v_HGBCd, q_HGBCd, coefficients = tokens
-        if self.model.phase == "self_modifying":
+        if self.titans.phase == "self_modifying":
             target = answer_at_start(starts, v_HGBCd)
         else:
             # Departs from Eq. 81-82: a gate is one number per head, the mean of what a d x d memory answers; its value is the mean of v.
             mean = v_HGBCd.mean(-1, keepdim=True)
-            target = torch.cat([mean if box in GATE_BOXES else v_HGBCd for box in self.model.boxes], dim=-1)
-        if self.model.objective == "l2":
+            target = torch.cat([mean if box in GATE_BOXES else v_HGBCd for box in self.titans.components], dim=-1)
+        if self.titans.objective == "l2":
             target = target - answer_at_start(starts, k_HGBCd)
-        w_HGBCR = write(layers, k_HGBCd, target, coefficients, forgets=self.model.forgets)
+        w_HGBCR = write(layers, k_HGBCd, target, coefficients, forgets=self.titans.forgets)
         main = slice(-self.model.head_dim, None)
         # Departs from Eq. 90 with read "token": Eq. 90 reads at the chunk's start, so that a token never sees its own chunk.
-        if self.model.read == "token":
+        if self.titans.read == "token":
             y_HGBCd = read(rows_of(layers, main), q_HGBCd, k_HGBCd, w_HGBCR[..., main], coefficients)
         else:
             y_HGBCd = answer_at_start(rows_of(starts, main), q_HGBCd)
@@ -82,4 +83,4 @@ class MatrixMemory(ChunkedMemory):
     def _stack(self, weights: MemoryWeights) -> Tensor:
         """Return the initial memories' rows in the order of the boxes, [H, R, d]."""
         initial = {box: layers[0] for box, layers in weights.memories.items()}
-        return torch.cat([initial[box].unsqueeze(1) if box in GATE_BOXES else initial[box] for box in self.model.boxes], dim=1)
+        return torch.cat([initial[box].unsqueeze(1) if box in GATE_BOXES else initial[box] for box in self.titans.components], dim=1)

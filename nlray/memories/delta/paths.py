@@ -24,7 +24,7 @@ def uses_triton(path: Path, device: torch.device, products: torch.dtype, width: 
     Raises:
         UserError: path is triton, and the kernels cannot run.
     """
-    return takes_kernels(path, device, why_not(device, products, width), key="model.kernels", what="memory in context")
+    return takes_kernels(path, device, why_not(device, products, width), key="model.titans.kernels", what="memory in context")
 
 
 def why_not(device: torch.device, products: torch.dtype, width: int) -> str | None:

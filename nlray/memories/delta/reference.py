@@ -47,7 +47,7 @@ def memory_reference(
 
     Arguments as nlray/memories/scan.py: ChunkedMemory.__call__; `answer` says what a box answers, `inputs_of` what its layers read.
     """
-    batch = inputs_BHTP.shape[0]
+    batch, titans = inputs_BHTP.shape[0], model.titans
     first = {}
     for box, layers in weights.memories.items():
         rows = [layer.unsqueeze(1) if layer.dim() == 2 else layer for layer in layers]
@@ -56,46 +56,46 @@ def memory_reference(
     momenta = ended_momenta = {box: tuple(torch.zeros_like(layer) for layer in layers) for box, layers in first.items()}
     outputs = []
     for t in range(inputs_BHTP.shape[2]):
-        start = {box: memories[box] if t % size == 0 else start[box] for box, size in model.chunk_sizes.items()}
-        if t % model.chunk_period == 0:
+        start = {box: memories[box] if t % size == 0 else start[box] for box, size in titans.component_chunk_sizes.items()}
+        if t % titans.chunk_period == 0:
             ended, ended_momenta = memories, momenta
         x = inputs_BHTP[:, :, t]
-        if model.phase == "static":
-            sizes = [model.head_dim, model.head_dim, *[1] * len(model.gates)]
-            projected = dict(zip(("k", "v", *model.gates), x.split(sizes, dim=-1), strict=True))
+        if titans.phase == "static":
+            sizes = [model.head_dim, model.head_dim, *[1] * len(titans.gates)]
+            projected = dict(zip(("k", "v", *titans.gates), x.split(sizes, dim=-1), strict=True))
         else:
             projected = {box: answer(box, layers, x) for box, layers in start.items() if box != "mem"}
         q = unit(projected["q"] if q_BHTd is None else q_BHTd[:, :, t])
-        k, v = unit(projected["k"]), projected["v"] if model.phase == "static" else unit(projected["v"])
+        k, v = unit(projected["k"]), projected["v"] if titans.phase == "static" else unit(projected["v"])
         gates = {gate: torch.sigmoid(projected[gate] + bias[:, None])[..., None] for gate, bias in weights.biases.items()}
         eta, alpha, theta = inner_lr * gates.get("eta", 1.0), gates.get("alpha", 1.0), gates.get("theta", 0.0)
 
         updated, updated_momenta = {}, {}
-        for box in model.boxes:
+        for box in titans.components:
             target = v.mean(-1, keepdim=True) if box in GATE_BOXES else v
-            if model.phase == "self_modifying":
+            if titans.phase == "self_modifying":
                 target = answer(box, start[box], v)
 
             def objective(layers: Weights, box: str = box, k: Tensor = k, target: Tensor = target) -> Tensor:
-                return inner_loss(answer(box, layers, k), target, model.objective)
+                return inner_loss(answer(box, layers, k), target, titans.objective)
 
             gradients = torch.func.grad(objective)(start[box])
             new = []
             for i, z in enumerate(inputs_of(start[box], k)):
                 rate = eta
                 # Eq. 57: a layer whose inputs are not of length 1. The key is, and eta then means the rate eta'.
-                if model.forgets and z is not k:
+                if titans.forgets and z is not k:
                     rate = eta / (1 + eta * z.square().sum(-1)[..., None, None])
-                anchor = first[box][i] if model.retain == "init" else torch.zeros_like(first[box][i])
+                anchor = first[box][i] if titans.retain == "init" else torch.zeros_like(first[box][i])
                 decayed = anchor + alpha * (memories[box][i] - anchor)
-                met = decayed if model.rule == "gated_delta" else memories[box][i]
-                forgotten = apply(met, z).unsqueeze(-1) * z.unsqueeze(-2) if model.forgets else 0.0
+                met = decayed if titans.rule == "gated_delta" else memories[box][i]
+                forgotten = apply(met, z).unsqueeze(-1) * z.unsqueeze(-2) if titans.forgets else 0.0
                 momentum = theta * momenta[box][i] - rate * (gradients[i] + forgotten)
                 new.append((decayed + momentum, momentum))
             updated[box], updated_momenta[box] = (tuple(layers) for layers in zip(*new, strict=True))
         memories, momenta = updated, updated_momenta
-        outputs.append(answer("mem", memories["mem"] if model.read == "token" else start["mem"], q))
-    if inputs_BHTP.shape[2] % model.chunk_period == 0:
+        outputs.append(answer("mem", memories["mem"] if titans.read == "token" else start["mem"], q))
+    if inputs_BHTP.shape[2] % titans.chunk_period == 0:
         ended, ended_momenta = memories, momenta
     return torch.stack(outputs, dim=2), ended, ended_momenta
 

@@ -25,23 +25,24 @@ class MLPMemory(ChunkedMemory):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        if model.recompute_chunks is None:
+        titans = model.titans
+        if titans.recompute_chunks is None:
             # Five memories leave about ten times as much as a chunk's inputs are; one leaves little more than its states are.
-            self.recomputes = model.phase != "static"
+            self.recomputes = titans.phase != "static"
         self.groups = {
-            "vectors": tuple(box for box in model.boxes if box not in GATE_BOXES),
-            "gates": tuple(box for box in model.boxes if box in GATE_BOXES),
+            "vectors": tuple(box for box in titans.components if box not in GATE_BOXES),
+            "gates": tuple(box for box in titans.components if box in GATE_BOXES),
         }
         self.groups = {group: boxes for group, boxes in self.groups.items() if boxes}
         # In the order of Layers.
         self.order = (*self.groups.get("gates", ()), *self.groups["vectors"])
-        makes_values = model.phase == "self_modifying"
+        makes_values = titans.phase == "self_modifying"
         num_vectors = len(self.groups["vectors"])
-        self.settings = Settings(len(self.order) - num_vectors, num_vectors, model.objective, model.read, model.forgets, makes_values)
+        self.settings = Settings(len(self.order) - num_vectors, num_vectors, titans.objective, titans.read, titans.forgets, makes_values)
 
     def box_tensors(self, box: str) -> dict[str, BoxTensor]:
         """Return the initial W_1 and W_2: the memory starts near the identity, a gate near zero."""
-        heads, width, hidden = self.model.heads, self.model.head_dim, self.model.box_hidden
+        heads, width, hidden = self.model.heads, self.model.head_dim, self.model.memory_hidden
         # Small but not zero: W_2 has no gradient behind a zero W_1.
         out = BoxTensor((heads, 1 if box in GATE_BOXES else width, hidden), normal(MEMORY_NOISE))
         return {"_1": out, "_2": BoxTensor((heads, hidden, width), normal(width**-0.5))}
@@ -51,15 +52,15 @@ class MLPMemory(ChunkedMemory):
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         values_HS = torch.cat([tensor.flatten(1) for tensor in self._stack(weights)], dim=1)
-        if self.model.retain == "init":
+        if self.titans.retain == "init":
             values_HS = torch.zeros_like(values_HS)
-        if self.model.momentum:
+        if self.titans.momentum:
             values_HS = torch.cat([values_HS, torch.zeros_like(values_HS)], dim=1)
         return values_HS.expand(batch_size, *values_HS.shape).clone()
 
     def _layers(self, weights: MemoryWeights, fast_weights: Tensor) -> Layers:
         anchors = self._stack(weights)
-        count = 2 if self.model.momentum else 1
+        count = 2 if self.titans.momentum else 1
         pieces_BHS = fast_weights.split([anchor[0].numel() for anchor in anchors] * count, dim=2)
         # To [G, H, B, V, K], and the anchors to [G, H, V, K].
         parts = [
@@ -72,7 +73,7 @@ class MLPMemory(ChunkedMemory):
             if i == 0:
                 anchor, change, momentum = (None if tensor is None else self._roll(tensor) for tensor in (anchor, change, momentum))
             # Departs from Eq. 88, 91 with retain "init": alpha acts on the change since the initial memory, not on the weights.
-            anchor = anchor.contiguous() if self.model.retain == "init" else None
+            anchor = anchor.contiguous() if self.titans.retain == "init" else None
             weight = change if anchor is None else anchor[:, :, None] + change
             flat = (None if tensor is None else tensor.flatten(1, 2).contiguous() for tensor in (weight, momentum))
             layers.append(Linear(anchor, *flat))
@@ -93,7 +94,7 @@ class MLPMemory(ChunkedMemory):
 
     def _roll(self, rows: Tensor, *, back: bool = False) -> Tensor:
         """Return the stacked rows with those of the gates first, from last; or back."""
-        shift = self.settings.num_gates * self.model.box_hidden
+        shift = self.settings.num_gates * self.model.memory_hidden
         return torch.roll(rows, -shift if back else shift, dims=-2) if shift else rows
 
     def _renewed(self, starts: Layers, layers: Layers, boxes: tuple[str, ...]) -> Layers:
@@ -106,7 +107,7 @@ class MLPMemory(ChunkedMemory):
             return Linear(None, torch.cat([after if is_newer else before for before, after, is_newer in pairs], dim), None)
 
         return Layers(
-            mixed(starts.hidden, layers.hidden, self.model.box_hidden, 2, is_new),
+            mixed(starts.hidden, layers.hidden, self.model.memory_hidden, 2, is_new),
             mixed(starts.gates, layers.gates, 1, 0, is_new[:num_gates]),
             mixed(starts.vectors, layers.vectors, 1, 0, is_new[num_gates:]),
         )

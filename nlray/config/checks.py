@@ -30,6 +30,7 @@ SMALLEST = 1e-30
 _INT = re.compile(r"[-+]?[0-9]{1,30}")
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null", list: "a list"}
 
 
@@ -95,6 +96,7 @@ Seconds = Annotated[float, Range(above=0, most=1e6)]
 Epsilon = Annotated[float, Range(above=0, most=1)]
 """Added to a divisor that may be 0."""
 Text = Annotated[str, Form(r".*\S.*", "a string that is not empty")]
+Width = Annotated[int, Range(1, 2**20)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +179,12 @@ def nearest(name: str, known: Iterable[str], quote: str = "'") -> str:
     """Return a question that names the nearest of the known names, or nothing."""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {quote}{close[0]}{quote}? " if close else ""
+
+
+def require_known(key: str, name: str, known: tuple[str, ...]) -> None:
+    """Raise UserError unless the name is known or an import path."""
+    if name not in known and not _IMPORT_PATH.fullmatch(name):
+        raise UserError(f"{key} is {name!r}; {nearest(name, known)}allowed: {', '.join(known)}, or package.module:Class")
 
 
 def describe(kind: Any) -> str:
