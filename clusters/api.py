@@ -25,7 +25,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nlray.config import Config, loading
-from nlray.config.loading import PRESETS, config_to_yaml, parse_config, parse_run_config
+from nlray.config.loading import PRESETS, config_to_yaml, parse_run_config
 from nlray.errors import CheckpointError, RemoteTimeoutError, UserError
 from nlray.trust import confirm, read_bounded
 
@@ -329,7 +329,7 @@ def load_config(source: Source = None, /, *, trust: bool = False, **overrides: A
     """
     arguments = [f"{key}={json.dumps(value, default=_plain)}" for key, value in overrides.items()]
     if isinstance(source, Config):
-        return parse_config("config", config_to_yaml(source), arguments)
+        return parse_run_config("config", config_to_yaml(source), arguments)
     return loading.load_config(None if source is None else os.fspath(source), arguments, trust=trust)
 
 

@@ -5,7 +5,7 @@ Nothing here imports torch or ray, so that a mistake is told before anything slo
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib import resources as package_files
 from pathlib import Path
@@ -40,7 +40,7 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
     if source is not None or not init:
         return _parse(_read_source(source), overrides, default_name)
     run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
-    config = _parse(_read_init(init, run_dir), overrides, default_name)
+    config = _parse(_read_init(init, run_dir), overrides, default_name, is_resolved=True)
     confirm(config, run_dir, trust=trust, typed=values_of(overrides or []))
     return config
 
@@ -51,21 +51,29 @@ def parse_config(name: str, text: str | bytes, overrides: list[str] | None = Non
 
 
 def parse_run_config(name: str, text: str | bytes, overrides: list[str] | None = None) -> Config:
-    """Return the configuration that a run wrote, of an earlier version of nlray too, with overrides. Raises as `load_config`."""
-    return _parse(upgraded(_load_mapping(name, text)), overrides, None)
+    """Return the configuration that a run wrote, of an earlier version of nlray too, with overrides. Raises as `load_config`.
+
+    Such a configuration has every value, so a default among the overrides (`optimizer`, `cms.defaults`) replaces the values of all that
+    it is a default of, unless another override names one of them.
+    """
+    return _parse(upgraded(_load_mapping(name, text)), overrides, None, is_resolved=True)
 
 
-def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str | None) -> Config:
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals or not _KEY.fullmatch(key):
-            raise UserError(f"argument {override!r}: not of the form key=value")
+def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str | None, *, is_resolved: bool = False) -> Config:
+    changes = [_read_override(override) for override in overrides or []]
+    if is_resolved:
+        typed: dict[str, Any] = {}
+        for key, parts, value in changes:
+            if parts[0] in ("optimizer", "cms"):
+                typed = _changed(typed, parts, value, key)
+        _apply_defaults(plain, typed, lambda default, own: _layered(own, default))
+    for key, parts, value in changes:
         _expand_sources(plain)
-        parts = [part.strip("[]") for part in re.findall(r"\[[^\[\]]+\]|[^.\[\]]+", key)]
-        plain = _changed(plain, parts, _read_value(key, value), key)
+        plain = _changed(plain, parts, value, key)
     refuse_renamed(plain)
     _expand_sources(plain)
-    _expand_levels(plain)
+    _remove_levels(plain)
+    _apply_defaults(plain, plain, _layered)
     if default_name is not None:
         run = plain.setdefault("run", {})
         if isinstance(run, dict):
@@ -154,7 +162,7 @@ def _read_init(init: str, run_dir: str) -> dict[str, Any]:
     if content is None:
         raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`")
     plain = upgraded(_load_mapping(name, content))
-    kept = {key: plain[key] for key in ("model", "cms", "sequence") if key in plain}
+    kept = {key: plain[key] for key in ("model", "cms", "optimizer", "sequence") if key in plain}
     data = plain.get("data")
     taken = {key: data[key] for key in ("tokenizer", "end_token", "begin_token") if key in data} if isinstance(data, dict) else {}
     return kept | ({"data": taken} if taken else {})
@@ -169,6 +177,14 @@ def _load_mapping(name: str, content: str | bytes) -> dict[str, Any]:
     if not isinstance(plain, dict | None):
         raise UserError(f"{name}: is {shown(plain)}; allowed: a mapping of keys")
     return plain or {}
+
+
+def _read_override(override: str) -> tuple[str, list[str], Any]:
+    """Return the key of an override, the parts of the key, and the value."""
+    key, equals, value = override.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        raise UserError(f"argument {override!r}: not of the form key=value")
+    return key, [part.strip("[]") for part in re.findall(r"\[[^\[\]]+\]|[^.\[\]]+", key)], _read_value(key, value)
 
 
 def _read_value(key: str, text: str) -> Any:
@@ -219,25 +235,38 @@ def _expand_sources(plain: dict[str, Any]) -> None:
         data["sources"] = [{"path": s} if isinstance(s, str) else s for s in data["sources"]]
 
 
-def _expand_levels(plain: dict[str, Any]) -> None:
-    """Drop removed levels, and give every level the defaults."""
+def _remove_levels(plain: dict[str, Any]) -> None:
+    """Drop the levels that are null."""
     cms = plain.get("cms")
     if isinstance(cms, dict) and isinstance(cms.get("levels"), dict):
-        # Defaults that are no mapping are told where they are read.
-        defaults = cms.get("defaults") if isinstance(cms.get("defaults"), dict) else {}
-        cms["levels"] = {
-            name: _merged(_defaults_of(level, defaults), level) if isinstance(level, dict) else level
-            for name, level in cms["levels"].items()
-            if level is not None
-        }
+        cms["levels"] = {name: level for name, level in cms["levels"].items() if level is not None}
 
 
-def _defaults_of(level: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults that hold for a level: options belong to an optimizer, so not those of another one than the level's."""
-    optimizer, own = defaults.get("optimizer"), level.get("optimizer")
-    if not isinstance(optimizer, dict) or not isinstance(own, dict):
-        return defaults
-    name = optimizer.get("name", OptimizerConfig().name)
-    if own.get("name", name) == name:
-        return defaults
-    return defaults | {"optimizer": {key: value for key, value in optimizer.items() if key != "options"}}
+def _apply_defaults(
+    plain: dict[str, Any], source: dict[str, Any], join: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Join the defaults that `source` has with what the sequence and every level have in `plain`."""
+    # What should be a mapping and is none is reported where it is read.
+    optimizer = {"optimizer": _mapping(source.get("optimizer"))}
+    if optimizer["optimizer"]:
+        plain.setdefault("sequence", {})
+    if isinstance(plain.get("sequence"), dict):
+        plain["sequence"] = join(optimizer, plain["sequence"])
+    cms = plain.get("cms")
+    if isinstance(cms, dict) and isinstance(cms.get("levels"), dict):
+        defaults = _layered(optimizer, _mapping(_mapping(source.get("cms")).get("defaults")))
+        cms["levels"] = {name: join(defaults, level) if isinstance(level, dict) else level for name, level in cms["levels"].items()}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _layered(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return two mappings that have an optimizer as one; `above` wins. Options belong to an optimizer: another name drops those below."""
+    other, own = below.get("optimizer"), above.get("optimizer")
+    if isinstance(other, dict) and isinstance(own, dict):
+        name = other.get("name", OptimizerConfig().name)
+        if own.get("name", name) != name:
+            below = below | {"optimizer": {key: value for key, value in other.items() if key != "options"}}
+    return _merged(below, above)

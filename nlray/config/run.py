@@ -1,12 +1,13 @@
 """The configuration as a whole, and its sections on the run itself: name, length, recovery, evaluation."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from nlray.config.checks import Count, Form, Natural, Range, Seconds, Section, Text
 from nlray.config.cms import CmsConfig, LevelConfig
 from nlray.config.data import DataConfig
 from nlray.config.model import ModelConfig
+from nlray.config.optimizer import OptimizerConfig
 from nlray.config.workers import ExchangeConfig, SequenceConfig
 
 RunName = Annotated[str, Form(r"[^\s./-][^/\x00-\x1f\x7f]{0,127}", "1 to 128 characters without /, the first one no dot, dash or space")]
@@ -68,6 +69,9 @@ class Config(Section):
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: Annotated[dict[str, Any], OptimizerConfig] = field(default_factory=dict)
+    """Keys of an optimizer that hold for the sequence and for every level, unless `sequence.optimizer`, `cms.defaults.optimizer` or
+    `cms.levels.NAME.optimizer` sets them. `options` hold only where the optimizer's name is the same."""
     cms: CmsConfig = field(default_factory=CmsConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)

@@ -32,9 +32,8 @@ DEFAULTS = {
             "slow": {"update_period": 16},
             "slowest": {"update_period": 64},
         },
-        "defaults": {"optimizer": {"lr": 1e-4, "weight_decay": 0.0}},
     },
-    "sequence": {"optimizer": {"lr": 1e-4, "weight_decay": 0.0}},
+    "optimizer": {"lr": 1e-4, "weight_decay": 0.0},
 }
 
 

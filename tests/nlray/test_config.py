@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nlray
 from nlray.clusters.cli import main
 from nlray.config import Config, LevelConfig
 from nlray.config.loading import (
@@ -341,3 +342,60 @@ def test_a_file_with_old_keys_names_all_of_them():
         parse_config("mine.yaml", "model: {dim: 64, rule: gd, memory_hidden: 8}\nmemory: {hidden: 8, mlp: gelu}")
     renamed = {"model.rule": "model.titans.rule", "model.memory_hidden": "model.titans.hidden", "memory": "cms"}
     assert str(caught.value) == "; ".join(f"{old}: renamed {new}" for old, new in renamed.items())
+
+
+def optimizers_of(config: Config) -> dict[str, tuple[str, float, dict]]:
+    """Return name, learning rate and options of the optimizers of the sequence and of every level."""
+    found = {"sequence": config.sequence.optimizer} | {name: level.optimizer for name, level in config.levels.items()}
+    return {name: (optimizer.name, optimizer.lr, optimizer.options) for name, optimizer in found.items()}
+
+
+def test_one_optimizer_holds_for_the_sequence_and_the_levels_unless_they_say_otherwise():
+    m3 = ["optimizer={name: m3, lr: 0.5, options: {slow_every: 32}}", "cms.levels.slowest=null"]
+    slow_every = {"slow_every": 32}
+    groups = ("sequence", "fast", "medium", "slow")
+    assert optimizers_of(load_config("tiny", m3)) == dict.fromkeys(groups, ("m3", 0.5, slow_every))
+    own = ["sequence.optimizer={name: adamw}", "cms.defaults.optimizer.lr=0.25", "cms.levels.fast.optimizer={name: muon, lr: 0.125}"]
+    assert optimizers_of(load_config("tiny", [*own, *m3])) == {
+        "sequence": ("adamw", 0.5, {}),
+        "fast": ("muon", 0.125, {}),
+        "medium": ("m3", 0.25, slow_every),
+        "slow": ("m3", 0.25, slow_every),
+    }
+    levels = load_config("tiny", ["cms.defaults.optimizer.name=muon", "cms.levels.slow.optimizer.name=m3", *m3]).levels
+    assert [level.optimizer.options for level in levels.values()] == [{}, {}, {}]
+
+
+def test_a_default_on_the_command_line_changes_what_a_run_had(tmp_path):
+    """A run's own configuration has every value, and a default beneath them would change nothing."""
+    run = load_config("tiny", ["cms.levels.fast.optimizer.lr=0.25", "cms.levels.slow.ranks=2", "run.name=a"])
+    text = config_to_yaml(run)
+    changed = parse_run_config("config.yaml", text, ["cms.levels.slow.optimizer.lr=0.125", "optimizer.lr=0.5", "cms.defaults.ranks=3"])
+    assert {name: lr for name, (_, lr, _) in optimizers_of(changed).items()} == {
+        "sequence": 0.5,
+        "fast": 0.5,
+        "medium": 0.5,
+        "slow": 0.125,
+        "slowest": 0.5,
+    }
+    assert {level.ranks for level in changed.levels.values()} == {3}
+    assert changed.sequence.optimizer.schedule == run.sequence.optimizer.schedule
+    (tmp_path / "config.yaml").write_text(text)
+    for config in (load_config(None, [f"init={tmp_path}", "optimizer={name: muon}"]), nlray.load_config(run, optimizer={"name": "muon"})):
+        assert {name for name, _, _ in optimizers_of(config).values()} == {"muon"}
+        assert config.levels["fast"].optimizer.lr == 0.25 and config.levels["slow"].ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key"),
+        ("optimizer=adamw", "optimizer is 'adamw'; allowed: keys name, "),
+        ("optimizer.lr=-1", "optimizer.lr is -1.0; allowed: more than 0"),
+        ("optimizer.name=adam", "cms.levels.fast.optimizer.name is 'adam'; did you mean"),
+    ],
+)
+def test_a_mistake_in_the_default_names_its_key(override, start):
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", [override])
+    assert str(caught.value).startswith(start)
