@@ -22,8 +22,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from nlray.actors.hosts.nodes import HEAD_RESOURCE
 from nlray.actors.hosts.pool import CONDUCTOR
 from nlray.actors.hosts.processes import kill_node, signal_actor
-from nlray.actors.types import ENDED, SEQUENCE, RunDescription, RunStatus
+from nlray.actors.types import ENDED, RunDescription, RunStatus
 from nlray.errors import NlrayError, UserError
+from nlray.run_plan import SEQUENCE
 
 ChaosKind = Literal["worker", "rank", "node", "conductor", "hang"]
 KINDS: tuple[ChaosKind, ...] = ("worker", "rank", "node", "conductor", "hang")

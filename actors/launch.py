@@ -30,11 +30,10 @@ from nlray.config import Config
 from nlray.config.loading import parse_run_config, with_absolute_paths
 from nlray.errors import NlrayError, UserError
 from nlray.init_parameters import check_initial
-from nlray.levels.schedule import LevelPlan
 from nlray.metrics import read_events, read_rows
-from nlray.nested_system.problems import level_plans, parameter_shapes
 from nlray.pipelines.source_list import FileList, files_of_run, write_list
 from nlray.pipelines.tokenizers import with_vocabulary
+from nlray.run_plan import RunPlan
 from nlray.storage import absolute, is_local, locate
 from nlray.trust import read_bounded
 
@@ -133,6 +132,7 @@ def way_back(run_dir: str) -> str:
 def launch(
     config: Config,
     *,
+    plan: RunPlan | None = None,
     address: str | None = None,
     resume: bool = False,
     step: int | None = None,
@@ -144,6 +144,7 @@ def launch(
 
     Args:
         config: with `run.name` set.
+        plan: of the resolved configuration; None: it is made here.
         address: of a Ray cluster; None: the one this process is in, else one is started here, for this run.
         resume: go on from the newest whole checkpoint in `run.dir`.
         step: of the checkpoint to go on from instead.
@@ -154,9 +155,9 @@ def launch(
     Raises:
         UserError: before anything is written or started.
     """
-    config = resolve(config)
-    plans = level_plans(config, config.model.vocab_size)
-    check_ranks(config, plans)
+    plan = plan or RunPlan.build(resolve(config))
+    config = plan.config
+    check_ranks(plan)
     check_workers(config)
     if config.exchange.transport == "nixl":
         check_installed()
@@ -165,19 +166,18 @@ def launch(
     if not resume:
         check_inputs(config, config_file)
         check_free(config)
-        config = replace(config, init=check_initial(config, parameter_shapes(config, config.model.vocab_size)))
-    owner = Owner(run=config.run.name)
-    lock = claim(config.run.dir, owner)
+        plan = replace(plan, config=replace(config, init=check_initial(config, plan.shapes)))
+    owner = Owner(run=plan.config.run.name)
+    lock = claim(plan.config.run.dir, owner)
     try:
-        return _launch(config, plans, owner, lock, address=address, resume=resume, step=step, behaviours=behaviours, files=files)
+        return _launch(plan, owner, lock, address=address, resume=resume, step=step, behaviours=behaviours, files=files)
     except BaseException:
         lock.close(undo=True)
         raise
 
 
 def _launch(
-    config: Config,
-    plans: list[LevelPlan],
+    plan: RunPlan,
     owner: Owner,
     lock: FileLock | StoreLock,
     *,
@@ -188,6 +188,7 @@ def _launch(
     files: FileList | None,
 ) -> RunHandle:
     """Start a run whose folder is claimed."""
+    config = plan.config
     notes: list[str] = []
     checkpoint = None
     if resume:
@@ -209,12 +210,13 @@ def _launch(
             notes.append(f"run.dir is {config.run.dir} on a cluster of {len(nodes)} nodes: every node must see the same folder there")
         is_begun = True
         config = prepare_dir(config, checkpoint)
+        plan = replace(plan, config=config)
         write_list(config.run.dir, files)
         num_events = len(read_events(config.run.dir, warn=lambda _: None))
         # On the head node: without that Ray's own state is lost too, so no other node takes the conductor with it.
         actor = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001}, max_concurrency=16)(Conductor)
         conductor = actor.options(name=CONDUCTOR, namespace=namespace_of(config.run.name), lifetime="detached", max_restarts=-1).remote(
-            config, plans, actors, owner, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
+            plan, actors, owner, checkpoint=checkpoint, notes=[*notes, *gpu_notes], behaviours=behaviours or Behaviours()
         )
         wait_for(conductor.__ray_ready__.remote(), "the conductor to start", config.run.timeout_s)
     except BaseException as error:
@@ -249,14 +251,15 @@ def resolve(config: Config) -> Config:
     return resolve_threads(with_vocabulary(with_absolute_paths(config)))
 
 
-def check_ranks(config: Config, plans: list[LevelPlan]) -> None:
-    for plan in plans:
-        if plan.ranks > len(plan.tensors):
-            raise UserError(f"cms.levels.{plan.name}.ranks is {plan.ranks}; allowed: at most the level's {len(plan.tensors)} tensors")
-        autoscale = config.levels[plan.name].autoscale
-        if autoscale is not None and autoscale.max > len(plan.tensors):
-            key = f"cms.levels.{plan.name}.autoscale.max"
-            raise UserError(f"{key} is {autoscale.max}; allowed: at most the level's {len(plan.tensors)} tensors")
+def check_ranks(plan: RunPlan) -> None:
+    """Raise UserError where a level has, or may grow to, more ranks than tensors."""
+    for level in plan.levels:
+        allowed = f"allowed: at most the level's {len(level.tensors)} tensors"
+        if level.ranks > len(level.tensors):
+            raise UserError(f"cms.levels.{level.name}.ranks is {level.ranks}; {allowed}")
+        autoscale = level.config.autoscale
+        if autoscale is not None and autoscale.max > len(level.tensors):
+            raise UserError(f"cms.levels.{level.name}.autoscale.max is {autoscale.max}; {allowed}")
 
 
 def resume_config(run_dir: str, overrides: list[str]) -> Config:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nlray.checkpoint import FilePart
-from nlray.config import Config
-from nlray.levels.schedule import LevelPlan
+from nlray.run_plan import RunPlan
 
 RunState = Literal["starting", "running", "recovering", "finishing", "completed", "stopped", "failed"]
 ENDED: tuple[RunState, ...] = ("completed", "stopped", "failed")
@@ -118,7 +117,7 @@ class Source:
     holder: Any | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """A role for a host and the state to begin with. Producer: conductor; consumer: host.
 
@@ -128,8 +127,7 @@ class Assignment:
 
     role: Role
     attempt: int
-    config: Config
-    plans: tuple[LevelPlan, ...]
+    plan: RunPlan
     sources: tuple[Source, ...] = ()
     checkpoint: str | None = None
 

@@ -14,7 +14,8 @@ from nlray.errors import UserError
 from nlray.evals.heldout import heldout_losses
 from nlray.levels.compression import Codec, codec_of, encode_with_feedback
 from nlray.levels.flat_buffers import FlatLayout
-from nlray.levels.schedule import TensorSpec, newest_version, visible_version
+from nlray.levels.plan import TensorSpec
+from nlray.levels.schedule import newest_version, visible_version
 from nlray.models.compiling import compile_mlps
 from nlray.models.lm import LanguageModel, build_model, level_parameters, sequence_parameters
 from nlray.optimizers import OuterOptimizer, clip_gradients_

@@ -31,7 +31,7 @@ from nlray.actors.ranks.stores import STORES, RankClient, wait_for
 from nlray.actors.types import Assignment, Role
 from nlray.config import Config
 from nlray.config.loading import load_config
-from nlray.nested_system.problems import level_plans
+from nlray.run_plan import RunPlan
 
 PEERS = False
 DIM, LAYERS = 512, 4
@@ -122,15 +122,16 @@ class Level:
     @contextmanager
     def channel(self, config: Config) -> Iterator[tuple[LevelChannel, dict[str, torch.Tensor]]]:
         """Have the rank of a configuration sit down; the channel to it, and the parameters that it writes."""
-        (plan,) = level_plans(config, config.model.vocab_size)
+        plan = RunPlan.build(config)
+        (level,) = plan.levels
         self._attempt += 1
-        self._ask(self.host.become.remote(Assignment(Role(plan.name, 0), self._attempt, config, (plan,))))
+        self._ask(self.host.become.remote(Assignment(role=Role(level.name, 0), attempt=self._attempt, plan=plan)))
         self.call("start")
-        parameters = {spec.name: torch.empty(spec.shape) for spec in plan.tensors}
+        parameters = {spec.name: torch.empty(spec.shape) for spec in level.tensors}
         timeout_s = config.run.timeout_s
         store = STORES[config.exchange.transport](timeout_s)
-        link = RankClient(self.host, self._attempt, f"level {plan.name} rank 0", store, timeout_s)
-        channel = LevelChannel(plan, parameters, [link], worker=0, exchange=config.exchange, timeout_s=timeout_s)
+        link = RankClient(self.host, self._attempt, f"level {level.name} rank 0", store, timeout_s)
+        channel = LevelChannel(level, parameters, [link], worker=0, exchange=config.exchange, timeout_s=timeout_s)
         channel.start(0, 0)
         try:
             yield channel, parameters

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.compiling import compiled
 from nlray.config.loading import load_config
-from nlray.levels.schedule import TensorSpec
-from nlray.nested_system.problems import level_plans
+from nlray.levels.plan import TensorSpec
+from nlray.run_plan import RunPlan
 
 BYTES_PER_S, LOW_FLOP_PER_S, FLOAT_FLOP_PER_S = 3.35e12, 989e12, 67e12
 """H100 SXM: memory, dense bf16 products, float32 products without TF32."""
@@ -63,7 +63,7 @@ def table(presets: tuple[str, ...]) -> Iterator[str]:
 
 def tensors_of(preset: str) -> tuple[TensorSpec, ...]:
     """Return the tensors of one level."""
-    return level_plans(load_config(preset, []), 32000)[0].tensors
+    return RunPlan.build(load_config(preset, []), 32000).levels[0].tensors
 
 
 def variants(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]]:

@@ -21,7 +21,7 @@ from benchmarks.peers import VERSIONS, Peer, PeerError
 from nlray.config import Config
 from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.nested_system.problems import parameter_shapes
+from nlray.run_plan import RunPlan
 
 PEERS = True
 PEER = "nested-learning"
@@ -78,7 +78,7 @@ def hope_config(args: argparse.Namespace, shape: Shape, *overrides: str) -> Conf
 
 
 def num_parameters(config: Config) -> int:
-    shapes = parameter_shapes(config, config.model.vocab_size)
+    shapes = RunPlan.build(config).shapes
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 

@@ -70,7 +70,7 @@ def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
 
     class StrikingRank(LevelRank):
         def _strike(self, moment: Moment, version: int) -> None:
-            if self.rank == 0:
+            if self.role.index == 0:
                 strike(self.config, folder, strikes, ("rank", moment), version * self.plan.update_period, self.plan.name)
 
         def start(self):
@@ -86,7 +86,7 @@ def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
             super()._publish(version, norm, is_skipped=is_skipped)
 
         def snapshot(self, step, attempt):
-            if self.rank == 0:
+            if self.role.index == 0:
                 strike(self.config, folder, strikes, ("rank", "point"), step, self.plan.name)
             return super().snapshot(step, attempt)
 

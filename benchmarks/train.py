@@ -29,8 +29,8 @@ from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
 from nlray.config.loading import load_config
 from nlray.models.lm import LanguageModel
-from nlray.nested_system.problems import NestedSystem
 from nlray.pipelines.stream import BlockStream
+from nlray.run_plan import RunPlan
 
 WARM_UP_STEPS = 8
 WEIGH_EVERY_S = 0.02
@@ -169,8 +169,8 @@ def activation_bytes(model: LanguageModel, blocks: Tensor) -> int:
 
 def memory(config: Config, blocks: Tensor, weighed: dict[str, int], report: Report) -> None:
     """Print what worker 0's process came to hold beside what is counted of it."""
-    system = NestedSystem.build(config, config.model.vocab_size)
-    worker, in_store = system.actors[0], 4 * sum(p.num_parameters for p in system.levels if not p.local_update)
+    plan = RunPlan.build(config)
+    worker, in_store = plan.nested_system.actors[0], 4 * sum(p.num_parameters for p in plan.levels if not p.local_update)
     activations = activation_bytes(BareLoop(config).model, blocks[: config.sequence.micro_batch_size])
     counted = {
         "parameters but those of levels that are read in the object store": worker.parameters - in_store,

@@ -10,6 +10,7 @@ from nlray.config import Config
 from nlray.config.loading import with_absolute_paths
 from nlray.nested_system.problems import NestedSystem, Problem
 from nlray.pipelines.tokenizers import checked_vocab_size
+from nlray.run_plan import RunPlan
 
 _SCHEMA = 1
 _WIDE = 150
@@ -18,41 +19,41 @@ _WIDE = 150
 def print_levels(config: Config, *, title: str, as_json: bool) -> None:
     """Print the nested system of `config`; without a tokenizer file at hand `model.vocab_size` is enough."""
     config = with_absolute_paths(config)
-    vocab_size = config.model.vocab_size or checked_vocab_size(config)
-    system = NestedSystem.build(config, vocab_size)
+    plan = RunPlan.build(config, config.model.vocab_size or checked_vocab_size(config))
     if as_json:
-        print(json.dumps(levels_data(system, config, title=title, vocab_size=vocab_size), indent=1))
+        print(json.dumps(levels_data(plan, title=title), indent=1))
     else:
-        _print_tables(system, config, title=title)
+        _print_tables(plan, title=title)
 
 
-def levels_data(system: NestedSystem, config: Config, *, title: str, vocab_size: int) -> dict[str, Any]:
+def levels_data(plan: RunPlan, *, title: str) -> dict[str, Any]:
     """Return the nested system as JSON-able data. An infinite frequency is the string "infinity"; bytes are per actor or worker."""
+    config = plan.config
     return {
         "schema": _SCHEMA,
         "config": title,
         "kind": config.model.kind,
-        "vocab_size": vocab_size,
-        "parameters": system.num_parameters,
+        "vocab_size": config.model.vocab_size,
+        "parameters": plan.num_parameters,
         "tokens_per_step": config.sequence.global_batch * config.model.seq_len,
         "sequence": {
             "workers": config.sequence.workers,
-            "parameters": system.sequence_size,
-            "bytes_all_reduced_per_step": system.sequence_bytes if config.sequence.workers > 1 and not config.sequence.is_sharded else 0,
+            "parameters": plan.sequence_size,
+            "bytes_all_reduced_per_step": plan.sequence_bytes if config.sequence.workers > 1 and not config.sequence.is_sharded else 0,
             "shard": config.sequence.shard,
         },
-        "problems": [_problem_data(p) for p in system.problems],
+        "problems": [_problem_data(p) for p in plan.nested_system.problems],
         "levels": [
             {
-                "name": plan.name,
-                "update_period": plan.update_period,
-                "delay": plan.delay,
-                "ranks": plan.ranks,
-                "parameters": plan.num_parameters,
-                "bytes_pushed_per_step": plan.bytes_pushed_per_step,
-                "bytes_pulled_per_step": plan.bytes_pulled_per_step,
+                "name": level.name,
+                "update_period": level.update_period,
+                "delay": level.delay,
+                "ranks": level.ranks,
+                "parameters": level.num_parameters,
+                "bytes_pushed_per_step": level.bytes_pushed_per_step(plan.pushed_bytes_per_value),
+                "bytes_pulled_per_step": level.bytes_pulled_per_step,
             }
-            for plan in system.levels
+            for level in plan.levels
         ],
         "actors": [
             {
@@ -66,7 +67,7 @@ def levels_data(system: NestedSystem, config: Config, *, title: str, vocab_size:
                     "total": actor.total,
                 },
             }
-            for actor in system.actors
+            for actor in plan.nested_system.actors
         ],
     }
 
@@ -88,26 +89,28 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _print_tables(system: NestedSystem, config: Config, *, title: str) -> None:
+def _print_tables(plan: RunPlan, *, title: str) -> None:
     from rich.console import Console
+
+    config = plan.config
 
     # What is piped is not cut to the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     is_wide = console.width >= _WIDE
     tokens = config.sequence.global_batch * config.model.seq_len
-    console.print(f"{title}: {config.model.kind}, {format_count(system.num_parameters)} parameters, {format_count(tokens)} tokens a step\n")
-    console.print(_problem_table(system, is_wide=is_wide))
+    console.print(f"{title}: {config.model.kind}, {format_count(plan.num_parameters)} parameters, {format_count(tokens)} tokens a step\n")
+    console.print(_problem_table(plan.nested_system, is_wide=is_wide))
     if not is_wide:
         console.print(f"key, value, objective and rule: in a terminal of {_WIDE} columns, or with --json\n", style="dim")
-    if system.levels:
-        console.print(_level_table(system))
-    console.print(_actor_table(system))
+    if plan.levels:
+        console.print(_level_table(plan))
+    console.print(_actor_table(plan.nested_system))
     if config.sequence.is_sharded:
         passes = config.sequence.worker_batch // config.sequence.micro_batch_size
-        sizes = [format_bytes(n * passes * system.sequence_bytes) for n in (2, 1)]
+        sizes = [format_bytes(n * passes * plan.sequence_bytes) for n in (2, 1)]
         console.print(f"the workers bring each other {sizes[0]} of sequence parameters and add up {sizes[1]} of gradients a step")
     elif config.sequence.workers > 1:
-        console.print(f"the workers all-reduce {format_bytes(system.sequence_bytes)} of sequence gradients a step")
+        console.print(f"the workers all-reduce {format_bytes(plan.sequence_bytes)} of sequence gradients a step")
     console.print(
         "without activations; a rank's buffers are its published versions, in the object store; on a CPU a worker's parameters of a level "
         "without local_update are the version itself, there once for all workers of a node",
@@ -146,12 +149,12 @@ def _frequency(updates_per_token: float) -> str:
     return f"1 / {format_count(1 / updates_per_token)}"
 
 
-def _level_table(system: NestedSystem) -> Any:
+def _level_table(plan: RunPlan) -> Any:
     right = ("period", "delay", "ranks", "parameters", "pushed a step", "pulled a step")
     table = _table("memory levels, bytes of one worker", "level", *right, right=right)
-    for plan in system.levels:
-        wire = [format_bytes(size) for size in (plan.bytes_pushed_per_step, plan.bytes_pulled_per_step)]
-        table.add_row(plan.name, *map(str, (plan.update_period, plan.delay, plan.ranks)), format_count(plan.num_parameters), *wire)
+    for level in plan.levels:
+        wire = [format_bytes(n) for n in (level.bytes_pushed_per_step(plan.pushed_bytes_per_value), level.bytes_pulled_per_step)]
+        table.add_row(level.name, *map(str, (level.update_period, level.delay, level.ranks)), format_count(level.num_parameters), *wire)
     return table
 
 

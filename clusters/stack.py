@@ -5,8 +5,8 @@ from dataclasses import replace
 from nlray.clusters.progress import describe_levels, format_count
 from nlray.config import Config
 from nlray.errors import UserError
-from nlray.nested_system.problems import NestedSystem
 from nlray.pipelines.tokenizers import HFTokenizer, checked_vocab_size, load_tokenizer
+from nlray.run_plan import RunPlan
 from nlray.stacking.decoders import open_source
 from nlray.stacking.stack import check_free, stacked_config, write_stacked
 from nlray.storage import absolute
@@ -24,7 +24,7 @@ def stack_model(source: str, out: str, overrides: list[str], *, trust: bool = Fa
     config = stacked_config(decoder, source, overrides)
     config, notes = _with_end_token(config, has_tokenizer="tokenizer" in decoder.data)
     config = write_stacked(decoder, config, source, target)
-    size = NestedSystem.build(config, config.model.vocab_size).num_parameters
+    size = RunPlan.build(config).num_parameters
     print(f"model    {config.model.layers} layers, dim {config.model.dim}, {format_count(size)} parameters, {config.cms.layout}")
     print(describe_levels(config))
     print("\n".join(f"note     {note}" for note in (*notes, *decoder.notes)))

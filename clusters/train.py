@@ -61,25 +61,25 @@ def _run(
     if config.levels:
         print(describe_levels(config), flush=True)
 
+    from nlray.actors.hosts.placement import resolve_threads
     from nlray.config.loading import with_absolute_paths
     from nlray.pipelines.source_list import files_of_run
     from nlray.pipelines.sources import check_sources
-    from nlray.pipelines.tokenizers import checked_vocab_size
+    from nlray.pipelines.tokenizers import with_vocabulary
 
     resolved = with_absolute_paths(config)
     files = files_of_run(resolved, resume=resume)
     check_sources(resolved.data, files)
-    vocab_size = checked_vocab_size(resolved)
 
-    from nlray.nested_system.problems import NestedSystem
+    from nlray.run_plan import RunPlan
 
-    system = NestedSystem.build(config, vocab_size)
-    print(f"size     {format_count(system.num_parameters)} parameters, vocabulary {vocab_size}", flush=True)
+    plan = RunPlan.build(resolve_threads(with_vocabulary(resolved)))
+    print(f"size     {format_count(plan.num_parameters)} parameters, vocabulary {plan.config.model.vocab_size}", flush=True)
     print(f"cluster  {address or 'Ray, started here'}", flush=True)
 
     from nlray.actors.launch import way_back
 
-    run = start(resolved, address=address, resume=resume, step=step, files=files, config_file=config_file)
+    run = start(plan.config, plan=plan, address=address, resume=resume, step=step, files=files, config_file=config_file)
     try:
         signals.is_orderly = True
         with open_view(config) as view:

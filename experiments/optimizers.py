@@ -24,8 +24,8 @@ from benchmarks.table import Runs, spread
 from nlray.config import OptimizerConfig, ScheduleConfig
 from nlray.config.loading import load_config
 from nlray.models.level import build_level
-from nlray.nested_system.problems import level_plans
 from nlray.optimizers import OuterOptimizer
+from nlray.run_plan import RunPlan
 
 RMS = {"update_rms": 0.2}
 """AdamW's update size, so that one sweep of learning rates fits all."""
@@ -54,7 +54,7 @@ DELTA_TOKENS = 2048
 def cost(turns: int) -> None:
     """Print the time of a step of each variant over one layer of one level, and relative to AdamW's in the same turn."""
     config = load_config("hope-340m")
-    shapes = {t.name: t.shape for t in level_plans(config, config.model.vocab_size)[0].tensors if t.name.startswith("blocks.0.")}
+    shapes = {t.name: t.shape for t in RunPlan.build(config).levels[0].tensors if t.name.startswith("blocks.0.")}
     sizes = ", ".join(f"{name.rpartition('.')[2]} {list(shape)}" for name, shape in shapes.items())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), float32; {sizes}; {turns} turns of {STEPS_A_TURN} steps")
     optimizers = {}

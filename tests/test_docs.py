@@ -21,9 +21,9 @@ from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
 from nlray.memories.scan import GATE_BOXES, MemoryWeights, input_width
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
-from nlray.nested_system.problems import NestedSystem
 from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
+from nlray.run_plan import RunPlan
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("architecture", "data", "ends", "extending", "paper_map", "glossary", "lab_notes", "performance", "run_folder", "scale", "trust")
@@ -88,7 +88,7 @@ def test_every_named_function_exists(document):
 
 
 def test_a_name_that_is_not_there_is_found():
-    text = "nlray/levels/schedule.py: newest_version, LevelPlan.shards, LevelPlan.nothing, shards"
+    text = "nlray/levels/plan.py: deal_tensors, LevelPlan.shards, LevelPlan.nothing, shards"
     assert missing_names(text) == ["LevelPlan.nothing", "shards"]
 
 
@@ -168,7 +168,7 @@ def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(
     commands = extension(tmp_path, monkeypatch, "A level of your own", "lowrank.py")
     for words, in_context, rank in zip(commands, (False, True), (16, 8), strict=True):
         config = load_config("tiny", [*words[2:], "model.dim=16", "model.layers=2", "cms.hidden=24", "model.seq_len=80"])
-        names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        names = {problem.name: problem for problem in RunPlan.build(config, 31).nested_system.problems}
         model = build_model(config, 31, seed=0)
         assert sum(p.parameters for p in names.values()) == sum(p.numel() for p in model.parameters())
         assert names["cms.slow"].parameters == 2 * (16 + 24 * 16 + rank * 24 + 16 * rank)
@@ -193,7 +193,7 @@ def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monk
     commands = extension(tmp_path, monkeypatch, "An optimizer of your own", "lion.py")
     for words in commands:
         config = load_config("tiny", [*words[2:], "cms.defaults.optimizer.schedule.kind=constant"])
-        names = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        names = {problem.name: problem for problem in RunPlan.build(config, 31).nested_system.problems}
         assert names["cms.slow.momentum"].state_values == names["cms.slow"].parameters
         level = config.levels["slow"].optimizer
         assert level.name == "lion:Lion" and level.lr == 1e-3 and level.options in ({}, {"beta1": 0.95})
@@ -232,7 +232,7 @@ def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path,
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         OuterOptimizer(sequence_parameters(model), config.sequence.optimizer, horizon=1000).step(100)
         assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if ".memory.m_" in name)
-        problems = {problem.name: problem for problem in NestedSystem.build(config, 31).problems}
+        problems = {problem.name: problem for problem in RunPlan.build(config, 31).nested_system.problems}
         held = sum(p.state_values for name, p in problems.items() if name.startswith("memory."))
         assert held == state[0].mixer.fast_weights[0].numel() and "diagonal" in problems["memory.mem"].rule
 

@@ -11,17 +11,16 @@ from typing import Any
 
 import ray
 
-from nlray.actors.control.scaling_policy import resized, sizes_of
 from nlray.actors.faults import Fault
 from nlray.actors.hosts.placement import BACKUP, STANDBY, ActorPlan, plan_backup, plan_standbys
 from nlray.actors.hosts.pool import CONDUCTOR, HostHandle, HostPool
 from nlray.actors.ranks.stores import STORES, HostBackup, PeerNorms, RankClient
 from nlray.actors.recovery.points import Point, complete_points, deal_backups, needs_shared_copy, sources_of
 from nlray.actors.recovery.snapshots import SnapshotStore
-from nlray.actors.types import SEQUENCE, Assignment, Command, Role, Source
+from nlray.actors.types import Assignment, Command, Role, Source
 from nlray.config import Config
 from nlray.errors import NlrayError
-from nlray.levels.schedule import LevelPlan
+from nlray.run_plan import SEQUENCE, RunPlan
 
 NODES_LOOK_S = 5.0  # between two looks for another node to keep copies on
 
@@ -34,8 +33,7 @@ class Assigner:
     """The roles of a run and their hosts.
 
     Args:
-        config: the run's configuration, with the sizes in force.
-        plans: the levels, fastest first.
+        plan: the run's, with the sizes in force.
         actors: what each actor asks for; actors that come later ask for what those of their group do.
         hosts: the hosts.
         snapshots: the conductor's own, for the copies of a run with a single actor.
@@ -45,8 +43,7 @@ class Assigner:
 
     def __init__(
         self,
-        config: Config,
-        plans: Sequence[LevelPlan],
+        plan: RunPlan,
         actors: Sequence[ActorPlan],
         hosts: HostPool,
         snapshots: SnapshotStore,
@@ -54,26 +51,31 @@ class Assigner:
         note: Callable[[str], None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.config, self.plans, self.hosts, self.snapshots, self.note = config, list(plans), hosts, snapshots, note
+        self.plan, self.hosts, self.snapshots, self.note = plan, hosts, snapshots, note
         self._should_stop = should_stop
-        self.timeout_s = config.run.timeout_s
+        self.timeout_s = plan.config.run.timeout_s
         self.attempt = 0
         self.last_attempt = 0
         self.role_attempts: dict[str, int] = {}
         self._templates = {actor.group: actor for actor in reversed(actors)}
-        for standby in plan_standbys(config, [a for a in actors if a.group != STANDBY])[:1]:
+        for standby in plan_standbys(plan.config, [a for a in actors if a.group != STANDBY])[:1]:
             self._templates.setdefault(STANDBY, standby)
         self._templates[BACKUP] = plan_backup()
         self._dealt: set[str] = set()
         self._looked_s = -NODES_LOOK_S
 
     @property
+    def config(self) -> Config:
+        """The run's configuration, with the sizes in force."""
+        return self.plan.config
+
+    @property
     def groups(self) -> list[str]:
-        return [SEQUENCE, *(plan.name for plan in self.plans)]
+        return list(self.sizes)
 
     @property
     def sizes(self) -> dict[str, int]:
-        return sizes_of(self.config)
+        return self.plan.sizes
 
     @property
     def roles(self) -> list[Role]:
@@ -83,9 +85,9 @@ class Assigner:
     def plan_of(self, group: str, index: int) -> ActorPlan:
         return replace(self._templates[group], group=group, index=index)
 
-    def resize(self, sizes: dict[str, int]) -> None:
-        self.config = resized(self.config, sizes)
-        self.plans = [replace(plan, ranks=sizes.get(plan.name, plan.ranks)) for plan in self.plans]
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Put other sizes of some groups in force."""
+        self.plan = self.plan.resized(sizes)
 
     def host(self, role: Role) -> HostHandle:
         host = self.hosts.of_role(role)
@@ -233,7 +235,7 @@ class Assigner:
         """Return what a host needs to take a role and restore it from a point or a checkpoint."""
         sources = [] if point is None else sources_of(point, role, self.sizes[role.group], host.name)
         found = tuple(Source(key, None if name == host.name else self.holder(name)) for key, name in sources)
-        return Assignment(role, attempt, self.config, tuple(self.plans), found, url)
+        return Assignment(role=role, attempt=attempt, plan=self.plan, sources=found, checkpoint=url)
 
     def holder(self, host: str) -> Any:
         """Return the handle of a host or of the conductor."""
@@ -241,10 +243,11 @@ class Assigner:
 
     def _connect(self, attempt: int, *, is_first: bool) -> None:
         """Give the roles each other and start them: ranks first, so that the version in use is there to pull."""
-        links = {plan.name: self.links(plan, [self.host(Role(plan.name, i)) for i in range(plan.ranks)], attempt) for plan in self.plans}
+        ranks_of = {level.name: [self.host(Role(level.name, i)) for i in range(level.ranks)] for level in self.plan.levels}
+        links = {name: self.links(name, ranks, attempt) for name, ranks in ranks_of.items()}
         self._call({w: ("connect", links) for w in self.workers}, "to be connected")
-        for plan in self.plans:
-            self.connect_ranks([self.host(Role(plan.name, i)) for i in range(plan.ranks)], attempt)
+        for ranks in ranks_of.values():
+            self.connect_ranks(ranks, attempt)
         if len(self.workers) > 1:
             first = self.workers[0]
             host, port = self._call({first: ("open_store",)}, "to open the group's store")[first.name]
@@ -262,36 +265,34 @@ class Assigner:
         calls = {r.name: r.handle.call.remote(attempt, "connect", peers[r]) for r in ranks}
         self.hosts.gather(calls, "to be connected")
 
-    def links(self, plan: LevelPlan, ranks: Sequence[HostHandle], attempt: int) -> list[RankClient]:
+    def links(self, level: str, ranks: Sequence[HostHandle], attempt: int) -> list[RankClient]:
         """Return what a worker pushes to and pulls from."""
         store = STORES[self.config.exchange.transport]
         return [
-            RankClient(m.handle, attempt, f"level {plan.name} rank {i}", store(self.timeout_s), self.timeout_s) for i, m in enumerate(ranks)
+            RankClient(m.handle, attempt, f"level {level} rank {i}", store(self.timeout_s), self.timeout_s) for i, m in enumerate(ranks)
         ]
 
-    def new_group(self, plan: LevelPlan, size: int, hosts: Mapping[Role, HostHandle]) -> tuple[LevelPlan, list[HostHandle]]:
-        """Return a level's plan of another size and its hosts: the present ones, and `hosts` for the ranks that are new."""
-        group = [hosts[role] if (role := Role(plan.name, i)) in hosts else self.host(role) for i in range(size)]
-        return replace(plan, ranks=size), group
+    def new_group(self, level: str, size: int, hosts: Mapping[Role, HostHandle]) -> list[HostHandle]:
+        """Return the hosts of a level of another size: the present ones, and `hosts` for the ranks that are new."""
+        return [hosts[role] if (role := Role(level, i)) in hosts else self.host(role) for i in range(size)]
 
-    def prepare_switch(self, levels: Mapping[str, tuple[LevelPlan, Sequence[HostHandle]]], attempt: int) -> None:
-        """Have the new ranks made, and tell the workers that they go over to them at the command SWITCH."""
-        config = resized(self.config, {name: plan.ranks for name, (plan, _) in levels.items()})
-        plans = tuple(levels[plan.name][0] if plan.name in levels else plan for plan in self.plans)
+    def prepare_switch(self, levels: Mapping[str, Sequence[HostHandle]], attempt: int) -> None:
+        """Have the new ranks of some levels made, and announce them to the workers, which switch at the command SWITCH."""
+        plan = self.plan.resized({name: len(hosts) for name, hosts in levels.items()})
         calls = {
-            m.name: m.handle.prepare.remote(Assignment(Role(name, i), attempt, config, plans))
-            for name, (_, hosts) in levels.items()
+            m.name: m.handle.prepare.remote(Assignment(role=Role(name, i), attempt=attempt, plan=plan))
+            for name, hosts in levels.items()
             for i, m in enumerate(hosts)
         }
         self.hosts.gather(calls, "to make their new roles")
-        links = {name: (plan, self.links(plan, hosts, attempt)) for name, (plan, hosts) in levels.items()}
+        links = {name: self.links(name, hosts, attempt) for name, hosts in levels.items()}
         self._call({w: ("prepare_switch", links, attempt) for w in self.workers}, "to know the new ranks")
 
-    def switch_levels(self, levels: Mapping[str, tuple[LevelPlan, Sequence[HostHandle]]], attempt: int, point: Point) -> None:
+    def switch_levels(self, levels: Mapping[str, Sequence[HostHandle]], attempt: int, point: Point) -> None:
         """Have the ranks of some levels take over at a point that the ranks before hold; from now on these sizes are in force."""
-        self.resize({name: plan.ranks for name, (plan, _) in levels.items()})
+        self.resize({name: len(hosts) for name, hosts in levels.items()})
         calls = {}
-        for name, (_, hosts) in levels.items():
+        for name, hosts in levels.items():
             self.role_attempts[name] = attempt
             for host in self.hosts.all.values():
                 if host.assigned is not None and host.assigned.group == name:

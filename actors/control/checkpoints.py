@@ -15,10 +15,11 @@ from nlray.actors.control.outages import RETRY_S, Outage
 from nlray.actors.faults import Fault, RunFailedError
 from nlray.actors.hosts.pool import CONDUCTOR, HostLostError
 from nlray.actors.recovery.points import Point, complete_points
-from nlray.actors.types import SEQUENCE, PartKey, PartWritten, Role
+from nlray.actors.types import PartKey, PartWritten, Role
 from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
 from nlray.errors import CheckpointError, RemoteTimeoutError
 from nlray.rotation import delete_old_checkpoints, put_aside_after
+from nlray.run_plan import SEQUENCE
 from nlray.storage import locate, may_pass, reason
 
 
@@ -181,7 +182,7 @@ class Checkpoints:
     def _complete(self, step: int, writing: Writing) -> None:
         by_owner = {owner: self._part(ref, owner, step) for ref, owner in writing.parts.items()}
         written = list(by_owner.values())
-        state = complete_state(by_owner, [plan.name for plan in self.assigner.plans])
+        state = complete_state(by_owner, [level.name for level in self.assigner.plan.levels])
         self.flush()
         self.digest = write_manifest(writing.url, step, [w.part for w in written], state).digest
         self.newest, self.written_step = writing.url, step

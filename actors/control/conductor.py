@@ -39,9 +39,8 @@ from nlray.actors.types import (
     RunState,
     RunStatus,
 )
-from nlray.config import Config
 from nlray.errors import RemoteTimeoutError, UserError
-from nlray.levels.schedule import LevelPlan
+from nlray.run_plan import RunPlan
 
 POLL_S, MAX_POLL_S = 0.2, 1.0
 URGENT_POLL_S = 0.01
@@ -55,8 +54,7 @@ class Conductor(SnapshotStoreActor):
     """Runs one run. Its own snapshot store takes the copies of a run with a single actor.
 
     Args:
-        config: the resolved configuration.
-        plans: the levels, fastest first.
+        plan: of the run, resolved.
         actors: every actor with its resources.
         owner: the launch, which has claimed the run's folder.
         checkpoint: URL of the checkpoint to start from, or None.
@@ -66,8 +64,7 @@ class Conductor(SnapshotStoreActor):
 
     def __init__(
         self,
-        config: Config,
-        plans: Sequence[LevelPlan],
+        plan: RunPlan,
         actors: Sequence[ActorPlan],
         owner: Owner,
         *,
@@ -75,6 +72,7 @@ class Conductor(SnapshotStoreActor):
         notes: Sequence[str],
         behaviours: Behaviours,
     ) -> None:
+        config = plan.config
         self.run, self.recovery, self.owner = config.run, config.recovery, owner
         self.notes, self.timeout_s = list(notes), config.run.timeout_s
         self.snapshots = SnapshotStore(CONDUCTOR, self.timeout_s)
@@ -84,9 +82,7 @@ class Conductor(SnapshotStoreActor):
             hang_timeout_s=config.recovery.hang_timeout_s,
             behaviours=behaviours,
         )
-        self.assigner = Assigner(
-            config, plans, actors, self.hosts, self.snapshots, note=self._note, should_stop=lambda: self._is_stop_requested
-        )
+        self.assigner = Assigner(plan, actors, self.hosts, self.snapshots, note=self._note, should_stop=lambda: self._is_stop_requested)
         self.changes = Resizes(self.assigner, self._note)
         self.checkpoints = Checkpoints(self.assigner, checkpoint, lambda: self.journal.flush(), self._note)
         self.monitor = Monitor(self.assigner, self.changes, self.checkpoints, self._note)
@@ -169,7 +165,7 @@ class Conductor(SnapshotStoreActor):
         """
         if self._state in (*ENDED, "finishing"):
             raise UserError(f"the run is {self._state}")
-        check_sizes(self.assigner.config, self.assigner.plans, sizes)
+        check_sizes(self.assigner.plan, sizes)
         self.changes.request(sizes)
         self._save_state()
 
@@ -407,8 +403,7 @@ class Conductor(SnapshotStoreActor):
     def _finish(self, status: RunState) -> None:
         """Write summary.json, give the resources back, and let the asker know that the run has ended."""
         summary = make_summary(
-            self.assigner.config,
-            self.assigner.plans,
+            self.assigner.plan,
             status=status,
             step=self.monitor.step,
             totals=self.monitor.totals,

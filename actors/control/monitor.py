@@ -10,7 +10,8 @@ from nlray.actors.control.journal import Journal
 from nlray.actors.control.resize import Resizes
 from nlray.actors.faults import Fault, RunFailedError
 from nlray.actors.recovery.points import Point, complete_points
-from nlray.actors.types import SEQUENCE, Role, WorkerReport
+from nlray.actors.types import Role, WorkerReport
+from nlray.run_plan import SEQUENCE
 
 
 class Monitor:

@@ -133,9 +133,9 @@ class Resizes:
             return
         assigner.last_attempt += 1
         rescale.attempt = assigner.last_attempt
-        for plan in assigner.plans:
-            if plan.name in rescale.sizes:
-                rescale.levels[plan.name] = assigner.new_group(plan, rescale.sizes[plan.name], rescale.hosts)
+        for level in assigner.plan.levels:
+            if level.name in rescale.sizes:
+                rescale.levels[level.name] = assigner.new_group(level.name, rescale.sizes[level.name], rescale.hosts)
         assigner.prepare_switch(rescale.levels, rescale.attempt)
         assigner.command(Command.SWITCH)
 

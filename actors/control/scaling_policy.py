@@ -7,52 +7,32 @@ pause, and the run begins again at that recovery point with another number of th
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Literal
 
 from nlray.actors.hosts.pool import MAX_WORKERS, HostHandle
-from nlray.actors.types import SEQUENCE, Role
+from nlray.actors.types import Role
 from nlray.config import AutoscaleConfig, Config
 from nlray.errors import UserError
-from nlray.levels.schedule import LevelPlan
+from nlray.run_plan import SEQUENCE, RunPlan
 
 MIN_VERSIONS = 3  # versions that a decision to grow or to shrink rests on
 
 
-def sizes_of(config: Config) -> dict[str, int]:
-    """Return the number of sequence workers and of each level's ranks."""
-    return {SEQUENCE: config.sequence.workers} | {name: level.ranks for name, level in config.levels.items()}
-
-
-def resized(config: Config, sizes: Mapping[str, int]) -> Config:
-    """Return the configuration with other sizes.
-
-    Raises:
-        UserError: one that the configuration does not allow.
-    """
-    levels = {n: replace(level, ranks=sizes.get(n, level.ranks)) for n, level in config.cms.levels.items()}
-    try:
-        sequence = replace(config.sequence, workers=sizes.get(SEQUENCE, config.sequence.workers))
-    except UserError as error:
-        raise UserError(f"sequence.{error}") from error
-    return replace(config, sequence=sequence, cms=replace(config.cms, levels=levels))
-
-
-def check_sizes(config: Config, plans: Sequence[LevelPlan], sizes: Mapping[str, int]) -> None:
-    """Check sizes that were asked for.
+def check_sizes(plan: RunPlan, sizes: Mapping[str, int]) -> None:
+    """Check sizes that were requested.
 
     Raises:
         UserError: names the group, what came and what is allowed.
     """
-    most = {plan.name: len(plan.tensors) for plan in plans}
+    most = {level.name: len(level.tensors) for level in plan.levels}
     for name, size in sizes.items():
         if name not in most and name != SEQUENCE:
             raise UserError(f"{name}={size}: no group of this name; allowed: {', '.join([*most, SEQUENCE])}")
         if size < 1 or size > most.get(name, size):
             allowed = f"1 to the level's {most[name]} tensors" if name in most else "1 or more"
             raise UserError(f"{name}={size}: allowed: {allowed}")
-    check_workers(resized(config, sizes))
+    check_workers(plan.resized(sizes).config)
 
 
 def check_workers(config: Config) -> None:
@@ -101,7 +81,7 @@ class Rescale:
         self.hosts = dict(hosts)
         self.stage: Literal["actors", "switching"] = "actors"
         self.attempt = 0
-        self.levels: dict[str, tuple[LevelPlan, list[HostHandle]]] = {}
+        self.levels: dict[str, list[HostHandle]] = {}
 
     @property
     def has_workers(self) -> bool:

@@ -6,15 +6,14 @@ from typing import Any
 
 from nlray.actors.faults import Recovery
 from nlray.actors.types import RunState
-from nlray.config import Config
-from nlray.levels.schedule import LevelPlan, newest_version
+from nlray.levels.schedule import newest_version
+from nlray.run_plan import RunPlan
 
 LEVEL_TOTALS = ("bytes_pushed", "bytes_pulled", "stall_s", "skipped_updates")
 
 
 def make_summary(
-    config: Config,
-    plans: Sequence[LevelPlan],
+    plan: RunPlan,
     *,
     status: RunState,
     step: int,
@@ -28,24 +27,25 @@ def make_summary(
     """Return the summary of a run that has ended.
 
     Args:
-        config, plans: with the sizes in force at the end.
+        plan: with the sizes in force at the end.
         step: the last one done.
         totals: worker 0's sums; of useful steps only: what was run again counts once.
         started_at: seconds since 1970, for the time on the wall.
     """
+    config = plan.config
     step_tokens = config.sequence.global_batch * config.model.seq_len
     seconds = totals.get("seconds") or 0.0
     levels = [
         {
-            "name": plan.name,
-            "update_period": plan.update_period,
-            "delay": plan.delay,
-            "ranks": plan.ranks,
-            "version": newest_version(step, plan.update_period),
-            "parameter_bytes": 4 * plan.num_parameters,
-            **{k: totals.get("levels", {}).get(plan.name, {}).get(k, 0) for k in LEVEL_TOTALS},
+            "name": level.name,
+            "update_period": level.update_period,
+            "delay": level.delay,
+            "ranks": level.ranks,
+            "version": newest_version(step, level.update_period),
+            "parameter_bytes": 4 * level.num_parameters,
+            **{k: totals.get("levels", {}).get(level.name, {}).get(k, 0) for k in LEVEL_TOTALS},
         }
-        for plan in plans
+        for level in plan.levels
     ]
     return {
         "status": status,

@@ -23,8 +23,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from nlray.actors.hosts.processes import end_with_raylet, signal_actor
 from nlray.actors.ranks.stores import STORES, wait_for
 from nlray.actors.recovery.snapshots import Backup, Snapshot, SnapshotStore, SnapshotStoreActor
-from nlray.actors.types import SEQUENCE, Assignment, HostReport, PartCopy, Role, Source
+from nlray.actors.types import Assignment, HostReport, PartCopy, Role, Source
 from nlray.errors import HaltedError, RemoteTimeoutError
+from nlray.run_plan import SEQUENCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,20 +165,11 @@ class ActorHost(SnapshotStoreActor):
         )
 
     def _make(self, assignment: Assignment, *, is_restored: bool) -> "SequenceWorker | LevelRank":
-        role, config, plans = assignment.role, assignment.config, assignment.plans
+        role, plan = assignment.role, assignment.plan
+        options: dict[str, Any] = {"snapshots": self.snapshots, "gpus": self.gpus, "is_restored": is_restored}
         if role.is_worker:
-            return self.sequence_worker(
-                config,
-                plans,
-                role.index,
-                snapshots=self.snapshots,
-                attempt=assignment.attempt,
-                gpus=self.gpus,
-                is_restored=is_restored,
-            )
-        plan = next(plan for plan in plans if plan.name == role.group)
-        store = STORES[config.exchange.transport](self.timeout_s)
-        return self.level_rank(config, plan, role.index, store=store, snapshots=self.snapshots, gpus=self.gpus, is_restored=is_restored)
+            return self.sequence_worker(plan, role.index, attempt=assignment.attempt, **options)
+        return self.level_rank(plan, role, store=STORES[plan.config.exchange.transport](self.timeout_s), **options)
 
     def _gather(self, sources: Sequence[Source], role: "SequenceWorker | LevelRank") -> Snapshot:
         """Put together what the role wants from the parts that hold it; what is not a tensor comes from the first."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from nlray.actors.types import SEQUENCE
 from nlray.config import Config, ResourcesConfig
 from nlray.errors import UserError
+from nlray.run_plan import SEQUENCE
 
 STANDBY = "standby"
 BACKUP = "backup"

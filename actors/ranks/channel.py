@@ -25,7 +25,8 @@ from nlray.errors import RemoteTimeoutError
 from nlray.levels.compression import codec_of, encode_with_feedback
 from nlray.levels.flat_buffers import FlatLayout, as_tensor
 from nlray.levels.local_update import LocalUpdate
-from nlray.levels.schedule import LevelPlan, closes_period, newest_version, open_version, visible_version
+from nlray.levels.plan import LevelPlan
+from nlray.levels.schedule import closes_period, newest_version, open_version, visible_version
 
 
 class RankLink(Protocol):

@@ -17,19 +17,19 @@ from nlray.actors.ranks.stores import Store
 from nlray.actors.recovery.snapshots import Snapshot, SnapshotStore, to_host
 from nlray.actors.types import Contribution, PartKey, Role, RoleError, Version
 from nlray.checkpoint import load_tensors, read_manifest
-from nlray.config import Config
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.init_parameters import fill_parameters_
 from nlray.levels.compression import codec_of
 from nlray.levels.flat_buffers import FlatLayout, as_tensor
 from nlray.levels.learner import LevelLearner
-from nlray.levels.schedule import LevelPlan, newest_version
+from nlray.levels.schedule import newest_version
 from nlray.models.lm import build_model
 from nlray.nn.layers import parameter_inits
 from nlray.optimizers import clip_factor, tensor_norms, total_norm
 from nlray.process.device import device_for
 from nlray.process.malloc import keep_freed_memory
 from nlray.process.threads import compute_here_with, compute_with_one
+from nlray.run_plan import RunPlan
 
 SendNorms = Callable[[int, dict[str, float]], None]
 
@@ -38,9 +38,8 @@ class LevelRank:
     """One rank of a level group.
 
     Args:
-        config: the run's configuration, with `model.vocab_size` set.
-        plan: the level.
-        rank: which of `plan.shards` this rank owns.
+        plan: of the run, with `model.vocab_size` set.
+        role: the level, and which of its shards this rank owns.
         store: where versions are published, and contributions lie.
         snapshots: where the parts of recovery points are held.
         gpus: GPUs that Ray gave this actor; above 0 the tensors live on one.
@@ -49,22 +48,20 @@ class LevelRank:
 
     def __init__(
         self,
-        config: Config,
-        plan: LevelPlan,
-        rank: int,
+        plan: RunPlan,
+        role: Role,
         *,
         store: Store,
         snapshots: SnapshotStore,
         gpus: float = 0,
         is_restored: bool = False,
     ) -> None:
-        self.config, self.plan, self.rank = config, plan, rank
-        self.level = config.levels[plan.name]
-        self.role = Role(plan.name, rank)
-        self.group_size = plan.ranks
-        self.label = f"level {plan.name} rank {rank}"
+        self.config, self.plan, self.role = plan.config, plan.level(role.group), role
+        config = plan.config
+        self.group_size = self.plan.ranks
+        self.label = f"level {role.group} rank {role.index}"
         self.timeout_s = config.run.timeout_s
-        self.layout = FlatLayout(plan.shards[rank])
+        self.layout = FlatLayout(self.plan.shards[role.index])
         self.num_workers = config.sequence.workers
         self.version = 0
         self._store = store
@@ -77,7 +74,7 @@ class LevelRank:
         if not is_restored:
             inits = parameter_inits(build_model(config, config.model.vocab_size, device="meta", seed=None))
             fill_parameters_(self.parameters, inits, config, config.run.seed)
-        self.learner = LevelLearner(self.parameters, config, plan.name, horizon=config.run.steps)
+        self.learner = LevelLearner(self.parameters, config, role.group, horizon=config.run.steps)
         self._codec = codec_of(config.exchange.compression)
         self._gradient = self.layout.new_buffer(device)
         for parameter, view in zip(self.parameters.values(), self.layout.views(self._gradient), strict=True):
@@ -102,7 +99,7 @@ class LevelRank:
         """Publish the current version and begin to apply periods as they become complete."""
         norm, is_skipped = self._outcome(self.version)
         self._publish(self.version, norm, is_skipped=is_skipped)
-        self._thread = threading.Thread(target=self._apply_periods, name=f"{self.plan.name}-{self.rank}", daemon=True)
+        self._thread = threading.Thread(target=self._apply_periods, name=str(self.role), daemon=True)
         self._thread.start()
 
     @property
@@ -224,7 +221,7 @@ class LevelRank:
     # The update thread.
 
     def _apply_periods(self) -> None:
-        compute_here_with(self.level.resources.num_threads)
+        compute_here_with(self.plan.config.resources.num_threads)
         try:
             while (contributions := self._next_period()) is not None:
                 self._apply(contributions)
@@ -254,7 +251,7 @@ class LevelRank:
             norm = self._level_norm(version, self.layout.views(mean))
             is_skipped = not math.isfinite(norm)
         if not is_skipped:
-            factor = clip_factor(norm, self.level.optimizer.clip)
+            factor = clip_factor(norm, self.plan.config.optimizer.clip)
             if factor < 1.0:
                 torch.mul(mean, factor, out=self._gradient)
             elif mean is not self._gradient:

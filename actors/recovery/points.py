@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nlray.actors.types import SEQUENCE, Holding, PartKey, Role
+from nlray.actors.types import Holding, PartKey, Role
+from nlray.run_plan import SEQUENCE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nlray.actors.types import Command
 from nlray.levels.flat_buffers import FlatLayout
-from nlray.levels.schedule import TensorSpec
+from nlray.levels.plan import TensorSpec
 
 BUCKET_BYTES = 8 << 20
 

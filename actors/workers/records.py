@@ -17,6 +17,7 @@ from nlray.config import Config
 from nlray.config.loading import parse_run_config
 from nlray.errors import UserError
 from nlray.metrics import EVENTS, SUMMARY, read_events, read_rows, warn_once
+from nlray.run_plan import sizes_of
 from nlray.trust import DAMAGED, read_bounded, read_object
 
 _ADDRESS = re.compile(r"[\w.\-]+:\d+|\[[\da-fA-F:.]+\]:\d+")
@@ -75,8 +76,6 @@ class Records:
 
     def describe(self) -> RunDescription:
         """Return the ended run as its conductor would have described it."""
-        from nlray.actors.control.scaling_policy import sizes_of
-
         rows, summary = self.rows(), self.summary
         return RunDescription(
             name=self.config.run.name,

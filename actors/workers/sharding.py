@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nlray.actors.workers.data_parallel import DataParallelGroup
 from nlray.levels.flat_buffers import FlatLayout
-from nlray.levels.schedule import TensorSpec, deal_tensors
+from nlray.levels.plan import TensorSpec, deal_tensors
 from nlray.models.lm import LanguageModel, block_of, place_parameters, sequence_parameters
 from nlray.optimizers import tensor_norms
 

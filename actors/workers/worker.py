@@ -22,16 +22,16 @@ from torch import Tensor
 from nlray.actors.hosts.nodes import LOOPBACK
 from nlray.actors.ranks.channel import LevelChannel, RankLink
 from nlray.actors.recovery.snapshots import Snapshot, SnapshotStore, to_host
-from nlray.actors.types import SEQUENCE, Command, PartKey, Role, RoleError, WorkerReport
+from nlray.actors.types import Command, PartKey, Role, RoleError, WorkerReport
 from nlray.actors.workers.data_parallel import Agreement, DataParallelGroup
 from nlray.actors.workers.sharding import ShardedParameters
 from nlray.checkpoint import load_tensors, read_manifest
-from nlray.config import Config
 from nlray.errors import HaltedError, NonFiniteLossError, RemoteTimeoutError, UserError
 from nlray.evals.heldout import block_losses
 from nlray.init_parameters import fill_parameters_
 from nlray.levels.local_update import LocalUpdate
-from nlray.levels.schedule import LevelPlan, newest_version, visible_version
+from nlray.levels.plan import LevelPlan
+from nlray.levels.schedule import newest_version, visible_version
 from nlray.models.cms import ContinuumMemory
 from nlray.models.compiling import compile_mlps
 from nlray.models.lanes import Lanes
@@ -45,6 +45,7 @@ from nlray.pipelines.stream import Batch, PrefetchStream, heldout_blocks
 from nlray.process.device import device_for
 from nlray.process.malloc import keep_freed_memory
 from nlray.process.threads import compute_here_with, compute_with_one
+from nlray.run_plan import SEQUENCE, RunPlan
 
 MAX_SKIPPED_IN_A_ROW = 10
 HELDOUT_SEED = 0  # not run.seed: runs of different seeds are compared on the same sequences
@@ -54,8 +55,7 @@ class SequenceWorker:
     """One data-parallel worker.
 
     Args:
-        config: the run's configuration, with `model.vocab_size` set.
-        plans: the levels, fastest first.
+        plan: of the run, with `model.vocab_size` set.
         worker: index of this worker, from 0.
         snapshots: where the parts of recovery points are held.
         attempt: of the group of workers; marks the recovery points that it takes.
@@ -65,8 +65,7 @@ class SequenceWorker:
 
     def __init__(
         self,
-        config: Config,
-        plans: Sequence[LevelPlan],
+        plan: RunPlan,
         worker: int,
         *,
         snapshots: SnapshotStore,
@@ -74,7 +73,8 @@ class SequenceWorker:
         gpus: float = 0,
         is_restored: bool = False,
     ) -> None:
-        self.config, self.plans, self.worker, self.attempt = config, list(plans), worker, attempt
+        self.plan, self.worker, self.attempt = plan, worker, attempt
+        self.config = config = plan.config
         self.role, self.group_size = Role(SEQUENCE, worker), config.sequence.workers
         self.device = device_for(gpus)
         self.label = f"sequence worker {worker}"
@@ -91,7 +91,7 @@ class SequenceWorker:
         self.model.set_loss_tokens(self.step_tokens)
         self.parameters = sequence_parameters(self.model) if self.shards is None else self.shards.owned
         self.level_parameters = level_parameters(self.model)
-        self.local_updates = {p.name: self._local_update(p.name) for p in plans if p.local_update}
+        self.local_updates = {p.name: self._local_update(p.name) for p in plan.levels if p.local_update}
         self.optimizer = OuterOptimizer(self.parameters, sequence.optimizer, horizon=config.run.steps)
         self._step_under_way = 0
         self._not_taken: dict[str, LevelChannel] = {}
@@ -113,7 +113,7 @@ class SequenceWorker:
         self.step = 0
         self.num_skipped = 0
         self._skipped_in_a_row = 0
-        self._visible: dict[str, int] = {plan.name: 0 for plan in plans}
+        self._visible: dict[str, int] = {level.name: 0 for level in plan.levels}
         self._open: dict[str, tuple[dict[str, Tensor], int]] = {}
         self._command = Command.NONE
         self._lock = threading.Lock()
@@ -126,7 +126,7 @@ class SequenceWorker:
         self._heldout: Batch | None = None
         self._thread: threading.Thread | None = None
         self._is_halted = False
-        self._prepared: dict[str, tuple[LevelPlan, list[RankLink]]] = {}
+        self._prepared: dict[str, list[RankLink]] = {}
         self._prepared_attempt = 0
         self._switched: dict[int, int] = {}
         self._retired: list[LevelChannel] = []
@@ -171,9 +171,9 @@ class SequenceWorker:
 
     def connect(self, links: dict[str, list[RankLink]]) -> None:
         """Give the worker its links to the ranks of each level."""
-        self.channels = [self._channel(plan, links[plan.name]) for plan in self.plans]
+        self.channels = [self._channel(level, links[level.name]) for level in self.plan.levels]
 
-    def prepare_switch(self, levels: dict[str, tuple[LevelPlan, list[RankLink]]], attempt: int) -> None:
+    def prepare_switch(self, levels: dict[str, list[RankLink]], attempt: int) -> None:
         """Lay ready other ranks of some levels, those of `attempt`, for the command SWITCH."""
         with self._lock:
             self._prepared, self._prepared_attempt = dict(levels), attempt
@@ -294,7 +294,7 @@ class SequenceWorker:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"param/{name}"])
         self.optimizer.load_state_tensors({k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("optimizer/")})
-        for plan in self.plans:
+        for plan in self.plan.levels:
             sums = self._accumulators_of(plan, tensors, state["workers"])
             self._open[plan.name] = (sums, state["open_steps"][plan.name])
         # All workers have the same state; with another number of workers each takes that of one of them.
@@ -430,12 +430,14 @@ class SequenceWorker:
         with self._lock:
             prepared, self._prepared = self._prepared, {}
             attempt, self._prepared_attempt = self._prepared_attempt, 0
+        self.plan = self.plan.resized({name: len(links) for name, links in prepared.items()})
+        self.config = self.plan.config
         for index, channel in enumerate(self.channels):
-            if channel.plan.name in prepared:
-                self.channels[index] = self._channel(*prepared[channel.plan.name])
+            name = channel.plan.name
+            if name in prepared:
+                self.channels[index] = self._channel(self.plan.level(name), prepared[name])
                 self.channels[index].switch_from(channel, step)
                 self._retired.append(channel)
-        self.plans = [channel.plan for channel in self.channels]
         with self._lock:
             self._switched[attempt] = step
 

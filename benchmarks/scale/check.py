@@ -152,7 +152,7 @@ def timing(folder: Path) -> Behaviours:
         def _apply(self, contributions):
             began = time.time()
             super()._apply(contributions)
-            write("apply", f"rank-{self.plan.name}-{self.rank}", self.plan.name, contributions[0].version, began)
+            write("apply", f"rank-{self.role}", self.plan.name, contributions[0].version, began)
 
     return Behaviours(sequence_worker=TimedWorker, level_rank=TimedRank)
 

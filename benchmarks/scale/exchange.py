@@ -10,7 +10,8 @@ from benchmarks.scale.events import Route, Stage
 from benchmarks.scale.machine import Machine, SumCost, sum_cost
 from benchmarks.scale.workload import Layout
 from nlray.levels.flat_buffers import FlatLayout
-from nlray.levels.schedule import LevelPlan, newest_version, visible_version
+from nlray.levels.plan import LevelPlan
+from nlray.levels.schedule import newest_version, visible_version
 
 
 def message_bytes(plan: LevelPlan) -> list[int]:

@@ -4,7 +4,7 @@ docs/scale.md has the assumptions.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.scale.events import StepTimes, simulate
@@ -58,7 +58,7 @@ def predict(work: Workload, gpus: int, place: Place, variant: Variant, machine: 
     own = work.num_parameters if is_plain else work.sequence_parameters
     plans = () if is_plain else with_ranks(work, layout, machine)
     if variant in ("whole", "summed"):
-        plans = tuple(replace(plan, delay=plan.update_period) for plan in plans)
+        plans = tuple(plan.with_config(delay=plan.update_period) for plan in plans)
     compute_s = sequences * work.sequence_flops / (machine.tflops * 1e12 * machine.utilisation)
     summing_s, loads = all_reduce(4 * own, layout, machine, compute_s=compute_s, spans_places=is_plain)
     sharding_s, gathered = sharding(work, layout, machine, compute_s=compute_s)

@@ -1,14 +1,14 @@
-"""What a configuration costs, whatever the machine, and how it is shared out over GPUs: read off `NestedSystem`, on the meta device."""
+"""What a configuration costs, whatever the machine, and how it is shared out over GPUs: read off `RunPlan`, on the meta device."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.scale.machine import Link, Machine, Place, link_between
 from nlray.config import Config, ModelConfig
 from nlray.errors import UserError
-from nlray.levels.schedule import LevelPlan
-from nlray.nested_system.problems import NestedSystem
+from nlray.levels.plan import LevelPlan
 from nlray.pipelines.tokenizers import checked_vocab_size
+from nlray.run_plan import RunPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,25 +45,25 @@ def workload_of(name: str, config: Config) -> Workload:
     """
     if config.recovery.window == 0:
         raise UserError("recovery.window is 0; allowed here: 1 or more")
-    system = NestedSystem.build(config, config.model.vocab_size or checked_vocab_size(config))
-    worker, *ranks = system.actors
-    flops = token_flops(config.model, system)
+    plan = RunPlan.build(config, config.model.vocab_size or checked_vocab_size(config))
+    worker, *ranks = plan.nested_system.actors
+    flops = token_flops(plan)
     return Workload(
         name=name,
-        levels=system.levels,
-        sequence_parameters=system.sequence_size,
+        levels=plan.levels,
+        sequence_parameters=plan.sequence_size,
         sequence_flops=config.model.seq_len * flops,
-        lead_share=lead_flops(config.model, system) / flops,
+        lead_share=lead_flops(plan) / flops,
         seq_len=config.model.seq_len,
         # What the all-reduce's buckets hold is not in the list where the configuration has one worker.
-        worker_bytes=worker.total + (0 if config.sequence.workers > 1 else system.sequence_bytes),
-        optimizer_bytes=worker.optimizer / system.sequence_size,
+        worker_bytes=worker.total + (0 if config.sequence.workers > 1 else plan.sequence_bytes),
+        optimizer_bytes=worker.optimizer / plan.sequence_size,
         level_state_bytes={rank.name: rank.optimizer / rank.parameters for rank in ranks},
         window=config.recovery.window,
     )
 
 
-def token_flops(model: ModelConfig, system: NestedSystem) -> float:
+def token_flops(plan: RunPlan) -> float:
     """Return the operations of forward and backward for one token: 6 for each weight of a matrix, and the memory's in a chunk.
 
     A tied embedding counts once, as the head; one of its own is looked up and costs nothing.
@@ -71,17 +71,19 @@ def token_flops(model: ModelConfig, system: NestedSystem) -> float:
     Raises:
         UserError: a model whose arithmetic is not counted.
     """
+    model = plan.config.model
     if not (model.kind in ("hope", "titans") and model.titans.collapses):
         raise UserError(f"model.kind={model.kind} with this memory is not counted; allowed: hope and titans with one matrix state per head")
-    specs = [*system.sequence, *(spec for plan in system.levels for spec in plan.tensors)]
+    specs = [*plan.sequence, *(spec for level in plan.levels for spec in level.tensors)]
     looked_up = set() if model.tie_head else {"embedding.weight"}
     weights = sum(spec.numel for spec in specs if len(spec.shape) > 1 and spec.name not in looked_up)
     return 6 * weights + 3 * model.layers * memory_flops(model)
 
 
-def lead_flops(model: ModelConfig, system: NestedSystem) -> float:
+def lead_flops(plan: RunPlan) -> float:
     """Return the operations of the first block's mixer for one token, forward: no level is used before it has ended."""
-    weights = sum(spec.numel for spec in system.sequence if len(spec.shape) > 1 and spec.name.startswith("blocks.0."))
+    model = plan.config.model
+    weights = sum(spec.numel for spec in plan.sequence if len(spec.shape) > 1 and spec.name.startswith("blocks.0."))
     return 2 * weights + memory_flops(model)
 
 
@@ -121,4 +123,4 @@ def with_ranks(work: Workload, layout: Layout, machine: Machine) -> tuple[LevelP
     """Deal each level to ranks: one rank for each node over all levels at most, one for each matrix of the level at most."""
     nodes = layout.gpus // machine.gpus_per_node
     share = max(1, nodes // max(1, len(work.levels)))
-    return tuple(replace(plan, ranks=min(share, sum(len(t.shape) > 1 for t in plan.tensors))) for plan in work.levels)
+    return tuple(level.with_config(ranks=min(share, sum(len(t.shape) > 1 for t in level.tensors))) for level in work.levels)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nlray.levels.schedule import TensorSpec
+from nlray.levels.plan import TensorSpec
 
 # Arrays from the object store are read in place and never written; torch has no read-only tensors.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

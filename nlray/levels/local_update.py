@@ -19,7 +19,7 @@ from torch import Tensor
 from nlray.config import Config
 from nlray.levels.flat_buffers import FlatLayout
 from nlray.levels.learner import LevelLearner
-from nlray.levels.schedule import TensorSpec
+from nlray.levels.plan import TensorSpec
 from nlray.optimizers import clip_factor, tensor_norms, total_norm
 
 

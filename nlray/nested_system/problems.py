@@ -1,8 +1,7 @@
 """The nested system of a configuration: every optimization problem of the model, and what the runtime places where.
 
-    system = NestedSystem.build(config, vocab_size)     # on the meta device: no memory
+    system = RunPlan.build(config).nested_system     # on the meta device: no memory
     system.problems     ordered as the paper orders them: by update frequency, then by dependency (Definition 2)
-    system.levels       a LevelPlan for each CMS level; the runtime's placement and exchange follow it
     system.actors       bytes that each kind of actor holds
 
 A problem comes from the component that solves it: `_MODULES` and `_RULES` below map each module type and update rule to
@@ -20,15 +19,15 @@ from torch import nn
 
 from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.errors import NlrayError
-from nlray.levels.compression import codec_of
-from nlray.levels.schedule import LevelPlan, TensorSpec, deal_tensors
+from nlray.levels.plan import LevelPlan, TensorSpec, deal_tensors
 from nlray.models.attention import Attention
 from nlray.models.cms import ContinuumMemory
 from nlray.models.hope import Titans
-from nlray.models.level import Level, check_levels
-from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, block_of, build_model, level_parameters, sequence_parameters
+from nlray.models.level import Level
+from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, block_of, build_model
 from nlray.nn.layers import GatedMLP, ShortConvolution
-from nlray.optimizers.registry import check_optimizers, gradient_memories
+from nlray.optimizers.registry import gradient_memories
+from nlray.run_plan import RunPlan
 
 _VALUE_BYTES = 4
 WORKERS = "workers"
@@ -78,81 +77,26 @@ class ActorCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NestedSystem:
-    """Everything that is optimized, and where. Build it with `NestedSystem.build`."""
+    """Everything that is optimized, and what it costs. `RunPlan.nested_system` gives a plan's."""
 
     problems: tuple[Problem, ...]
-    levels: tuple[LevelPlan, ...]
-    sequence: tuple[TensorSpec, ...]
-    """The parameters outside the CMS, in model order."""
     actors: tuple[ActorCost, ...]
 
     @staticmethod
-    def build(config: Config, vocab_size: int) -> "NestedSystem":
-        """List the problems of the model that `config` describes.
+    def build(plan: RunPlan) -> "NestedSystem":
+        """List the problems of the model that a plan describes.
 
         Raises:
             NlrayError: a module, update rule or optimizer that contributes no problems.
-            UserError: an optimizer or a level that cannot be built; the message names the key.
         """
-        check_optimizers(config)
-        check_levels(config)
-        model = build_model(config, vocab_size, device="meta", seed=None)
-        levels = _level_plans(config, model)
-        sequence = _specs(sequence_parameters(model))
+        config = plan.config
+        model = build_model(config, config.model.vocab_size, device="meta", seed=None)
         problems = [
             *_module_problems(model, config),
-            *_outer_problems(config, sequence),
-            *(p for plan in levels for p in _level_problems(config, plan, _levels_of(model, plan.name)[0])),
+            *_outer_problems(config, plan.sequence),
+            *(p for level in plan.levels for p in _level_problems(config, level, _levels_of(model, level.name)[0])),
         ]
-        return NestedSystem(problems=_in_order(problems), levels=levels, sequence=sequence, actors=_actor_costs(config, levels, sequence))
-
-    @property
-    def num_parameters(self) -> int:
-        return self.sequence_size + sum(plan.num_parameters for plan in self.levels)
-
-    @property
-    def sequence_size(self) -> int:
-        """Parameters outside the CMS."""
-        return _size(self.sequence)
-
-    @property
-    def sequence_bytes(self) -> int:
-        """Bytes of their gradients: what the workers all-reduce each step."""
-        return _VALUE_BYTES * self.sequence_size
-
-
-def level_plans(config: Config, vocab_size: int) -> tuple[LevelPlan, ...]:
-    """Return what the runtime needs of each CMS level, fastest first; raise UserError for an optimizer or level that cannot be built."""
-    check_optimizers(config)
-    check_levels(config)
-    return _level_plans(config, build_model(config, vocab_size, device="meta", seed=None))
-
-
-def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the model."""
-    return {name: tuple(p.shape) for name, p in build_model(config, vocab_size, device="meta", seed=None).named_parameters()}
-
-
-def _level_plans(config: Config, model: LanguageModel) -> tuple[LevelPlan, ...]:
-    parameters, codec = level_parameters(model), codec_of(config.exchange.compression)
-    pushed = float(_VALUE_BYTES) if codec is None else codec.bytes_per_value
-    return tuple(
-        LevelPlan(
-            name,
-            level.update_period,
-            level.visible_delay,
-            level.ranks,
-            _specs(parameters[name]),
-            level.grad_every,
-            pushed,
-            level.local_update and level.visible_delay > 0,
-        )
-        for name, level in config.levels.items()
-    )
-
-
-def _specs(parameters: Mapping[str, nn.Parameter]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, tuple(p.shape)) for name, p in parameters.items())
+        return NestedSystem(problems=_in_order(problems), actors=_actor_costs(config, plan.levels, plan.sequence))
 
 
 def _in_order(problems: list[Problem]) -> tuple[Problem, ...]:

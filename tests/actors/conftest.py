@@ -13,7 +13,7 @@ from nlray.actors.types import ENDED
 from nlray.config import Config
 from nlray.config.loading import load_config
 from nlray.levels.flat_buffers import FlatLayout
-from nlray.nested_system.problems import level_plans
+from nlray.run_plan import RunPlan
 
 SMALL = [
     "run.steps=20",
@@ -58,7 +58,7 @@ def small(text_file: Path, tmp_path: Path) -> Callable[..., Config]:
 
 def message_bytes(config: Config, level: str) -> int:
     """Return the bytes that a worker pushes to a level once a period: its tensors, each rounded up to the layout's alignment."""
-    (plan,) = [plan for plan in level_plans(config, config.model.vocab_size) if plan.name == level]
+    (plan,) = [plan for plan in RunPlan.build(config, config.model.vocab_size).levels if plan.name == level]
     return FlatLayout(plan.tensors).size_bytes
 
 

@@ -13,11 +13,11 @@ from nlray.actors.control.checkpoints import complete_state
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.ranks.stores import Store
 from nlray.actors.recovery.snapshots import SnapshotStore
-from nlray.actors.types import Contribution, PartKey, Version
+from nlray.actors.types import Contribution, PartKey, Role, Version
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.checkpoint import write_manifest
 from nlray.config import Config
-from nlray.nested_system.problems import level_plans
+from nlray.run_plan import RunPlan
 
 
 class DirectStore:
@@ -61,14 +61,17 @@ class InProcessRun:
 
     def __init__(self, config: Config, rank_class: type[LevelRank] = LevelRank, store: Store | None = None) -> None:
         store = store or DirectStore()
-        plans = level_plans(config, config.model.vocab_size)
+        plan = RunPlan.build(config)
         self.snapshot_stores: list[SnapshotStore] = []
-        self.ranks = {p.name: [rank_class(config, p, i, store=store, snapshots=self.snapshots()) for i in range(p.ranks)] for p in plans}
+        self.ranks = {
+            level.name: [rank_class(plan, Role(level.name, i), store=store, snapshots=self.snapshots()) for i in range(level.ranks)]
+            for level in plan.levels
+        }
         for ranks in self.ranks.values():
             for rank in ranks:
                 others = [r for r in ranks if r is not rank]
                 rank.connect(lambda version, norms, others=others: [o.receive_norms(version, norms) for o in others] and None)
-        self.workers = [SequenceWorker(config, plans, i, snapshots=self.snapshots()) for i in range(config.sequence.workers)]
+        self.workers = [SequenceWorker(plan, i, snapshots=self.snapshots()) for i in range(config.sequence.workers)]
         self.worker = self.workers[0]
         for worker in self.workers:
             worker.connect({name: [DirectLink(r, store) for r in ranks] for name, ranks in self.ranks.items()})

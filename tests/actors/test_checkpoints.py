@@ -11,8 +11,9 @@ from nlray.actors.control import checkpoints
 from nlray.actors.control.checkpoints import Checkpoints
 from nlray.actors.faults import RunFailedError
 from nlray.actors.recovery.points import Point
-from nlray.actors.types import SEQUENCE, PartWritten, Role
+from nlray.actors.types import PartWritten, Role
 from nlray.checkpoint import checkpoint_dir, read_manifest, write_manifest, write_part
+from nlray.run_plan import SEQUENCE
 
 WORKER = Role(SEQUENCE, 0)
 
@@ -62,7 +63,7 @@ class Run:
             write_manifest(self.url(step), step, [part], {"workers": 1})
         recovery = SimpleNamespace(keep=keep, checkpoint_every=2, hang_timeout_s=1.0)
         config = SimpleNamespace(run=SimpleNamespace(dir=self.dir, timeout_s=1.0), recovery=recovery)
-        assigner = SimpleNamespace(config=config, plans=[], holder=lambda _: self.host)
+        assigner = SimpleNamespace(config=config, plan=SimpleNamespace(levels=()), holder=lambda _: self.host)
         self.first = None if first is None else self.url(first)
         self.make = lambda: Checkpoints(assigner, self.first, lambda: None, self.events.append)
         self.checkpoints = self.make()

@@ -13,11 +13,11 @@ from nlray.actors.hosts.pool import HostLostError
 from nlray.actors.ranks.channel import LevelChannel
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.recovery.snapshots import SnapshotStore
-from nlray.actors.types import Contribution
+from nlray.actors.types import Contribution, Role
 from nlray.config import ExchangeConfig
 from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.levels.flat_buffers import as_tensor
-from nlray.nested_system.problems import level_plans
+from nlray.run_plan import RunPlan
 
 from .in_process import DirectLink, DirectStore, InProcessRun
 
@@ -31,9 +31,10 @@ class LateRank(LevelRank):
 
 
 def open_channel(config, level: str, rank_class=LevelRank):
-    plan = next(p for p in level_plans(config, config.model.vocab_size) if p.name == level)
+    run = RunPlan.build(config)
+    plan = run.level(level)
     store = DirectStore()
-    ranks = [rank_class(config, plan, i, store=store, snapshots=SnapshotStore("test", 10)) for i in range(plan.ranks)]
+    ranks = [rank_class(run, Role(level, i), store=store, snapshots=SnapshotStore("test", 10)) for i in range(plan.ranks)]
     for rank in ranks:
         rank.start()
     parameters = {s.name: torch.zeros(s.shape) for s in plan.tensors}

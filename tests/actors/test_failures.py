@@ -25,7 +25,7 @@ class BrokenRank(LevelRank):
     """Fails in its third update."""
 
     def _apply(self, contributions):
-        if contributions[0].version == 3 and self.rank == 1:
+        if contributions[0].version == 3 and self.role.index == 1:
             raise ArithmeticError("broken on purpose")
         super()._apply(contributions)
 

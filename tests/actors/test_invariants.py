@@ -17,6 +17,7 @@ from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.checkpoint import load_parameters
 from nlray.pipelines.lanes import open_stream
+from nlray.run_plan import RunPlan
 
 from .conftest import run_to_end
 from .in_process import InProcessRun
@@ -248,7 +249,7 @@ def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(sm
     settings = [*CARRIED, "cms.levels.fast={delay: 1, local_update: true}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
-    two = [SequenceWorker(small(*settings, "sequence.workers=2"), one.worker.plans, i, snapshots=one.snapshots()) for i in range(2)]
+    two = [SequenceWorker(RunPlan.build(small(*settings, "sequence.workers=2")), i, snapshots=one.snapshots()) for i in range(2)]
     for index, worker in enumerate(two):
         worker.restore(snapshot)
         assert {n: t.tolist() for n, t in worker.lanes.tensors().items()} == {n: t[2 * index :][:2].tolist() for n, t in rows.items()}

@@ -13,7 +13,7 @@ from nlray.actors.ranks.rank import LevelRank
 from nlray.config import AutoscaleConfig
 from nlray.errors import UserError
 from nlray.levels.schedule import newest_version
-from nlray.nested_system.problems import level_plans
+from nlray.run_plan import RunPlan
 
 from .conftest import message_bytes, run_to_end
 from .in_process import InProcessRun
@@ -93,14 +93,14 @@ def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_unde
 
 def test_a_size_that_the_configuration_refuses_is_told_with_its_key(small):
     with pytest.raises(UserError, match=r"^sequence\.global_batch is 4; allowed: a multiple of sequence\.workers=3$"):
-        check_sizes(small(), level_plans(small(), 257), {"sequence": 3})
+        check_sizes(RunPlan.build(small(), 257), {"sequence": 3})
 
 
 def test_more_workers_than_a_rank_can_serve_are_refused(small):
     """At a launch, and asked of a run that goes on; without levels there is nothing to serve."""
     config = small("sequence.global_batch=81")
     with pytest.raises(UserError, match=r"sequence\.workers is 81; allowed with levels: at most 80"):
-        check_sizes(config, level_plans(config, 257), {"sequence": 81})
+        check_sizes(RunPlan.build(config, 257), {"sequence": 81})
     with pytest.raises(UserError, match=r"sequence\.workers is 81; allowed with levels: at most 80"):
         launch(small("sequence.global_batch=81", "sequence.workers=81"))
     check_sizes(small("sequence.global_batch=81", "model.kind=transformer"), [], {"sequence": 81})
@@ -223,4 +223,4 @@ def test_the_policy_grows_above_the_target_and_shrinks_where_half_of_it_would_be
 def test_sizes_that_cannot_be_are_the_users_mistake(small, sizes, message):
     config = small()
     with pytest.raises(UserError, match=message):
-        check_sizes(config, level_plans(config, config.model.vocab_size), sizes)
+        check_sizes(RunPlan.build(config, config.model.vocab_size), sizes)

@@ -11,7 +11,7 @@ from nlray.actors.workers.sharding import ShardedParameters
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.config.loading import load_config
 from nlray.models.lm import build_model, level_parameters, place_parameters, sequence_parameters
-from nlray.nested_system.problems import NestedSystem
+from nlray.run_plan import RunPlan
 
 from . import in_process
 from .in_process import InProcessRun
@@ -133,6 +133,6 @@ def test_a_worker_has_its_share_two_blocks_of_the_rest_at_a_time_and_the_gradien
 
 def test_what_a_worker_holds_is_counted_and_one_worker_keeps_all():
     whole, sharded = (load_config("tiny", ["sequence.workers=4", *extra]) for extra in ([], [FULL]))
-    costs = [NestedSystem.build(config, 257).actors[0] for config in (whole, sharded)]
+    costs = [RunPlan.build(config, 257).nested_system.actors[0] for config in (whole, sharded)]
     assert costs[1].optimizer < 0.35 * costs[0].optimizer and costs[1].parameters < costs[0].parameters
     assert not load_config("tiny", [FULL]).sequence.is_sharded

@@ -20,11 +20,13 @@ from benchmarks.scale.failures import best_interval_s, drawn_interval_s, mean_in
 from benchmarks.scale.machine import Machine, exposed_s, link_between, sum_cost
 from benchmarks.scale.model import VARIANTS, predict
 from benchmarks.scale.workload import Layout, layout_of, token_flops, with_ranks, workload_of
+from nlray.config import LevelConfig
 from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.levels.schedule import LevelPlan, TensorSpec, closes_period, visible_version
+from nlray.levels.plan import LevelPlan, TensorSpec
+from nlray.levels.schedule import closes_period, visible_version
 from nlray.models.lm import build_model
-from nlray.nested_system.problems import NestedSystem
+from nlray.run_plan import RunPlan
 
 AT_ONCE = replace(
     Machine(),
@@ -48,14 +50,16 @@ def test_the_bytes_of_a_step_are_those_of_the_levels_table(hope, plan):
     for work in (hope, plan):
         layout = Layout(workers=1, group=1, link=None)
         _, loads = level_routes(work.levels, layout, Machine(), state_bytes=work.level_state_bytes, is_summed=False)
-        assert loads["GPU"][0] == sum(level.bytes_pushed_per_step for level in work.levels)
+        assert loads["GPU"][0] == sum(level.bytes_pushed_per_step() for level in work.levels)
         for level in work.levels:
-            assert loads[f"rank of {level.name}"][0] == level.bytes_pushed_per_step
+            assert loads[f"rank of {level.name}"][0] == level.bytes_pushed_per_step()
             assert bytes_moved(level, 3 * level.update_period, workers=2)[0] == 2 * 3 * 4 * level.num_parameters
 
 
 def test_bytes_pulled_count_from_the_step_that_uses_the_version():
-    level = LevelPlan("slow", 4, 2, 2, (TensorSpec("a", (3, 5)), TensorSpec("b", (16,))))
+    level = LevelPlan(
+        name="slow", config=LevelConfig(update_period=4, delay=2, ranks=2), tensors=(TensorSpec("a", (3, 5)), TensorSpec("b", (16,)))
+    )
     # 15 and 16 values each lie in 64, and each rank has a message.
     assert message_bytes(level) == [256, 256]
     assert bytes_moved(level, 6, workers=3) == (3 * 512, 0) and bytes_moved(level, 7, workers=3) == (3 * 512, 3 * 512)
@@ -79,7 +83,7 @@ def test_operations_are_those_that_torch_counts():
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "conv" not in str(op))
     # What torch does not count, or counts in its own way: the triangular solves, the convolutions.
     solves, convolutions = 32 * 3 * 32 * 8, 32 * 3 * 2 * 32 * 4
-    assert 32 * token_flops(config.model, NestedSystem.build(config, 64)) == 3 * (counted + solves + convolutions)
+    assert 32 * token_flops(RunPlan.build(config, 64)) == 3 * (counted + solves + convolutions)
 
 
 def test_a_model_that_is_not_counted_is_refused():
@@ -160,7 +164,7 @@ def test_a_round_trip_by_hand():
         AT_ONCE, pcie_gb_s=4, copy_gb_s=2, nic_gbit=64, rank_nic_gbit=64, rank_memory_gb_s=10, nic_us=1,
         hand_ms=1, carry_ms=3, receive_ms=0.5, update_ms=2, publish_ms=1, fetch_ms=2,
     )  # fmt: skip
-    level = LevelPlan("fast", 1, 0, 1, (TensorSpec("w", (1000, 1000)),))
+    level = LevelPlan(name="fast", config=LevelConfig(update_period=1), tensors=(TensorSpec("w", (1000, 1000)),))
     routes, loads = level_routes([level], Layout(workers=2, group=1, link=None), machine, state_bytes={"fast": 2.0}, is_summed=False)
     assert rank_s(level, 4_000_000, 2, 2.0, machine) == pytest.approx(11e-3)
     trip_s = (4 + 5 + 0.001 + 11 + 0.5 + 0.001 + 2) * 1e-3

@@ -12,8 +12,8 @@ from nlray.levels.learner import LevelLearner
 from nlray.models.cms import ContinuumMemory
 from nlray.models.level import Level, LevelForm, SiluLevel
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
-from nlray.nested_system.problems import NestedSystem
 from nlray.optimizers import OuterOptimizer
+from nlray.run_plan import RunPlan
 
 LEVELS = ("fast", "medium", "slow", "slowest")
 
@@ -88,7 +88,7 @@ def test_by_layer_every_layer_has_one_level_the_fastest_first(small_config, voca
     assert [list(block.cms._modules) for block in model.blocks] == [[LEVELS[i]] for i in dealt]
     parameters = level_parameters(model)
     assert sum(len(group) for group in parameters.values()) == 3 * layers and all(parameters.values())
-    system = NestedSystem.build(config, vocab_size)
+    system = RunPlan.build(config, vocab_size).nested_system
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
 
 
@@ -197,9 +197,10 @@ def test_a_nested_state_dealt_anew_goes_on_bit_for_bit(stop):
 
 def test_nested_initial_states_are_problems_of_the_next_slower_level(vocab_size):
     config = nested_config()
-    system = NestedSystem.build(config, vocab_size)
+    plan_of_run = RunPlan.build(config, vocab_size)
+    system = plan_of_run.nested_system
     problems = {p.name: p for p in system.problems}
-    for (faster, plan), (slower, _) in itertools.pairwise((p.name, p) for p in system.levels):
+    for (faster, plan), (slower, _) in itertools.pairwise((p.name, p) for p in plan_of_run.levels):
         state = problems[f"cms.{faster}.initial_state"]
         assert state.updates_per_token == problems[f"cms.{slower}"].updates_per_token
         learner = learner_of({t.name: torch.zeros(t.shape) for t in plan.tensors}, config, faster)
@@ -215,6 +216,6 @@ def test_nested_initial_states_are_problems_of_the_next_slower_level(vocab_size)
         own = [t.numel() for n, t in learner.state_tensors().items() if n.startswith("initial_optimizer/") and not n.endswith("/step")]
         assert memories == sum(own) > 0
     assert "cms.slowest.initial_state" not in problems
-    assert sum(p.parameters for p in system.problems) == system.num_parameters
-    plain = NestedSystem.build(load_config("tiny"), vocab_size)
+    assert sum(p.parameters for p in system.problems) == plan_of_run.num_parameters
+    plain = RunPlan.build(load_config("tiny"), vocab_size).nested_system
     assert system.actors[1].optimizer > plain.actors[1].optimizer and system.actors[4].optimizer == plain.actors[4].optimizer

@@ -5,7 +5,7 @@ import torch
 
 from nlray.levels.compression import CODECS, codec_of, encode_with_feedback
 from nlray.levels.flat_buffers import ALIGN, FlatLayout
-from nlray.levels.schedule import TensorSpec
+from nlray.levels.plan import TensorSpec
 
 
 @pytest.fixture

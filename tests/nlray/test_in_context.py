@@ -15,7 +15,7 @@ from nlray.models.in_context import change_in_context
 from nlray.models.level import CLASSES, Level, LevelForm
 from nlray.models.lm import build_model, level_parameters
 from nlray.models.state import state_from_tensors, state_tensors
-from nlray.nested_system.problems import NestedSystem
+from nlray.run_plan import RunPlan
 
 DIM, HIDDEN, LAMBDA, LOSS_TOKENS = 4, 3, 0.7, 20
 IN_CONTEXT = [
@@ -244,7 +244,7 @@ def test_generation_goes_on_learning(config, vocab_size, random_blocks):
 
 
 def test_the_state_is_bounded_and_the_nested_system_counts_it(config, vocab_size, random_blocks):
-    model, system = build_model(config, vocab_size, seed=0), NestedSystem.build(config, vocab_size)
+    model, system = build_model(config, vocab_size, seed=0), RunPlan.build(config, vocab_size).nested_system
     problems = {p.name: p for p in system.problems}
     assert {name for name in problems if name.endswith(".in_context")} == {"cms.fast.in_context", "cms.slow.in_context"}
     for name, size in (("fast", 3), ("slow", 5)):
@@ -271,7 +271,7 @@ def test_a_rule_or_objective_in_context_that_contributes_nothing_is_an_error(mon
     for table, key in ((nested_system._CONTEXT_RULES, "gd"), (nested_system._CONTEXT_OBJECTIVES, "l2")):
         with monkeypatch.context() as patch, pytest.raises(NlrayError, match=rf"{key}.* contributes no optimization problem"):
             patch.delitem(table, key)
-            NestedSystem.build(config, 31)
+            assert RunPlan.build(config, 31).nested_system
 
 
 @pytest.mark.parametrize("rule", ["gd", "dgd"])

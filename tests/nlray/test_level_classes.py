@@ -9,8 +9,8 @@ from nlray.config.loading import config_from_dict, config_to_yaml, load_config
 from nlray.errors import UserError
 from nlray.models.level import CLASSES, Level
 from nlray.models.lm import build_model, level_parameters
-from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import is_matrix
+from nlray.run_plan import RunPlan
 
 OWN = """
 import torch
@@ -89,7 +89,7 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module, small_confi
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.blocks[0].cms.slow.change(x), 2 * plain.blocks[0].cms.slow.change(x))
-    problem = next(p for p in NestedSystem.build(config, vocab_size).problems if p.name == "cms.slow")
+    problem = next(p for p in RunPlan.build(config, vocab_size).nested_system.problems if p.name == "cms.slow")
     assert (problem.key, problem.value) == ("a key", "a value of scale 2")
 
 
@@ -119,7 +119,7 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module, small_confi
 def test_a_mistake_is_one_line_that_names_the_key(own_module, small_config, overrides, words):
     config = small_config("hope", *overrides)
     messages = []
-    for build in (lambda c: NestedSystem.build(c, 31), lambda c: level_plans(c, 31)):
+    for build in (lambda c: RunPlan.build(c, 31).nested_system, lambda c: RunPlan.build(c, 31).levels):
         with pytest.raises(UserError) as caught:
             build(config)
         messages.append(str(caught.value))

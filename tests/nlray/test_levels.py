@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlray.levels.schedule import LevelPlan, TensorSpec, closes_period, deal_tensors, newest_version, open_version, visible_version
+from nlray.config import LevelConfig
+from nlray.levels.plan import LevelPlan, TensorSpec, deal_tensors
+from nlray.levels.schedule import closes_period, newest_version, open_version, visible_version
 
 periods = st.integers(1, 50).flatmap(lambda c: st.tuples(st.just(c), st.integers(0, c)))
 
@@ -41,6 +43,8 @@ def test_dealing_gives_every_tensor_once_in_model_order_and_balances(sizes, rank
 
 
 def test_a_level_moves_one_cth_of_its_bytes_per_step():
-    plan = LevelPlan("slow", 16, 8, 2, (TensorSpec("a", (8, 4)), TensorSpec("b", (16,))))
+    plan = LevelPlan(
+        name="slow", config=LevelConfig(update_period=16, delay=8, ranks=2), tensors=(TensorSpec("a", (8, 4)), TensorSpec("b", (16,)))
+    )
     assert plan.num_parameters == 48
-    assert plan.bytes_pushed_per_step == plan.bytes_pulled_per_step == 48 * 4 / 16
+    assert plan.bytes_pushed_per_step() == plan.bytes_pulled_per_step == 48 * 4 / 16

@@ -7,8 +7,8 @@ from nlray.config import Config
 from nlray.config.loading import config_from_dict, load_config
 from nlray.errors import UserError
 from nlray.levels.local_update import LocalUpdate
-from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import OuterOptimizer, clip_gradients_
+from nlray.run_plan import RunPlan
 
 UPDATED = "cms.levels.fast={delay: 1, local_update: true}"
 
@@ -95,8 +95,8 @@ def test_it_is_counted_in_the_workers_where_there_is_a_delay():
     costs = {}
     for setting in ("{delay: 1}", "{delay: 1, local_update: true}", "{delay: 0}", "{delay: 0, local_update: true}"):
         config = load_config("tiny", [f"cms.levels.fast={setting}"])
-        costs[setting] = {cost.name: (cost.optimizer, cost.buffers) for cost in NestedSystem.build(config, 16).actors}
-    size = 4 * level_plans(config_of(), 16)[0].num_parameters
+        costs[setting] = {cost.name: (cost.optimizer, cost.buffers) for cost in RunPlan.build(config, 16).nested_system.actors}
+    size = 4 * RunPlan.build(config_of(), 16).levels[0].num_parameters
     optimizer, buffers = costs["{delay: 1}"]["sequence"]
     assert costs["{delay: 1, local_update: true}"] == costs["{delay: 1}"] | {"sequence": (optimizer + 2 * size, buffers + 2 * size)}
     assert costs["{delay: 0, local_update: true}"] == costs["{delay: 0}"]

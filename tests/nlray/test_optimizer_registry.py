@@ -8,9 +8,9 @@ import torch
 from nlray.config import OPTIMIZERS, OptimizerConfig
 from nlray.config.loading import load_config
 from nlray.errors import UserError
-from nlray.nested_system.problems import NestedSystem, level_plans
 from nlray.optimizers import OuterOptimizer, check_optimizers
 from nlray.optimizers.registry import CLASSES, gradient_memories
+from nlray.run_plan import RunPlan
 
 OWN = """
 import torch
@@ -67,7 +67,7 @@ def test_a_class_of_the_users_is_used_by_its_import_path(own_module):
     optimizer = OuterOptimizer({"w_a": weight}, config.levels["fast"].optimizer, horizon=10)
     rate = optimizer.step(16)
     assert torch.equal(weight, -2 * rate * weight.grad.sign())
-    system = NestedSystem.build(config, 31)
+    system = RunPlan.build(config, 31).nested_system
     assert [p.state_values for p in system.problems if p.name == "cms.slow.count"] == [7]
     assert next(p.rule for p in system.problems if p.name == "cms.slow.count") == "scale 2.0"
 
@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line_that_names_the_key(own_module, name, options, wor
     plain = {"name": name, "options": options}
     config = load_config("tiny", [f"cms.levels.slow.optimizer={plain}"])
     messages = []
-    for build in (check_optimizers, lambda c: NestedSystem.build(c, 31), lambda c: level_plans(c, 31)):
+    for build in (check_optimizers, lambda c: RunPlan.build(c, 31).nested_system, lambda c: RunPlan.build(c, 31).levels):
         with pytest.raises(UserError) as caught:
             build(config)
         messages.append(str(caught.value))

@@ -10,7 +10,7 @@ from nlray.config.loading import load_config
 from nlray.errors import UserError
 from nlray.memories.delta.general import MatrixMemory
 from nlray.memories.family import memory_of
-from nlray.nested_system.problems import NestedSystem, level_plans
+from nlray.run_plan import RunPlan
 
 OWN = """
 from nlray.memories.delta.general import MatrixMemory
@@ -98,6 +98,5 @@ def test_a_mistake_is_one_line_that_names_the_key(own_module, settings, words):
 
 def test_a_memory_that_cannot_be_used_is_told_before_a_run_starts(own_module):
     config = load_config("tiny", ["model.titans.memory=own_memories:Wide", "model.titans.options={width: wide}"])
-    for build in (NestedSystem.build, level_plans):
-        with pytest.raises(UserError, match=r"^model\.titans\.options\.width is 'wide'; allowed: a whole number$"):
-            build(config, 31)
+    with pytest.raises(UserError, match=r"^model\.titans\.options\.width is 'wide'; allowed: a whole number$"):
+        RunPlan.build(config, 31)

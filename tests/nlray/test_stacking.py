@@ -12,7 +12,7 @@ from nlray.errors import CheckpointError, UserError
 from nlray.evals.generate import generate
 from nlray.init_parameters import check_initial
 from nlray.models.lm import build_model, level_parameters
-from nlray.nested_system.problems import NestedSystem, parameter_shapes
+from nlray.run_plan import RunPlan
 from nlray.stacking.stack import stack
 from tests.nlray.decoder_folders import SOURCES, save_source
 
@@ -69,7 +69,7 @@ def test_what_was_stacked_learns_in_every_level_generates_and_is_listed(tmp_path
     assert len(text) == 20
     with pytest.raises(ValueError, match="max_positions=48"):
         list(generate(model, [1, 2, 3], max_tokens=60, temperature=0.0, top_k=None, seed=0))
-    system = NestedSystem.build(config, 61)
+    system = RunPlan.build(config, 61).nested_system
     assert sum(p.parameters for p in system.problems) == sum(p.numel() for p in model.parameters())
     state = model(tokens(1, config.model.seq_len))[1]
     attention = next(p for p in system.problems if p.name == "attention")
@@ -95,7 +95,7 @@ def test_a_new_level_that_the_start_does_not_have_is_one_line(tmp_path):
     ):
         config = load_config(None, [f"init={tmp_path}/out", *overrides])
         with pytest.raises(CheckpointError, match=words):
-            check_initial(config, parameter_shapes(config, 61))
+            check_initial(config, RunPlan.build(config, 61).shapes)
         with pytest.raises(CheckpointError, match=words):
             build_model(config, 61, seed=0)
 
