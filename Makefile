@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels chaos bench bench-long bench-optimizers bench-delays bench-memories bench-stacking
+.PHONY: help install train test test-fast check doctor levels docs-config chaos bench bench-long bench-optimizers bench-delays bench-memories bench-stacking
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ doctor: $(INSTALLED)  ## report versions, GPUs, memory, Ray, disk
 
 levels: $(INSTALLED)  ## print a model's nested system and what it costs
 	$(VENV)/bin/nlray levels $(ARGS)
+
+docs-config: $(INSTALLED)  ## write docs/configuration.md from the docstrings of the configuration
+	$(VENV)/bin/python -m nlray.config.docs > docs/configuration.md
 
 chaos: $(INSTALLED)  ## do faults at chosen moments and at random, and compare with quiet runs; about an hour
 	$(VENV)/bin/pytest -m chaos

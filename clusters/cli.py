@@ -242,6 +242,27 @@ def levels(arguments: _Arguments = None, as_json: _Json = False, trust: _Trust =
     print_levels(load_config(source, overrides, trust=trust), title=source or "tiny", as_json=as_json)
 
 
+@app.command("config")
+def show_config(
+    arguments: _Arguments = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Print what KEY, a section or all sections mean: --docs model.titans.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Print the resolved configuration as YAML, or with --docs what a key means."""
+    if docs:
+        from nlray.config.docs import describe_key
+
+        if len(arguments or []) > 1:
+            raise UserError(f"--docs {' '.join(arguments)}: allowed is one key")
+        print(describe_key(arguments[0] if arguments else None))
+        return
+    from nlray.config.loading import config_to_yaml, load_config
+
+    source, overrides = split_arguments(arguments or [])
+    # Nothing that the configuration names is imported or contacted here.
+    print(config_to_yaml(load_config(source, overrides, trust=True)), end="")
+
+
 @app.command()
 def generate(
     path: Annotated[str, typer.Argument(metavar="RUN_DIR | CHECKPOINT", help="Folder or URL of a run, or of one of its checkpoints.")],

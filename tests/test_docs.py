@@ -4,10 +4,8 @@ import ast
 import inspect
 import re
 import shlex
-from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,8 +13,10 @@ import typer
 from torch import nn
 
 from nlray.clusters.cli import app, split_arguments
-from nlray.config import OPTIMIZERS, Config, LevelConfig, ModelConfig
+from nlray.config import OPTIMIZERS, ModelConfig
+from nlray.config.docs import find
 from nlray.config.loading import PRESETS, load_config, parse_config
+from nlray.errors import UserError
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
 from nlray.memories.scan import GATE_BOXES, MemoryWeights, input_width
@@ -26,10 +26,23 @@ from nlray.optimizers.registry import CLASSES
 from nlray.run_plan import RunPlan
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("architecture", "data", "ends", "extending", "paper_map", "glossary", "lab_notes", "performance", "run_folder", "scale", "trust")
+NAMES = (
+    "architecture",
+    "configuration",
+    "data",
+    "ends",
+    "extending",
+    "paper_map",
+    "glossary",
+    "lab_notes",
+    "performance",
+    "run_folder",
+    "scale",
+    "trust",
+)
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
-KEY = re.compile(r"(?:run|data|model|cms|sequence|exchange|recovery|eval)(?:\.\w+)+")
+KEY = re.compile(r"(?:run|data|model|optimizer|cms|sequence|exchange|recovery|eval)(?:\.\w+)+")
 
 
 def text_of(document: str) -> str:
@@ -105,17 +118,11 @@ def test_every_departure_in_the_code_is_in_the_paper_map():
 
 
 def key_exists(key: str) -> bool:
-    """Return whether the schema has a dotted key; any name may stand for a level."""
-    schema: type | None = Config
-    for part in key.split("."):
-        if schema is dict:
-            schema = LevelConfig
-            continue
-        hints = get_type_hints(schema) if schema is not None and is_dataclass(schema) else {}
-        if part not in hints:
-            return False
-        kind = hints[part]
-        schema = kind if is_dataclass(kind) else dict if LevelConfig in get_args(kind) else None
+    """Return whether the configuration has a dotted key; any name may stand for a level."""
+    try:
+        find(key)
+    except UserError:
+        return False
     return True
 
 
@@ -139,7 +146,7 @@ def test_commands_of_the_readme_exist_and_their_configuration_loads():
         options = {option for parameter in command.params for option in parameter.opts}
         assert [word for word in words[1:] if word.startswith("--") and word not in options] == [], words
         source = None
-        if words[0] in ("train", "levels"):
+        if words[0] in ("train", "levels", "config"):
             end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
             source, given = split_arguments(words[1:end])
             assert given == overrides and (source is None or source in PRESETS or source == "my.yaml"), words

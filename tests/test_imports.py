@@ -72,6 +72,7 @@ def test_pipelines_never_import_torch_distributed():
         ("nlray.clusters.api", {"torch", "ray", "pyarrow"}),
         ("nlray.config", {"torch", "ray", "numpy", "pyarrow"}),
         ("nlray.config.loading", {"torch", "ray", "numpy", "pyarrow"}),
+        ("nlray.config.docs", {"torch", "ray", "numpy", "pyarrow"}),
         ("nlray.errors", {"torch", "ray", "yaml"}),
         ("nlray.levels.schedule", {"torch", "ray"}),
         ("nlray.metrics", {"torch", "ray", "tensorflow"}),
