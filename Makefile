@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast check doctor levels docs-config chaos bench bench-long bench-optimizers bench-delays bench-memories bench-stacking
+.PHONY: help install train test test-fast check docs docs-config doctor levels chaos bench bench-long bench-optimizers bench-delays bench-memories bench-stacking
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,15 @@ test: $(INSTALLED)  ## run every test that needs no GPU, but those of make chaos
 test-fast: $(INSTALLED)  ## run the tests that take less than a quarter of a minute each
 	$(call run_tests,not slow and not chaos)
 
-check: $(INSTALLED)  ## lint with ruff
-	$(VENV)/bin/ruff check $(ARGS)
+check: $(INSTALLED)  ## lint, format, and which way the imports point
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pytest tests/test_imports.py -n 2
+
+docs: $(INSTALLED)  ## build the documentation into site/; a broken link or a page left out fails
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo 'open site/index.html'
 
 doctor: $(INSTALLED)  ## report versions, GPUs, memory, Ray, disk
 	$(VENV)/bin/nlray doctor $(ARGS)

@@ -26,22 +26,10 @@ from nlray.optimizers.registry import CLASSES
 from nlray.run_plan import RunPlan
 
 ROOT = Path(__file__).parents[1]
-NAMES = (
-    "architecture",
-    "configuration",
-    "data",
-    "ends",
-    "extending",
-    "paper_map",
-    "glossary",
-    "lab_notes",
-    "performance",
-    "run_folder",
-    "scale",
-    "trust",
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PATH = re.compile(
+    r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks|examples|experiments)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt"
 )
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
-PATH = re.compile(r"(?:nlray|pipelines|actors|clusters|tests|docs|benchmarks)/[\w./-]*|Makefile|pyproject\.toml|constraints\.txt")
 KEY = re.compile(r"(?:run|data|model|optimizer|cms|sequence|exchange|recovery|eval)(?:\.\w+)+")
 
 
@@ -84,14 +72,37 @@ def missing_names(reference: str) -> list[str]:
     return [name for name in names.split(", ") if name not in names_in(ROOT / path)]
 
 
-def test_every_document_is_tested():
-    assert sorted(DOCUMENTS) == ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+def links_of(document: str) -> list[str]:
+    """Return what the links of a document lead to, outside of code."""
+    text = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text_of(document), flags=re.M | re.S))
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def anchors_of(document: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text_of(document), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[\s_]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document):
+    for link in links_of(document):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (ROOT / document).parent / path if path else ROOT / document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target.relative_to(ROOT).as_posix()), link
+            assert document in ("README.md", "CONTRIBUTING.md") or target.parent == ROOT / "docs", f"{link}: not a page of the site"
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    pages = re.findall(r"^ *- [^:\n]+: (\S+\.md)$", text_of("mkdocs.yml"), flags=re.M)
+    assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_path_exists(document):
     paths = [found.group() for text in quoted(document) if (found := PATH.fullmatch(text.partition(": ")[0]))]
-    assert paths and [path for path in paths if not (ROOT / path).exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("document", ["docs/architecture.md", "docs/paper_map.md"])
@@ -133,30 +144,54 @@ def test_every_quoted_key_exists(document):
     assert key_exists("cms.levels.any.resources.gpus") and not key_exists("cms.levels.any.gpus") and not key_exists("run.step")
 
 
-def commands_of_the_readme() -> list[list[str]]:
-    lines = [line for block in code_blocks("README.md", "sh") for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("nlray ")]
+LINES = [(document, line) for document in DOCUMENTS for block in code_blocks(document, "sh") for line in block.splitlines() if line]
+ELSEWHERE = ("ray start", ". .venv/bin/activate", ".venv/bin/pip install", "tensorboard ", "docker run", "pip install")
+"""What a machine for tests does not run: other programs, and what needs a network."""
 
 
-def test_commands_of_the_readme_exist_and_their_configuration_loads():
-    commands = typer.main.get_command(app).commands
-    assert {words[0] for words in commands_of_the_readme()} == set(commands)
-    for words in commands_of_the_readme():
-        command, overrides = commands[words[0]], [word for word in words[1:] if re.match(r"(init|[a-z]+\.[\w.]+)=", word)]
-        options = {option for parameter in command.params for option in parameter.opts}
-        assert [word for word in words[1:] if word.startswith("--") and word not in options] == [], words
-        source = None
-        if words[0] in ("train", "levels", "config"):
-            end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-            source, given = split_arguments(words[1:end])
-            assert given == overrides and (source is None or source in PRESETS or source == "my.yaml"), words
-        # The folder that `init` names is not there.
-        load_config(source if source in PRESETS else "tiny", [o for o in overrides if not o.startswith("init=")])
+@pytest.mark.parametrize(("document", "line"), LINES)
+def test_every_command_exists_and_its_configuration_loads(document, line):
+    words = shlex.split(line, comments=True)
+    if not words or line.startswith(ELSEWHERE):
+        return
+    if words[0] == "nlray":
+        check_nlray(words[1:])
+    elif words[0] == "make":
+        assert {word for word in words[1:] if "=" not in word} <= set(re.findall(r"^([\w-]+):", text_of("Makefile"), flags=re.M)), line
+    else:
+        assert words[0] == "python", line
+        module = words[words.index("-m") + 1] if "-m" in words else words[1].removesuffix(".py").replace("/", ".")
+        path = module.replace(".", "/")
+        assert (ROOT / f"{path}.py").exists() or (ROOT / path / "__main__.py").exists(), line
 
 
-def test_the_example_file_of_the_readme_loads():
-    (example,) = code_blocks("README.md", "yaml")
-    config = parse_config("README.md", example)
+def check_nlray(words: list[str]) -> None:
+    """Check that a command and its options exist, and that its `key=value` arguments are a configuration."""
+    command = typer.main.get_command(app).commands[words[0]]
+    overrides = [word for word in words[1:] if re.match(r"(init|[a-z]+\.[\w.]+)=", word)]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert [word for word in words[1:] if word.startswith("--") and word not in options] == [], words
+    source = None
+    if words[0] in ("train", "levels", "config"):
+        end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        source, given = split_arguments(words[1:end])
+        assert given == overrides and (source is None or source in PRESETS or source == "my.yaml"), words
+    # The folder that `init` names is not there, and a class of one's own is in the section that shows it.
+    known = [
+        o for o in overrides if not o.startswith("init=") and not re.search(r"=\w+:\w+$|memory_options|titans\.options|mlp_options", o)
+    ]
+    load_config(source if source in PRESETS else "tiny", known)
+
+
+def test_the_documents_show_every_command():
+    shown = {line.split()[1] for _, line in LINES if line.startswith("nlray ")}
+    assert shown == set(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
+def test_the_example_file_loads(document):
+    (example,) = code_blocks(document, "yaml")
+    config = parse_config(document, example)
     assert [source.path for source in config.data.sources] == ["a.parquet", "b/"]
     assert list(config.levels) == ["fast", "slow"] and config.levels["slow"].ranks == 2
 
@@ -277,15 +312,18 @@ def test_the_memory_of_the_extending_page_equals_the_recurrence(tmp_path, monkey
     assert all(torch.allclose(*pair, rtol=1e-10, atol=1e-10) for pair in zip(*gradients, strict=True))
 
 
-def test_the_optimizers_of_the_readme_are_those_of_the_configuration():
-    section = text_of("README.md").partition("\n### Optimizers")[2].partition("\n### ")[0]
-    rows = {name: row for row in section.splitlines() if (name := row.partition("`")[2].partition("`")[0]) and row.startswith("| `")}
+def test_the_optimizers_of_the_page_are_those_of_the_configuration():
+    rows = {
+        name: row
+        for row in text_of("docs/optimizers.md").splitlines()
+        if (name := row.partition("`")[2].partition("`")[0]) and row.startswith("| `")
+    }
     assert tuple(rows) == OPTIMIZERS
     for name, row in rows.items():
         arguments = set(inspect.signature(CLASSES[name].__init__).parameters)
         assert set(re.findall(r"`(\w+)`", row)) - {name} <= arguments, name
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    (example,) = code_blocks("README.md", "python")
+    (example,) = code_blocks("docs/optimizers.md", "python")
     scope = {"model": model, "torch": torch}
     exec(example, scope)
     before = model[0].weight.detach().clone()
