@@ -20,7 +20,7 @@ LEVEL_FORMS = ("silu", "swiglu", "gelu")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscaleConfig(Section):
-    """How many ranks a level has while the run goes on."""
+    """How many ranks a level has during the run."""
 
     min: Count = 1
     """Fewest ranks."""
@@ -56,7 +56,7 @@ class LevelConfig(Section):
     """Steps D until a version becomes visible, 0 <= D <= C; null: 0 for C = 1, else min(C, 8)."""
     local_update: bool = False
     """With a delay: whether every sequence worker makes an update itself, for the steps until its version arrives. The workers sum the
-    period's gradients among themselves for it, so that a delay costs that traffic and no loss. Not with exchange.mode=eager, nor of a level
+    period's gradients among themselves for it, so a delay costs that traffic and no loss. Not with exchange.mode=eager, nor of a level
     of variant nested that is set back."""
     ranks: Count = 1
     """Actors that share the level's tensors."""
@@ -66,7 +66,7 @@ class LevelConfig(Section):
     rule: Literal["gd", "dgd"] = "gd"
     """Update rule: gradient descent, or delta gradient descent (Eq. 56-57)."""
     dgd_lambda: Annotated[float, Range(0, 1000)] = 1.0
-    """Weight of the layer's own output in the delta rule's error; 1 is the paper."""
+    """Weight of the layer's own output in the delta rule's error; the paper has 1."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of the level; its clipping is over the whole level."""
     resources: RankResourcesConfig = field(default_factory=RankResourcesConfig)
@@ -132,7 +132,7 @@ class CmsConfig(Section):
             is_multiple = level.update_period % faster.update_period == 0 and level.update_period > faster.update_period
             allowed = f"a multiple, 2 or more, of the next faster level's {faster.update_period}"
             self.require(is_multiple, f"levels.{name}.update_period", allowed, given)
-        # A level that is set back does not move on as it moved before, and to what it is set back is with its ranks.
+        # A level that is set back does not continue from its last update, and only its ranks have the state it is set back to.
         for name, level in levels[:-1]:
             self.require(not level.local_update, f"levels.{name}.local_update", "false but in the slowest level", given)
 

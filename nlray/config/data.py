@@ -49,11 +49,11 @@ class DataConfig(Section):
     """`bytes`, or a Hugging Face tokenizers JSON file."""
     end_token: Text | None = None
     """Token of a Hugging Face tokenizer that ends each document, never made from text; null: what config.json, generation_config.json or
-    tokenizer_config.json beside a tokenizer.json names, else the first known one that the tokenizer has. `bytes` has its own."""
+    tokenizer_config.json next to a tokenizer.json names, else the first known one that the tokenizer has. `bytes` has its own."""
     begin_token: Text | None = None
     """Token of a Hugging Face tokenizer that is put before each document and each prompt (BOS), never made from text; null: none."""
     tokenizer_processes: Annotated[int, Range(0, 256)] = 0
-    """Processes that each worker starts for a Hugging Face tokenizer; 0: none, it tokenizes in its own, beside the steps."""
+    """Processes that each worker starts for a Hugging Face tokenizer; 0: none, it tokenizes in its own process, alongside the steps."""
     eval_fraction: Decay = 0.05
     """Share of the records held out for evaluation, picked by a hash of their text; 0: none."""
     stream: StreamConfig = field(default_factory=StreamConfig)

@@ -26,27 +26,32 @@ _PARTS = re.compile(r"\[[^\[\]]*\]|[^.\[\]]+")
 _WIDTH = 100
 _INTRO = """# Configuration
 
-A run is configured by a preset or a YAML file, changed by `key=value` arguments. `nlray config [PRESET | FILE] [key=value ...]` prints the
-resolved configuration. `nlray config --docs KEY` prints what a key means. Once a run has started, its `config.yaml` has every value.
+A run is configured by a preset or a YAML file, changed by `key=value` arguments. `nlray config [PRESET | FILE]
+[key=value ...]` prints the resolved configuration. `nlray config --docs KEY` prints what a key means. Once a run has
+started, its `config.yaml` has every value.
 
 `make docs-config` writes this page from the docstrings in `nlray/config/`.
 
 Values are read as follows.
 
-- The type of a key decides what its characters mean. A string is the characters as they are written: `run.name=010`, `run.name=yes`.
-- A number is decimal digits, in a float also with a point and an exponent: `010` is ten. `0x10`, `1_000`, `1:30`, `nan` and `inf` are
-  refused; `3.0` and `1e3` are no whole numbers. A number in quotes is a number.
+- The type of a key decides what its characters mean. A string is the characters as they are written: `run.name=010`,
+  `run.name=yes`.
+- A number is decimal digits, in a float also with a point and an exponent: `010` is ten. `0x10`, `1_000`, `1:30`, `nan`
+  and `inf` are refused; `3.0` and `1e3` are no whole numbers. A number in quotes is a number.
 - A boolean is `true` or `false`; `yes` and `on` are refused. `null`, `~` or nothing is null.
-- Options of classes (`options`, `mlp_options`) have no declared type in a file: without quotes they are booleans or decimal numbers if
-  they look so, else strings.
-- An override is the characters up to its end; lists, mappings and quoted strings are YAML: `data.sources=[a.parquet, b/]`. It changes
-  lists that the file or an earlier override has: `data.sources[0].weight=3`, or with `.0` for `[0]`. A part of a key that has dots is
-  written in brackets: `sequence.resources.labels[ray.io/pool]=a`.
-- `optimizer` and `cms.defaults` hold wherever a group does not set its own values. `options` of an optimizer are not inherited by an
-  optimizer of another name. A default given to `nlray resume` or with `init` replaces the values that the run had.
-- A file is UTF-8 YAML. Anchors and merges are read. Refused are a key that comes twice, explicit types (`!!int`), more than 100 levels or
-  100,000 values with every alias written out, and `${...}`, which nothing replaces.
-- A key of an earlier version is refused with its new name. A run's own `config.yaml` is read whichever version wrote it.
+- Options of classes (`options`, `mlp_options`) have no declared type in a file: without quotes they are booleans or
+  decimal numbers if they look so, else strings.
+- An override is the characters up to its end; lists, mappings and quoted strings are YAML:
+  `data.sources=[a.parquet,b/]`. It changes lists that the file or an earlier override has: `data.sources[0].weight=3`,
+  or with `.0` for `[0]`. A part of a key that has dots is written in brackets:
+  `sequence.resources.labels[ray.io/pool]=a`.
+- `optimizer` and `cms.defaults` hold wherever a group does not set its own values. `options` of an optimizer are not
+  inherited by an optimizer of another name. A default given to `nlray resume` or with `init` replaces the values that
+  the run had.
+- A file is UTF-8 YAML. Anchors and merges are read. Refused are a key that comes twice, explicit types (`!!int`), more
+  than 100 levels or 100,000 values with every alias written out, and `${...}`, which nothing replaces.
+- A key of an earlier version is refused with its new name. A run's own `config.yaml` is read whichever version wrote
+  it.
 """
 
 
@@ -236,8 +241,8 @@ def _lines(doc: KeyDoc) -> list[str]:
     return [doc.key, *_wrapped(f"{doc.allowed}{default}", "    "), *_wrapped(doc.meaning, "    ")]
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, indent: str = "", width: int = _WIDTH) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown() -> str:
@@ -249,7 +254,8 @@ def markdown() -> str:
             rows = [doc for doc in keys_of(section, prefix) if doc.section is None]
             parts.append("## Keys outside of sections\n\n" + _table(rows, prefix, headings))
             continue
-        parts.append(f"## `{prefix.removesuffix('.')}`\n\n{meaning}\n\n" + _table(list(keys_of(section, prefix)), prefix, headings))
+        purpose = "\n".join(_wrapped(meaning, width=120))
+        parts.append(f"## `{prefix.removesuffix('.')}`\n\n{purpose}\n\n" + _table(list(keys_of(section, prefix)), prefix, headings))
     return "\n".join(parts)
 
 

@@ -1,6 +1,6 @@
 """Reading and writing the configuration: presets, YAML files and `key=value` overrides become one checked `Config`.
 
-Nothing here imports torch or ray, so that a mistake is told before anything slow starts.
+Nothing here imports torch or ray, so that a mistake is reported before anything slow starts.
 """
 
 import difflib
@@ -93,7 +93,7 @@ def config_to_yaml(config: Config) -> str:
 
 
 def default_run_name(source: str | None, overrides: list[str], stamp: str) -> str:
-    """Return `<preset or file>-<stamp>`, or that of the folder that `init` names where there is neither."""
+    """Return `<preset or file>-<stamp>`, or with the name of the folder that `init` names where there is neither."""
     if source is None:
         init = _init_of(overrides)
         return f"{Path(init).resolve().name if init else 'tiny'}-{stamp}"
@@ -246,7 +246,7 @@ def _apply_defaults(
     plain: dict[str, Any], source: dict[str, Any], join: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 ) -> None:
     """Join the defaults that `source` has with what the sequence and every level have in `plain`."""
-    # What should be a mapping and is none is reported where it is read.
+    # A value that is no mapping, but should be one, is reported when it is read.
     optimizer = {"optimizer": _mapping(source.get("optimizer"))}
     if optimizer["optimizer"]:
         plain.setdefault("sequence", {})

@@ -41,7 +41,7 @@ class OptimizerConfig(Section):
     """Muon's momentum."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes the step: auto takes the Triton kernels on GPUs where they can run, torch and triton insist. A resumed run may change
-    it; the two differ by rounding, in the Newton-Schulz of M3 by that of bfloat16."""
+    it; the two differ by rounding, in M3's Newton-Schulz steps by the rounding of bfloat16."""
     clip: Amount = 1.0
     """Largest norm of the gradient of the whole level (or of all sequence parameters); 0: no clipping."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

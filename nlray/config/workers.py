@@ -13,7 +13,7 @@ Units = Annotated[float, Range(0, 1e6)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig(Section):
-    """What one actor (a sequence worker or a level rank) asks of Ray."""
+    """What one actor (a sequence worker or a level rank) requests of Ray."""
 
     cpus: Units = 1.0
     """Logical CPUs; also sets the actor's torch threads (at least one) unless `threads` does."""
@@ -64,8 +64,8 @@ class SequenceConfig(Section):
     """none: every worker keeps all sequence parameters and their optimizer state. full: every worker keeps a share of whole tensors and of
     their optimizer state, and has the rest for one block at a time; levels are not concerned. Use it with recompute_blocks."""
     recompute_blocks: bool = False
-    """Whether the backward pass computes each block anew in place of keeping what it computed: the memory of one block's activations in
-    place of all blocks', for the time of a second forward pass; the same bits."""
+    """Whether the backward pass computes each block again and does not keep its activations. It saves the memory of all blocks but one,
+    for the time of a second forward pass; the same bits."""
     compile: bool = False
     """Whether torch.compile makes one program of each block's MLPs, at the first step. Not with levels in context."""
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
@@ -96,7 +96,7 @@ class ExchangeConfig(Section):
     """How level versions reach the sequence workers."""
 
     mode: Literal["delayed", "eager"] = "delayed"
-    """delayed: a version is taken up exactly at its step (deterministic); eager: as soon as it is there, at the latest
+    """delayed: workers use a version exactly from its step on (deterministic); eager: as soon as it has arrived, at the latest
     at that step (the one mode whose result may differ from run to run)."""
     compression: Literal["none", "bf16", "int8"] = "none"
     """What contributions travel as: float32, or a half or a quarter of the bytes; what rounding leaves goes into the worker's next

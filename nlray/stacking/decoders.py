@@ -35,7 +35,7 @@ class Source(ABC):
     """A pretrained decoder."""
 
     plain: dict[str, Any]
-    """Keys of the configuration that the weights decide: `model`, and of `memory` hidden, mlp and mlp_bias."""
+    """Keys of the configuration that the weights decide: `model`, and of `cms` hidden, mlp and mlp_bias."""
     data: dict[str, Any]
     """Keys of the section `data` that the source decides: its tokenizer, if it has one, and of a run its end and begin token."""
     notes: list[str]
