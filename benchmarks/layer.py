@@ -158,7 +158,7 @@ def error_of(memory: str, phase: str) -> float:
     found = (y, *torch.autograd.grad(y, (u, *chain(*weights.memories.values())), upstream))
 
     exact = weights._replace(
-        memories={box: tuple(t.detach().double().requires_grad_() for t in layers) for box, layers in weights.memories.items()},
+        memories={component: tuple(t.detach().double().requires_grad_() for t in layers) for component, layers in weights.memories.items()},
         biases={gate: bias.detach().double() for gate, bias in weights.biases.items()},
     )
     u_exact, reference = u.detach().double().requires_grad_(), mlp_memory_reference if memory == "mlp" else memory_reference

@@ -19,7 +19,7 @@ from nlray.config.loading import PRESETS, load_config, parse_config
 from nlray.errors import UserError
 from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import memory_of
-from nlray.memories.scan import GATE_BOXES, MemoryWeights, input_width
+from nlray.memories.scan import GATE_COMPONENTS, MemoryWeights, input_width
 from nlray.models.lm import build_model, level_parameters, sequence_parameters
 from nlray.optimizers import DeltaGradientDescent, OuterOptimizer
 from nlray.optimizers.registry import CLASSES
@@ -258,7 +258,9 @@ def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path,
         config = load_config("tiny", [*words[2:], *small])
         model = build_model(config, 31, seed=0)
         tensors = {name.rpartition(".")[2]: p for name, p in model.named_parameters() if ".memory.m_" in name}
-        assert {name: tuple(p.shape) for name, p in tensors.items()} == {f"m_{box}": (2, 8) for box in config.model.titans.components}
+        assert {name: tuple(p.shape) for name, p in tensors.items()} == {
+            f"m_{component}": (2, 8) for component in config.model.titans.components
+        }
         model_of_other_std = build_model(load_config("tiny", [*words[2:], *small, "model.titans.options={std: 3.0}"]), 31, seed=0)
         scaled = dict(model_of_other_std.named_parameters())["blocks.0.memory.m_k"] * (config.model.titans.options.get("std", 1.0) / 3)
         assert torch.allclose(tensors["m_k"], scaled) and tensors["m_k"].std() > 0.2 and not tensors["m_eta"].any()
@@ -296,14 +298,16 @@ def test_the_memory_of_the_extending_page_equals_the_recurrence(tmp_path, monkey
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    weights = MemoryWeights({box: (noise(2, 4),) for box in model.titans.components}, {gate: noise(2) for gate in model.titans.gates})
+    weights = MemoryWeights(
+        {component: (noise(2, 4),) for component in model.titans.components}, {gate: noise(2) for gate in model.titans.gates}
+    )
     inputs, q = noise(2, 2, 15, input_width(model)), None if model.titans.adapt_q else noise(2, 2, 15, 4)
     memory = memory_of(model)
     y, _ = memory(inputs, q, weights, memory.initial_state(2, weights), inner_lr=0.7)
 
-    def answer(box: str, layers: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
+    def answer(component: str, layers: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
         made = layers[0].squeeze(-2) * z
-        return made.sum(-1, keepdim=True) if box in GATE_BOXES else made
+        return made.sum(-1, keepdim=True) if component in GATE_COMPONENTS else made
 
     expected, _, _ = memory_reference(inputs, q, weights, model=model, inner_lr=0.7, answer=answer)
     assert torch.allclose(y, expected, rtol=1e-10, atol=1e-10)

@@ -3,9 +3,9 @@
 | phase          | rule                            | memory | which                                            |
 | -------------- | ------------------------------- | ------ | ------------------------------------------------ |
 | self_modifying | dgd                             | matrix | CollapsedMemory: one d x d state per head        |
-| any            | dgd, gd                         | matrix | MatrixMemory: a matrix per box                   |
+| any            | dgd, gd                         | matrix | MatrixMemory: a matrix per component                   |
 | static         | hebbian, delta, gated_delta     | matrix | MatrixMemory: linear attention and its relatives |
-| any            | dgd, gd                         | mlp    | MLPMemory: two layers per box                    |
+| any            | dgd, gd                         | mlp    | MLPMemory: two layers per component                    |
 
 Memories with chunk sizes of their own do not collapse. `model.titans.memory` may also be `package.module:Class`, a ChunkedMemory of the
 user's.
@@ -19,12 +19,12 @@ from nlray.extensions import one_line, options_of, resolve_class
 from nlray.memories.delta.chunk import MemoryParameters, initial_state, titans_memory
 from nlray.memories.delta.general import MatrixMemory
 from nlray.memories.mlp.chunk import MLPMemory
-from nlray.memories.problems import box_problems
+from nlray.memories.problems import component_problems
 from nlray.memories.scan import ChunkedMemory, MemoryProblem, MemoryState, MemoryWeights
 
 
 class CollapsedMemory(MatrixMemory):
-    """The matrix memory of self-referential Titans with one state for all boxes: the parameters of MatrixMemory, another scan."""
+    """The matrix memory of self-referential Titans with one state for all components: the parameters of MatrixMemory, another scan."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
@@ -39,14 +39,14 @@ class CollapsedMemory(MatrixMemory):
         return titans_memory(inputs_BHTP, q_BHTd, _collapsed(weights), state, inner_lr=inner_lr, **self.options)
 
     def problems(self) -> list[MemoryProblem]:
-        return box_problems(self.model, dict.fromkeys(self.titans.components, 0) | {"mem": self.box_values()["mem"]})
+        return component_problems(self.model, dict.fromkeys(self.titans.components, 0) | {"mem": self.component_values()["mem"]})
 
     def initial_state(self, batch_size: int, weights: MemoryWeights) -> MemoryState:
         return initial_state(batch_size, _collapsed(weights), retain=self.retain)
 
 
 def _collapsed(weights: MemoryWeights) -> MemoryParameters:
-    memories = {f"m_{box}": layers[0] for box, layers in weights.memories.items()}
+    memories = {f"m_{component}": layers[0] for component, layers in weights.memories.items()}
     return MemoryParameters(**memories, **{f"b_{gate}": bias for gate, bias in weights.biases.items()})
 
 

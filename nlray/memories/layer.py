@@ -7,7 +7,7 @@ A matrix memory is one such layer, an MLP memory two. The derivation is in nlray
     answer = read(layer, q, z, w, coefficients)
     layer = close(layer, z, w, coefficients)
 
-Letters beside those of docs/glossary.md: G boxes, or 1 where all boxes share one input and their rows are stacked; K width of the
+Letters beside those of docs/glossary.md: G components, or 1 where all components share one input and their rows are stacked; K width of the
 layer's input, V of its output. Heads come first, so that what the batch shares is one product per head.
 """
 
@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """How much of every write and of the chunk's first state is in the weight at each token; the same for all boxes (G = 1)."""
+    """How much of every write and of the chunk's first state is in the weight at each token; the same for all components (G = 1)."""
 
     eta_HGBC1: Tensor
     """Inner learning rate of each write."""

@@ -1,7 +1,7 @@
-"""The optimization problems of a memory in context, as `nlray levels` lists them: one for each box of a head.
+"""The optimization problems of a memory in context, as `nlray levels` lists them: one for each component of a head.
 
-A memory's class contributes them (nlray/memories/scan.py: ChunkedMemory.problems); `box_problems` has what follows from phase, objective
-and chunk sizes, so that a class adds how many values it holds, and its rule where that is not one of `RULES`.
+A memory's class contributes them (nlray/memories/scan.py: ChunkedMemory.problems); `component_problems` has what follows from phase,
+objective and chunk sizes, so that a class adds how many values it holds, and its rule where that is not one of `RULES`.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from nlray.config import ModelConfig, TitansConfig
 from nlray.errors import NlrayError
-from nlray.memories.scan import GATE_BOXES, MemoryProblem
+from nlray.memories.scan import GATE_COMPONENTS, MemoryProblem
 
 RULES = {
     "dgd": "delta gradient descent, decay to {target} (Eq. 88, 90)",
@@ -21,12 +21,12 @@ RULES = {
 """Update rules in words, by `model.titans.rule`; the target is what the decay leads to."""
 
 
-def box_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: str | None = None) -> list[MemoryProblem]:
-    """Return the problems of all boxes (Eq. 64-65, 76-93), the main one first, with momentum that of the momentum before it.
+def component_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: str | None = None) -> list[MemoryProblem]:
+    """Return the problems of all components (Eq. 64-65, 76-93), the main one first, with momentum that of the momentum before it.
 
     Args:
         model: phase, objective, chunk sizes and so on.
-        state_values: values that each box holds of one sequence, over the heads of a layer; 0 where they are in the main one's state.
+        state_values: values that each component holds of one sequence, over the heads of a layer; 0 where they are in the main one's state.
         rule: the update rule in words; None: that of `model.titans.rule`.
 
     Raises:
@@ -47,16 +47,16 @@ def box_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: s
     projections = [
         replace(
             memory,
-            name=box,
-            updates_per_token=1.0 / titans.component_chunk_sizes[box],
+            name=component,
+            updates_per_token=1.0 / titans.component_chunk_sizes[component],
             context_flow="chunks",
-            value=_value(box, titans),
-            objective=objective.format(_value(box, titans).partition(" =")[0]),
-            rule="as memory.mem" if state_values[box] else "as memory.mem, in its state",
-            state_values=state_values[box],
+            value=_value(component, titans),
+            objective=objective.format(_value(component, titans).partition(" =")[0]),
+            rule="as memory.mem" if state_values[component] else "as memory.mem, in its state",
+            state_values=state_values[component],
         )
-        for box in titans.components
-        if box != "mem"
+        for component in titans.components
+        if component != "mem"
     ]
     if not titans.momentum:
         return [memory, *projections]
@@ -77,10 +77,10 @@ def _rule(titans: TitansConfig) -> str:
     return RULES[titans.rule].format(target="its initial state" if titans.retain == "init" else "zero")
 
 
-def _value(box: str, titans: TitansConfig) -> str:
+def _value(component: str, titans: TitansConfig) -> str:
     """Return what a memory in context learns to answer."""
     if titans.phase == "self_modifying":
-        return f"v_{box} = M_{box} v"
-    if box in GATE_BOXES:
+        return f"v_{component} = M_{component} v"
+    if component in GATE_COMPONENTS:
         return "mean of v"
     return "v = W_v x" if titans.phase == "static" else "v = M_v x"

@@ -28,15 +28,15 @@ from nlray.memories.layer import Coefficients, MomentumCoefficients, chunk_coeff
 from nlray.nn.layers import Init
 from nlray.nn.norms import unit
 
-GATE_BOXES = ("eta", "alpha")
+GATE_COMPONENTS = ("eta", "alpha")
 """Memories that answer with one number; all others answer with a vector of the head width."""
 
 MEMORY_NOISE = 0.02
 """Standard deviation of the noise in a memory's initial state."""
 
 
-class BoxTensor(NamedTuple):
-    """One layer of a box's initial state, a parameter of the model."""
+class ComponentTensor(NamedTuple):
+    """One layer of a component's initial state, a parameter of the model."""
 
     shape: tuple[int, ...]
     """Heads first."""
@@ -47,8 +47,8 @@ class MemoryWeights(NamedTuple):
     """What a layer's memories start from: meta-learned, shared over the batch."""
 
     memories: Mapping[str, tuple[Tensor, ...]]
-    """Initial state of each box of `TitansConfig.components`, its layers in the order of `ChunkedMemory.box_tensors`. Matrix memory:
-    ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2), [H, d or 1, hidden] and [H, hidden, d]."""
+    """Initial state of each component of `TitansConfig.components`, its layers in the order of `ChunkedMemory.component_tensors`. Matrix
+    memory: ([H, d, d],), of gates ([H, d],). MLP memory: (W_1, W_2), [H, d or 1, hidden] and [H, hidden, d]."""
     biases: Mapping[str, Tensor]
     """Bias of each gate of `TitansConfig.gates`, [H]."""
 
@@ -169,8 +169,8 @@ class ChunkedMemory(ABC):
         )
 
     def _starts(self, starts: Any, layers: Any, num_read: int) -> Any:
-        """Return the starts of the next token's chunks: of each box whose chunk ends with this token, what it now is."""
-        ended = tuple(box for box, size in self.titans.component_chunk_sizes.items() if num_read % size == 0)
+        """Return the starts of the next token's chunks: of each component whose chunk ends with this token, what it now is."""
+        ended = tuple(component for component, size in self.titans.component_chunk_sizes.items() if num_read % size == 0)
         if len(ended) == len(self.titans.components):
             return layers
         return self._renewed(starts, layers, ended) if ended else starts
@@ -236,17 +236,20 @@ class ChunkedMemory(ABC):
                 f"expected {sorted(self.titans.components)} and {sorted(self.titans.gates)}"
             )
 
-    def box_values(self) -> dict[str, int]:
-        """Return how many values the initial state of each box has, over the heads of a layer."""
-        return {box: sum(math.prod(tensor.shape) for tensor in self.box_tensors(box).values()) for box in self.titans.components}
+    def component_values(self) -> dict[str, int]:
+        """Return how many values the initial state of each component has, over the heads of a layer."""
+        return {
+            component: sum(math.prod(tensor.shape) for tensor in self.component_tensors(component).values())
+            for component in self.titans.components
+        }
 
     @abstractmethod
-    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
-        """Return the layers of a box's initial state; the keys end the names of their parameters, `m_BOX` + key."""
+    def component_tensors(self, component: str) -> dict[str, ComponentTensor]:
+        """Return the layers of a component's initial state; the keys end the names of their parameters, `m_BOX` + key."""
 
     @abstractmethod
     def problems(self) -> list[MemoryProblem]:
-        """Return the optimization problems that the memory solves in context; see nlray/memories/problems.py: box_problems."""
+        """Return the optimization problems that the memory solves in context; see nlray/memories/problems.py: component_problems."""
 
     @abstractmethod
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
@@ -260,13 +263,13 @@ class ChunkedMemory(ABC):
     def _fast_weights(self, layers: Any) -> Tensor:
         """Return the state that stands for the layers."""
 
-    def _renewed(self, starts: Any, layers: Any, boxes: tuple[str, ...]) -> Any:
-        """Return the starts with those of some boxes as they are in `layers`; a class without it has one chunk size for all boxes."""
+    def _renewed(self, starts: Any, layers: Any, components: tuple[str, ...]) -> Any:
+        """Return the starts with those of some components as they are in `layers`; a class without it has one chunk size for all."""
         raise NotImplementedError
 
     @abstractmethod
     def _project(self, starts: Any, x_HGBCd: Tensor) -> dict[str, Tensor]:
-        """Return what every box but the main one answers to x at the start of its own chunk, [H, 1, B, C, d or 1]."""
+        """Return what every component but the main one answers to x at the start of its own chunk, [H, 1, B, C, d or 1]."""
 
     @abstractmethod
     def _update(self, layers: Any, starts: Any, tokens: Tokens) -> tuple[Tensor, Any]:
@@ -274,7 +277,7 @@ class ChunkedMemory(ABC):
 
         Args:
             layers: at the chunk's start: what the decay and the delta rule go on from.
-            starts: each box at the start of its own chunk, the same object where all have one size: its values and its gradient
+            starts: each component at the start of its own chunk, the same object where all have one size: its values and its gradient
                 come from there.
             tokens: what the tokens write and ask.
         """

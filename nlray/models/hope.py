@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlray.config import ModelConfig
 from nlray.memories.family import memory_of
-from nlray.memories.scan import GATE_BOXES, MemoryState, MemoryWeights
+from nlray.memories.scan import GATE_COMPONENTS, MemoryState, MemoryWeights
 from nlray.nn.layers import ParameterModule, ShortConvolution, constant, normal, out_std, rms_norm
 
 
@@ -49,12 +49,15 @@ class Titans(ParameterModule):
             projections |= {"k": dim, "v": dim} | dict.fromkeys(titans.gates, heads)
         for name, rows in projections.items():
             self.add(f"w_{name}", rows, dim, init=normal(dim**-0.5))
-        layers = {box: self.memory.box_tensors(box) for box in titans.components}
-        tensors = {box: {f"m_{box}{layer}": tensor for layer, tensor in of_box.items()} for box, of_box in layers.items()}
-        self.memory_names = {box: tuple(layers) for box, layers in tensors.items()}
+        layers = {component: self.memory.component_tensors(component) for component in titans.components}
+        tensors = {
+            component: {f"m_{component}{layer}": tensor for layer, tensor in of_component.items()}
+            for component, of_component in layers.items()
+        }
+        self.memory_names = {component: tuple(layers) for component, layers in tensors.items()}
         # Gates last: an order that checkpoints and digests go by.
-        for box in sorted(titans.components, key=GATE_BOXES.__contains__):
-            for name, tensor in tensors[box].items():
+        for component in sorted(titans.components, key=GATE_COMPONENTS.__contains__):
+            for name, tensor in tensors[component].items():
                 self.add(name, *tensor.shape, init=tensor.init)
         starts = {"eta": constant(titans.inner_lr_bias), "alpha": constant(*model.decay_biases), "theta": constant(0.0)}
         for gate in titans.gates:
@@ -64,7 +67,7 @@ class Titans(ParameterModule):
         self.add("w_o", dim, dim, init=normal(out_std(dim, model.layers)))
 
     def memory_weights(self) -> MemoryWeights:
-        memories = {box: tuple(getattr(self, name) for name in names) for box, names in self.memory_names.items()}
+        memories = {component: tuple(getattr(self, name) for name in names) for component, names in self.memory_names.items()}
         return MemoryWeights(memories, {gate: getattr(self, f"b_{gate}") for gate in self.model.titans.gates})
 
     def init_state(self, batch_size: int) -> TitansState:

@@ -53,7 +53,7 @@ def test_chunks_equal_reference_in_outputs_states_and_gradients(objective, retai
     model = ModelConfig(
         dim=HEADS * WIDTH, heads=HEADS, titans={"chunk_size": chunk_size, "objective": objective, "retain": retain, "read": read}
     )
-    memories = {box: (getattr(parameters, f"m_{box}"),) for box in model.titans.components}
+    memories = {component: (getattr(parameters, f"m_{component}"),) for component in model.titans.components}
     weights = MemoryWeights(memories, {"eta": parameters.b_eta, "alpha": parameters.b_alpha})
     y_reference, last, _ = memory_reference(u, q, weights, model=model, inner_lr=0.7)
     assert_close(y, y_reference, "y")
@@ -61,8 +61,8 @@ def test_chunks_equal_reference_in_outputs_states_and_gradients(objective, retai
     n = state.fast_weights + torch.eye(WIDTH, dtype=torch.float64) if retain == "init" else state.fast_weights
     initial = {"k": parameters.m_k, "v": parameters.m_v, "mem": parameters.m_mem}
     initial |= {"eta": parameters.m_eta.unsqueeze(1), "alpha": parameters.m_alpha.unsqueeze(1)}
-    for box, memory in initial.items():
-        assert_close(memory @ n, last[box][0], box)
+    for component, memory in initial.items():
+        assert_close(memory @ n, last[component][0], component)
     assert state.open_inputs.shape[2] == length % chunk_size
 
     y_weights, n_weights = torch.randn_like(y), torch.randn(batch, HEADS, WIDTH, WIDTH, dtype=torch.float64)

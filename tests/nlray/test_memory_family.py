@@ -15,7 +15,7 @@ from nlray.memories.delta.reference import memory_reference
 from nlray.memories.family import CollapsedMemory, memory_of
 from nlray.memories.mlp.chunk import MLPMemory
 from nlray.memories.mlp.reference import mlp_memory_reference
-from nlray.memories.scan import GATE_BOXES, ChunkedMemory, MemoryState, MemoryWeights, input_width
+from nlray.memories.scan import GATE_COMPONENTS, ChunkedMemory, MemoryState, MemoryWeights, input_width
 
 TOLERANCE = 1e-10  # float64, absolute below 1 and relative above
 HEADS, WIDTH, HIDDEN, INNER_LR = 2, 4, 3, 0.7
@@ -55,14 +55,14 @@ def make_weights(model: ModelConfig, generator: torch.Generator) -> MemoryWeight
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     memories = {}
-    for box in model.titans.components:
-        rows = 1 if box in GATE_BOXES else WIDTH
+    for component in model.titans.components:
+        rows = 1 if component in GATE_COMPONENTS else WIDTH
         if model.titans.memory == "mlp":
             layers = (0.4 * noise(HEADS, rows, HIDDEN), 0.8 * noise(HEADS, HIDDEN, WIDTH))
         else:
             matrix = 0.3 * noise(HEADS, rows, WIDTH)
-            layers = (matrix[:, 0] if box in GATE_BOXES else matrix + torch.eye(WIDTH, dtype=torch.float64),)
-        memories[box] = tuple(layer.requires_grad_() for layer in layers)
+            layers = (matrix[:, 0] if component in GATE_COMPONENTS else matrix + torch.eye(WIDTH, dtype=torch.float64),)
+        memories[component] = tuple(layer.requires_grad_() for layer in layers)
     starts = {"eta": -1.0, "alpha": 1.0, "theta": 0.0}
     return MemoryWeights(memories, {gate: (noise(HEADS) + starts[gate]).requires_grad_() for gate in model.titans.gates})
 
@@ -84,28 +84,28 @@ def start_of(memory: ChunkedMemory, batch: int, weights: MemoryWeights) -> Memor
 
 
 def tensors_of(weights: MemoryWeights) -> dict[str, torch.Tensor]:
-    layers = {f"{box}.{i}": layer for box, layers in weights.memories.items() for i, layer in enumerate(layers)}
+    layers = {f"{component}.{i}": layer for component, layers in weights.memories.items() for i, layer in enumerate(layers)}
     return layers | weights.biases
 
 
-def boxes_of(memory: ChunkedMemory, weights: MemoryWeights, state: MemoryState) -> dict[str, list[torch.Tensor]]:
-    """Return the layers of every box and their momenta, [B, H, V, K], from the state's values."""
+def components_of(memory: ChunkedMemory, weights: MemoryWeights, state: MemoryState) -> dict[str, list[torch.Tensor]]:
+    """Return the layers of every component and their momenta, [B, H, V, K], from the state's values."""
     model, values = memory.model, state.fast_weights.flatten(2)
     if model.titans.memory == "mlp":
-        order = [box for group in memory.groups.values() for box in group]
-        shapes = [(box, 1, (HIDDEN, WIDTH)) for box in order]
-        shapes += [(box, 0, (1 if box in GATE_BOXES else WIDTH, HIDDEN)) for box in order]
+        order = [component for group in memory.groups.values() for component in group]
+        shapes = [(component, 1, (HIDDEN, WIDTH)) for component in order]
+        shapes += [(component, 0, (1 if component in GATE_COMPONENTS else WIDTH, HIDDEN)) for component in order]
     else:
-        shapes = [(box, 0, (1 if box in GATE_BOXES else WIDTH, WIDTH)) for box in model.titans.components]
+        shapes = [(component, 0, (1 if component in GATE_COMPONENTS else WIDTH, WIDTH)) for component in model.titans.components]
     parts = values.split([rows * columns for _, _, (rows, columns) in shapes] * (2 if model.titans.momentum else 1), dim=2)
     found = {}
-    for part, (box, i, shape), is_momentum in zip(
+    for part, (component, i, shape), is_momentum in zip(
         parts, shapes * 2, itertools.chain([False] * len(shapes), itertools.repeat(True)), strict=False
     ):
         layer = part.unflatten(2, shape)
         if model.titans.retain == "init" and not is_momentum:
-            layer = layer + weights.memories[box][i].view(HEADS, *shape)
-        found[box, i, is_momentum] = layer
+            layer = layer + weights.memories[component][i].view(HEADS, *shape)
+        found[component, i, is_momentum] = layer
     return found
 
 
@@ -122,13 +122,13 @@ def compare_with_reference(model: ModelConfig, length: int, batch: int) -> None:
     expected, memories, momenta = reference(inputs, q, weights, model=model, inner_lr=INNER_LR)
     assert_close(y, expected, "y")
     assert state.open_inputs.shape[2] == length % model.titans.chunk_period
-    found = boxes_of(memory, weights, state)
-    assert {box for box, _, _ in found} == set(model.titans.components)
+    found = components_of(memory, weights, state)
+    assert {component for component, _, _ in found} == set(model.titans.components)
     y_weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     loss, loss_expected = (y * y_weights).sum(), (expected * y_weights).sum()
-    for (box, i, is_momentum), layer in found.items():
-        right = (momenta if is_momentum else memories)[box][i]
-        assert_close(layer, right, f"{box}.{i}, momentum {is_momentum}")
+    for (component, i, is_momentum), layer in found.items():
+        right = (momenta if is_momentum else memories)[component][i]
+        assert_close(layer, right, f"{component}.{i}, momentum {is_momentum}")
         layer_weights = torch.randn(layer.shape, generator=generator, dtype=torch.float64)
         loss, loss_expected = loss + (layer * layer_weights).sum(), loss_expected + (right * layer_weights).sum()
     wanted = {"inputs": inputs} | ({} if q is None else {"q": q}) | tensors_of(weights)
@@ -215,8 +215,8 @@ def test_a_chunk_size_of_its_own_changes_what_its_memory_answers(memory):
             return memory(inputs, q, weights, memory.initial_state(1, weights), inner_lr=INNER_LR)[0]
 
     plain = outputs({})
-    for box in model_of(settings).titans.components:
-        assert (outputs({box: 2}) - plain).abs().max() > 1e-6, box
+    for component in model_of(settings).titans.components:
+        assert (outputs({component: 2}) - plain).abs().max() > 1e-6, component
     assert torch.equal(outputs(dict.fromkeys(model_of(settings).titans.components, 4)), plain)
 
 
@@ -444,7 +444,9 @@ def test_bf16_inputs_under_autocast_are_computed_in_float32(member):
     model = model_of(member)
     generator = torch.Generator().manual_seed(6)
     weights = make_weights(model, generator)
-    memories = {box: tuple(layer.detach().float().requires_grad_() for layer in layers) for box, layers in weights.memories.items()}
+    memories = {
+        component: tuple(layer.detach().float().requires_grad_() for layer in layers) for component, layers in weights.memories.items()
+    }
     weights = MemoryWeights(memories, {gate: bias.detach().float().requires_grad_() for gate, bias in weights.biases.items()})
     inputs, q = (None if x is None else x.detach().bfloat16() for x in make_inputs(model, generator, 2, 9))
     memory, _ = memory_and_reference(model)
@@ -481,7 +483,7 @@ def test_repeated_keys_and_strong_decay_stay_accurate_in_float32(member):
     memory, _ = memory_and_reference(model)
     with torch.no_grad():
         exact, _ = memory(inputs, q, weights, start_of(memory, 2, weights), inner_lr=INNER_LR)
-        memories = {box: tuple(layer.float() for layer in layers) for box, layers in weights.memories.items()}
+        memories = {component: tuple(layer.float() for layer in layers) for component, layers in weights.memories.items()}
         single = MemoryWeights(memories, {gate: bias.float() for gate, bias in weights.biases.items()})
         y, state = memory(inputs.float(), q.float(), single, start_of(memory, 2, single), inner_lr=INNER_LR)
     assert torch.isfinite(y).all() and torch.isfinite(state.fast_weights).all()

@@ -119,7 +119,7 @@ def test_state_in_context_is_that_of_the_model(overrides, retain):
     state = build_model(config, VOCAB, seed=0).init_state(1)
     memories = [p.name for p in run.nested_system.problems if p.name.startswith("memory.")]
     momentum = ["memory.momentum"] if config.model.titans.momentum else []
-    assert sorted(memories) == sorted([f"memory.{box}" for box in config.model.titans.components] + momentum)
+    assert sorted(memories) == sorted([f"memory.{component}" for component in config.model.titans.components] + momentum)
     assert all(of(run, name).state_values > 0 for name in memories if not config.model.titans.collapses)
     held = sum(block.mixer.fast_weights.numel() for block in state)
     assert sum(p.state_values for p in run.nested_system.problems if p.name.startswith("memory.")) == held
@@ -136,7 +136,7 @@ def test_every_memory_is_counted_once(overrides):
 
 def test_a_memory_with_a_chunk_size_of_its_own_has_a_frequency_of_its_own():
     _, run = build("model.titans.chunk_sizes={k: 4, mem: 16}", "model.titans.read=chunk_start")
-    frequencies = {box: of(run, f"memory.{box}").updates_per_token for box in ("k", "v", "eta", "alpha", "mem")}
+    frequencies = {component: of(run, f"memory.{component}").updates_per_token for component in ("k", "v", "eta", "alpha", "mem")}
     assert frequencies == {"k": 1 / 4, "v": 1 / 8, "eta": 1 / 8, "alpha": 1 / 8, "mem": 1 / 16}
     assert of(run, "memory.k").level < of(run, "memory.v").level < of(run, "memory.mem").level
 
@@ -156,8 +156,8 @@ def test_a_rule_of_the_memory_that_contributes_nothing_is_an_error(monkeypatch):
 def test_initial_states_are_those_of_the_five_memories():
     config, run = build()
     model = build_model(config, VOCAB, seed=0)
-    boxes = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in ("m_k", "m_v", "m_eta", "m_alpha", "m_mem")]
-    assert of(run, "sequence.initial_states").parameters == sum(p.numel() for p in boxes) and len(boxes) == 15
+    components = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] in ("m_k", "m_v", "m_eta", "m_alpha", "m_mem")]
+    assert of(run, "sequence.initial_states").parameters == sum(p.numel() for p in components) and len(components) == 15
 
 
 def test_level_plans_name_the_models_tensors_in_order():

@@ -88,7 +88,8 @@ def test_a_small_case_equals_the_recurrence_token_by_token():
     u, q, parameters = u.requires_grad_(), q.requires_grad_(), MemoryParameters(*(p.requires_grad_() for p in parameters))
     model = ModelConfig(dim=5, heads=1, titans={"chunk_size": 3, "objective": "dot"})
     weights = MemoryWeights(
-        {box: (getattr(parameters, f"m_{box}"),) for box in model.titans.components}, {"eta": parameters.b_eta, "alpha": parameters.b_alpha}
+        {component: (getattr(parameters, f"m_{component}"),) for component in model.titans.components},
+        {"eta": parameters.b_eta, "alpha": parameters.b_alpha},
     )
     y_reference, _, _ = memory_reference(u, q, weights, model=model, inner_lr=0.7)
     single = [x.detach().float().requires_grad_() for x in (u, q, *parameters)]

@@ -1,6 +1,6 @@
-"""Matrix memories that do not collapse: one matrix per box, all boxes' rows stacked in one layer.
+"""Matrix memories that do not collapse: one matrix per component, all components' rows stacked in one layer.
 
-The derivation is in README.md beside this file ('The general form'). All boxes have the key as their input, so one triangular
+The derivation is in README.md beside this file ('The general form'). All components have the key as their input, so one triangular
 system per chunk serves them all. The interface is that of nlray/memories/scan.py: ChunkedMemory.
 """
 
@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from nlray.memories.layer import Layer, answer_at_start, close, read, renewed, rows_of, write
-from nlray.memories.problems import box_problems
-from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
+from nlray.memories.problems import component_problems
+from nlray.memories.scan import GATE_COMPONENTS, MEMORY_NOISE, ChunkedMemory, ComponentTensor, MemoryProblem, MemoryWeights, Tokens
 from nlray.nn.layers import constant, eye_noise
 
 
 class MatrixMemory(ChunkedMemory):
     """Every phase and rule of a matrix memory (Eq. 64, 65, 76-88).
 
-    The state is [B, H, R, d]: the rows R of all boxes, the main one last, as changes since the initial memories (retain: init) or as
+    The state is [B, H, R, d]: the rows R of all components, the main one last, as changes since the initial memories (retain: init) or as
     they are (retain: zero); with momentum as many rows again.
     """
 
-    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+    def component_tensors(self, component: str) -> dict[str, ComponentTensor]:
         """Return the initial matrix: near the identity, of a gate a row of zeros."""
         heads, width = self.model.heads, self.model.head_dim
-        if box in GATE_BOXES:
-            return {"": BoxTensor((heads, width), constant(0.0))}
-        return {"": BoxTensor((heads, width, width), eye_noise(MEMORY_NOISE))}
+        if component in GATE_COMPONENTS:
+            return {"": ComponentTensor((heads, width), constant(0.0))}
+        return {"": ComponentTensor((heads, width, width), eye_noise(MEMORY_NOISE))}
 
     def problems(self) -> list[MemoryProblem]:
-        return box_problems(self.model, self.box_values())
+        return component_problems(self.model, self.component_values())
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         rows_HRd = self._stack(weights)
@@ -49,14 +49,14 @@ class MatrixMemory(ChunkedMemory):
         parts = [layers.change_HGBVK] if layers.momentum_HGBVK is None else [layers.change_HGBVK, layers.momentum_HGBVK]
         return torch.cat(parts, dim=-2).squeeze(1).transpose(0, 1)
 
-    def _renewed(self, starts: Layer, layers: Layer, boxes: tuple[str, ...]) -> Layer:
+    def _renewed(self, starts: Layer, layers: Layer, components: tuple[str, ...]) -> Layer:
         every = self.titans.components
-        return renewed(starts, layers, [self._rows(box) for box in every], [box in boxes for box in every], -2)
+        return renewed(starts, layers, [self._rows(component) for component in every], [component in components for component in every], -2)
 
     def _project(self, starts: Layer, x_HGBCd: Tensor) -> dict[str, Tensor]:
-        boxes = self.titans.components[:-1]
+        components = self.titans.components[:-1]
         answers = answer_at_start(rows_of(starts, slice(0, -self.model.head_dim)), x_HGBCd)
-        return dict(zip(boxes, answers.split([self._rows(box) for box in boxes], dim=-1), strict=True))
+        return dict(zip(components, answers.split([self._rows(component) for component in components], dim=-1), strict=True))
 
     def _update(self, layers: Layer, starts: Layer, tokens: Tokens) -> tuple[Tensor, Layer]:
         k_HGBCd, v_HGBCd, q_HGBCd, coefficients = tokens
@@ -65,7 +65,7 @@ class MatrixMemory(ChunkedMemory):
         else:
             # Departs from Eq. 81-82: a gate is one number per head, the mean of what a d x d memory answers; its value is the mean of v.
             mean = v_HGBCd.mean(-1, keepdim=True)
-            target = torch.cat([mean if box in GATE_BOXES else v_HGBCd for box in self.titans.components], dim=-1)
+            target = torch.cat([mean if component in GATE_COMPONENTS else v_HGBCd for component in self.titans.components], dim=-1)
         if self.titans.objective == "l2":
             target = target - answer_at_start(starts, k_HGBCd)
         w_HGBCR = write(layers, k_HGBCd, target, coefficients, forgets=self.titans.forgets)
@@ -77,10 +77,16 @@ class MatrixMemory(ChunkedMemory):
             y_HGBCd = answer_at_start(rows_of(starts, main), q_HGBCd)
         return y_HGBCd, close(layers, k_HGBCd, w_HGBCR, coefficients)
 
-    def _rows(self, box: str) -> int:
-        return 1 if box in GATE_BOXES else self.model.head_dim
+    def _rows(self, component: str) -> int:
+        return 1 if component in GATE_COMPONENTS else self.model.head_dim
 
     def _stack(self, weights: MemoryWeights) -> Tensor:
-        """Return the initial memories' rows in the order of the boxes, [H, R, d]."""
-        initial = {box: layers[0] for box, layers in weights.memories.items()}
-        return torch.cat([initial[box].unsqueeze(1) if box in GATE_BOXES else initial[box] for box in self.titans.components], dim=1)
+        """Return the initial memories' rows in the order of the components, [H, R, d]."""
+        initial = {component: layers[0] for component, layers in weights.memories.items()}
+        return torch.cat(
+            [
+                initial[component].unsqueeze(1) if component in GATE_COMPONENTS else initial[component]
+                for component in self.titans.components
+            ],
+            dim=1,
+        )

@@ -10,17 +10,17 @@ from torch import Tensor
 from nlray.config import ModelConfig
 from nlray.memories.mlp.linear import Linear
 from nlray.memories.mlp.update import Layers, Settings, project, update
-from nlray.memories.problems import box_problems
-from nlray.memories.scan import GATE_BOXES, MEMORY_NOISE, BoxTensor, ChunkedMemory, MemoryProblem, MemoryWeights, Tokens
+from nlray.memories.problems import component_problems
+from nlray.memories.scan import GATE_COMPONENTS, MEMORY_NOISE, ChunkedMemory, ComponentTensor, MemoryProblem, MemoryWeights, Tokens
 from nlray.nn.layers import normal
 
 
 class MLPMemory(ChunkedMemory):
     """Every phase of an MLP memory, with delta gradient descent or gradient descent, with or without momentum.
 
-    The state is [B, H, S], all layers of a head one after the other: W_2 of all boxes, then each group's W_1, boxes in the order of
-    `groups`; as changes since the initial memories (retain: init) or as they are (retain: zero); with momentum as many values again. In a
-    chunk they are `Layers`, which has the gates first.
+    The state is [B, H, S], all layers of a head one after the other: W_2 of all components, then each group's W_1, components in
+    the order of `groups`; as changes since the initial memories (retain: init) or as they are (retain: zero); with momentum as many
+    values again. In a chunk they are `Layers`, which has the gates first.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -30,25 +30,25 @@ class MLPMemory(ChunkedMemory):
             # Five memories leave about ten times as much as a chunk's inputs are; one leaves little more than its states are.
             self.recomputes = titans.phase != "static"
         self.groups = {
-            "vectors": tuple(box for box in titans.components if box not in GATE_BOXES),
-            "gates": tuple(box for box in titans.components if box in GATE_BOXES),
+            "vectors": tuple(component for component in titans.components if component not in GATE_COMPONENTS),
+            "gates": tuple(component for component in titans.components if component in GATE_COMPONENTS),
         }
-        self.groups = {group: boxes for group, boxes in self.groups.items() if boxes}
+        self.groups = {group: components for group, components in self.groups.items() if components}
         # In the order of Layers.
         self.order = (*self.groups.get("gates", ()), *self.groups["vectors"])
         makes_values = titans.phase == "self_modifying"
         num_vectors = len(self.groups["vectors"])
         self.settings = Settings(len(self.order) - num_vectors, num_vectors, titans.objective, titans.read, titans.forgets, makes_values)
 
-    def box_tensors(self, box: str) -> dict[str, BoxTensor]:
+    def component_tensors(self, component: str) -> dict[str, ComponentTensor]:
         """Return the initial W_1 and W_2: the memory starts near the identity, a gate near zero."""
         heads, width, hidden = self.model.heads, self.model.head_dim, self.model.memory_hidden
         # Small but not zero: W_2 has no gradient behind a zero W_1.
-        out = BoxTensor((heads, 1 if box in GATE_BOXES else width, hidden), normal(MEMORY_NOISE))
-        return {"_1": out, "_2": BoxTensor((heads, hidden, width), normal(width**-0.5))}
+        out = ComponentTensor((heads, 1 if component in GATE_COMPONENTS else width, hidden), normal(MEMORY_NOISE))
+        return {"_1": out, "_2": ComponentTensor((heads, hidden, width), normal(width**-0.5))}
 
     def problems(self) -> list[MemoryProblem]:
-        return box_problems(self.model, self.box_values())
+        return component_problems(self.model, self.component_values())
 
     def _initial_fast_weights(self, batch_size: int, weights: MemoryWeights) -> Tensor:
         values_HS = torch.cat([tensor.flatten(1) for tensor in self._stack(weights)], dim=1)
@@ -97,8 +97,8 @@ class MLPMemory(ChunkedMemory):
         shift = self.settings.num_gates * self.model.memory_hidden
         return torch.roll(rows, -shift if back else shift, dims=-2) if shift else rows
 
-    def _renewed(self, starts: Layers, layers: Layers, boxes: tuple[str, ...]) -> Layers:
-        is_new, num_gates = [box in boxes for box in self.order], self.settings.num_gates
+    def _renewed(self, starts: Layers, layers: Layers, components: tuple[str, ...]) -> Layers:
+        is_new, num_gates = [component in components for component in self.order], self.settings.num_gates
 
         def mixed(old: Linear | None, new: Linear | None, size: int, dim: int, is_new: list[bool]) -> Linear | None:
             if new is None:
@@ -114,7 +114,7 @@ class MLPMemory(ChunkedMemory):
 
     def _project(self, starts: Layers, x_HGBCd: Tensor) -> dict[str, Tensor]:
         answers = [answer for group in project(x_HGBCd.flatten(0, 2), starts) for answer in group]
-        return {box: answer.view(*x_HGBCd.shape[:-1], -1) for box, answer in zip(self.order[:-1], answers, strict=True)}
+        return {component: answer.view(*x_HGBCd.shape[:-1], -1) for component, answer in zip(self.order[:-1], answers, strict=True)}
 
     def _update(self, layers: Layers, starts: Layers, tokens: Tokens) -> tuple[Tensor, Layers]:
         k_XCd, v_XCd, q_XCd = (z_HGBCd.flatten(0, 2) for z_HGBCd in tokens[:3])
@@ -122,7 +122,10 @@ class MLPMemory(ChunkedMemory):
         return y_XCd.view(tokens.q_HGBCd.shape), after
 
     def _stack(self, weights: MemoryWeights) -> list[Tensor]:
-        """Return the initial W_2 of all boxes, [H, 1, boxes Z, d], and each group's W_1, [H, boxes, d or 1, Z]."""
-        every = [box for boxes in self.groups.values() for box in boxes]
-        hidden = torch.cat([weights.memories[box][1] for box in every], dim=1).unsqueeze(1)
-        return [hidden, *(torch.stack([weights.memories[box][0] for box in boxes], dim=1) for boxes in self.groups.values())]
+        """Return the initial W_2 of all components, [H, 1, components Z, d], and each group's W_1, [H, components, d or 1, Z]."""
+        every = [component for components in self.groups.values() for component in components]
+        hidden = torch.cat([weights.memories[component][1] for component in every], dim=1).unsqueeze(1)
+        return [
+            hidden,
+            *(torch.stack([weights.memories[component][0] for component in components], dim=1) for components in self.groups.values()),
+        ]

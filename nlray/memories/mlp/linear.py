@@ -2,7 +2,7 @@
 
 Autograd would give every use of a layer a gradient as large as the state and add them; here each adds its product to one. The derivation is
 in README.md beside this file, 'The way back'. A gradient is named as what it belongs to, with a d before it. Letters beside those of
-nlray/memories/layer.py: X pairs of head and sequence, heads first. Boxes come first, so that some of them are a view.
+nlray/memories/layer.py: X pairs of head and sequence, heads first. Componentes come first, so that some of them are a view.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from nlray.memories.layer import Coefficients
 
 
 class Linear(NamedTuple):
-    """The same layer of G boxes at the start of a chunk."""
+    """The same layer of G components at the start of a chunk."""
 
     anchor_GHVK: Tensor | None
     """What the decay leads to, shared over the batch; None: zero."""
@@ -66,9 +66,9 @@ class Back(NamedTuple):
     d_layer: Linear
 
 
-def rows_of(layer: Linear, boxes: slice, rows: slice) -> Linear:
-    """Return a view of some boxes and rows of a layer, or of its gradients."""
-    return Linear(*(None if tensor is None else tensor[boxes, :, rows] for tensor in layer))
+def rows_of(layer: Linear, components: slice, rows: slice) -> Linear:
+    """Return a view of some components and rows of a layer, or of its gradients."""
+    return Linear(*(None if tensor is None else tensor[components, :, rows] for tensor in layer))
 
 
 def coefficients_of(coefficients: Coefficients) -> tuple[Tensor, Shares]:
@@ -184,10 +184,10 @@ def close_back(layer: Linear, of: Record, shares: Shares, d_end: Linear, d_z_GXC
     add_product(d_z_GXCK, last_XC1 * of.w_GXCV, d_end.weight_GXVK)
     d_kept_X11 = inner(d_end.weight_GXVK, layer.weight_GXVK)
     if layer.anchor_GHVK is not None:
-        boxes, heads = layer.anchor_GHVK.shape[:2]
+        components, heads = layer.anchor_GHVK.shape[:2]
         d_end_GHBS = d_end.weight_GXVK.unflatten(1, (heads, -1)).flatten(3)
         d_kept_X11 -= (d_end_GHBS @ layer.anchor_GHVK.flatten(2)[..., None]).sum(0).view_as(d_kept_X11)
-        d_anchor = ((1 - last_X11).view(1, heads, 1, -1).expand(boxes, -1, -1, -1) @ d_end_GHBS).view_as(layer.anchor_GHVK)
+        d_anchor = ((1 - last_X11).view(1, heads, 1, -1).expand(components, -1, -1, -1) @ d_end_GHBS).view_as(layer.anchor_GHVK)
     d_shares.kept_XC1[:, -1:] += d_kept_X11
     if layer.momentum_GXVK is not None:
         d_shares.momentum_kept_XC1[:, -1:] += inner(d_end.weight_GXVK, layer.momentum_GXVK)
@@ -207,7 +207,7 @@ def last_written(shares: Shares) -> Tensor:
 
 
 def inner(a_GXVK: Tensor, b_GXVK: Tensor) -> Tensor:
-    """Return the inner products of X matrices, summed over boxes, [X, 1, 1]."""
+    """Return the inner products of X matrices, summed over components, [X, 1, 1]."""
     return torch.matmul(a_GXVK.flatten(2).unsqueeze(2), b_GXVK.flatten(2).unsqueeze(3)).sum(0)
 
 

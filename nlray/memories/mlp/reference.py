@@ -5,13 +5,13 @@ from torch import Tensor
 
 from nlray.config import ModelConfig
 from nlray.memories.delta.reference import Weights, apply, memory_reference
-from nlray.memories.scan import GATE_BOXES, MemoryWeights
+from nlray.memories.scan import GATE_COMPONENTS, MemoryWeights
 
 
-def answer_of_mlp(box: str, weights: Weights, z: Tensor) -> Tensor:
+def answer_of_mlp(component: str, weights: Weights, z: Tensor) -> Tensor:
     """Return z + W_1 silu(W_2 z) (Eq. 89, 91), of gates W_1 silu(W_2 z); weights are (W_1, W_2)."""
     made = apply(weights[0], F.silu(apply(weights[1], z)))
-    return made if box in GATE_BOXES else z + made
+    return made if component in GATE_COMPONENTS else z + made
 
 
 def inputs_of_mlp(weights: Weights, z: Tensor) -> tuple[Tensor, ...]:

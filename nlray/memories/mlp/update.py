@@ -3,8 +3,8 @@
     y_XCd, ends = update(k_XCd, v_XCd, q_XCd, coefficients, layers, starts, settings)
 
 Autograd through the same products adds gradients of whole states for each use of them, and keeps more. Both ways are derived in README.md
-beside this file; letters are those of linear.py, Z the hidden width, R the tokens that all boxes answer to: the keys, and after them the
-values where boxes make those that they learn. All W_2 share their input, so their rows are stacked.
+beside this file; letters are those of linear.py, Z the hidden width, R the tokens that all components answer to: the keys, and after them
+the values where components make those that they learn. All W_2 share their input, so their rows are stacked.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -20,14 +20,14 @@ from nlray.memories.mlp.linear import Back, Linear, Record, Shares, add_product,
 
 
 class Layers(NamedTuple):
-    """The layers of all boxes: the gates first, the main memory last."""
+    """The layers of all components: the gates first, the main memory last."""
 
     hidden: Linear
     """W_2, [1, X, G Z, d]."""
     gates: Linear | None
     """W_1 of gates, [G, X, 1, Z]."""
     vectors: Linear
-    """W_1 of boxes that answer with a vector, [G, X, d, Z]."""
+    """W_1 of components that answer with a vector, [G, X, d, Z]."""
 
 
 class Settings(NamedTuple):
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     read: Literal["token", "chunk_start"]
     forgets: bool
     makes_values: bool
-    """Phase self_modifying: a box learns what it answers to v, not v."""
+    """Phase self_modifying: a component learns what it answers to v, not v."""
 
 
 class _Inputs(NamedTuple):
@@ -50,7 +50,7 @@ class _Inputs(NamedTuple):
     shares: Shares
     layers: Layers
     starts: tuple[Tensor | None, ...] | None
-    """Weights at the start of each box's own chunk, in the order of Layers; None: those of `layers`."""
+    """Weights at the start of each component's own chunk, in the order of Layers; None: those of `layers`."""
 
 
 class _Read(NamedTuple):
@@ -89,7 +89,7 @@ def update(
         q_XCd: queries.
         coefficients: of the chunk.
         layers: at its start.
-        starts: of every box at the start of its own chunk; the same object where these are one.
+        starts: of every component at the start of its own chunk; the same object where these are one.
         settings: what kind of memory it is.
     """
     eta_XC1, shares = linear.coefficients_of(coefficients)
@@ -103,7 +103,7 @@ def update(
 
 
 def project(x_XCd: Tensor, starts: Layers) -> tuple[Tensor, Tensor]:
-    """Return what all boxes but the main one answer: gates [G, X, C, 1] and vectors [G, X, C, d]. Differentiable once."""
+    """Return what all components but the main one answer: gates [G, X, C, 1] and vectors [G, X, C, d]. Differentiable once."""
     return _Project.apply(x_XCd, *(layer.weight_GXVK for layer in starts))
 
 
@@ -111,7 +111,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_XCd: Tensor, hidden: Tensor, gates: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         width, num_gates = vectors.shape[3], gates.shape[0]
-        a_GXCZ = _by_box(torch.bmm(x_XCd, hidden[0, :, :-width].mT), num_gates + vectors.shape[0] - 1)
+        a_GXCZ = _by_component(torch.bmm(x_XCd, hidden[0, :, :-width].mT), num_gates + vectors.shape[0] - 1)
         sigmoid, h = a_GXCZ.new_empty(2, *a_GXCZ.shape)
         torch.sigmoid(a_GXCZ, out=sigmoid)
         torch.mul(a_GXCZ, sigmoid, out=h)
@@ -131,7 +131,7 @@ class _Project(torch.autograd.Function):
             torch.bmm(d_gates_answer.flatten(0, 1), gates.flatten(0, 1), out=d_h[:num_gates].flatten(0, 1))
             torch.bmm(d_vectors_answer.flatten(0, 1), vectors[:-1].flatten(0, 1), out=d_h[num_gates:].flatten(0, 1))
             d_a_XCY = x_XCd.new_empty(*x_XCd.shape[:2], hidden.shape[2] - width)
-            torch.mul(d_h, _slope(sigmoid, h), out=_by_box(d_a_XCY, h.shape[0]))
+            torch.mul(d_h, _slope(sigmoid, h), out=_by_component(d_a_XCY, h.shape[0]))
             # The main memory is not asked.
             d_vectors[-1:].zero_()
             d_hidden[:, :, -width:].zero_()
@@ -184,20 +184,20 @@ def _get(tree: Any, tensors: tuple[Tensor, ...]) -> Any:
     return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
-def _by_box(z_XCY: Tensor, num_boxes: int) -> Tensor:
-    """Return a view of the stacked boxes, [G, X, C, Z]."""
-    return z_XCY.unflatten(-1, (num_boxes, -1)).permute(2, 0, 1, 3)
+def _by_component(z_XCY: Tensor, num_components: int) -> Tensor:
+    """Return a view of the stacked components, [G, X, C, Z]."""
+    return z_XCY.unflatten(-1, (num_components, -1)).permute(2, 0, 1, 3)
 
 
 def _groups(settings: Settings, *of_groups: Any) -> list[tuple[Any, ...]]:
-    """Return for each group of boxes that there is its boxes, and its share of `of_groups`."""
+    """Return for each group of components that there is its components, and its share of `of_groups`."""
     first = settings.num_gates
     every = zip((slice(0, first), slice(first, first + settings.num_vectors)), *of_groups, strict=True)
     return [group for group in every if group[0].stop > group[0].start]
 
 
 def _starts(inputs: _Inputs) -> tuple[Tensor | None, ...]:
-    """Return the weights at the start of each box's own chunk."""
+    """Return the weights at the start of each component's own chunk."""
     return inputs.starts or tuple(layer and layer.weight_GXVK for layer in inputs.layers)
 
 
@@ -218,25 +218,25 @@ def _forward(inputs: _Inputs, settings: Settings) -> tuple[Tensor, list[Tensor],
     starts, forgets = _starts(inputs), settings.forgets
     z_XRd = torch.cat([k_XCd, v_XCd], dim=1) if settings.makes_values else k_XCd
     a_XRY = torch.bmm(z_XRd, starts[0][0].mT)
-    a_GXRZ = _by_box(a_XRY, settings.num_gates + settings.num_vectors)
+    a_GXRZ = _by_component(a_XRY, settings.num_gates + settings.num_vectors)
     sigmoid, h = a_XRY.new_empty(2, *a_GXRZ.shape)
     torch.sigmoid(a_GXRZ, out=sigmoid)
     torch.mul(a_GXRZ, sigmoid, out=h)
     h_k, back = h[:, :, :chunk], torch.empty_like(h[:, :, :chunk], memory_format=torch.contiguous_format)
 
     records: list[Record | None] = []
-    for boxes, start, layer in _groups(settings, starts[1:], layers[1:]):
-        answers = product(h[boxes], start.mT)
+    for components, start, layer in _groups(settings, starts[1:], layers[1:]):
+        answers = product(h[components], start.mT)
         targets = _targets(k_XCd, v_XCd, answers, settings, is_gate=layer is layers.gates)
-        torch.bmm(targets.flatten(0, 1), start.flatten(0, 1), out=back[boxes].flatten(0, 1))
-        answers_k = answers[:, :, :chunk] if own is None else product(h_k[boxes], layer.weight_GXVK.mT)
+        torch.bmm(targets.flatten(0, 1), start.flatten(0, 1), out=back[components].flatten(0, 1))
+        answers_k = answers[:, :, :chunk] if own is None else product(h_k[components], layer.weight_GXVK.mT)
         # Eq. 57: the rate of a layer whose inputs are not of length 1.
-        eta = eta_XC1 / (1 + eta_XC1 * h_k[boxes].square().sum(-1, keepdim=True)) if forgets else eta_XC1[None]
-        records.append(linear.write(layer, h_k[boxes], answers_k, targets, eta, shares, forgets=forgets))
+        eta = eta_XC1 / (1 + eta_XC1 * h_k[components].square().sum(-1, keepdim=True)) if forgets else eta_XC1[None]
+        records.append(linear.write(layer, h_k[components], answers_k, targets, eta, shares, forgets=forgets))
     records = records if settings.num_gates else [None, *records]
 
     targets_XCY = a_XRY.new_empty(pairs, chunk, a_XRY.shape[2])
-    torch.mul(back, _slope(sigmoid[:, :, :chunk], h_k), out=_by_box(targets_XCY, a_GXRZ.shape[0]))
+    torch.mul(back, _slope(sigmoid[:, :, :chunk], h_k), out=_by_component(targets_XCY, a_GXRZ.shape[0]))
     answers_1XCY = a_XRY[None, :, :chunk] if own is None else product(k_XCd[None], layers.hidden.weight_GXVK.mT)
     records = [linear.write(layers.hidden, k_XCd[None], answers_1XCY, targets_XCY[None], eta_XC1[None], shares, forgets=forgets), *records]
     made_XCd, read = _read(inputs, tuple(records), settings)
@@ -298,17 +298,17 @@ def _backward(inputs: _Inputs, kept: _Kept, d_y_XCd: Tensor, d_ends: tuple[Tenso
 
     # The targets of W_2 are those of W_1, backwards through it and silu.
     d_targets, d_answers_hidden, d_eta = linear.write_back(layers.hidden, records[0], shares, backs[0], d_shares)
-    d_eta_XC1, d_targets_GXCZ = d_eta[0], _by_box(d_targets[0], kept.h_GXRZ.shape[0])
+    d_eta_XC1, d_targets_GXCZ = d_eta[0], _by_component(d_targets[0], kept.h_GXRZ.shape[0])
     slope = _slope(kept.sigmoid_GXRZ, kept.h_GXRZ)
     d_slope, d_back = d_targets_GXCZ * kept.back_GXCZ, torch.empty_like(kept.back_GXCZ)
     torch.mul(d_targets_GXCZ, slope[:, :, :chunk], out=d_back)
 
     d_v_XCd = d_z_XRd[:, chunk:] if settings.makes_values else torch.zeros_like(v_XCd)
-    for boxes, layer, record, back, start, d_start in _groups(settings, layers[1:], records[1:], backs[1:], starts[1:], d_starts[1:]):
+    for components, layer, record, back, start, d_start in _groups(settings, layers[1:], records[1:], backs[1:], starts[1:], d_starts[1:]):
         d_targets, d_answers_k, d_rate = linear.write_back(layer, record, shares, back, d_shares)
         d_eta_XC1 += _rate_back(eta_XC1, record, d_rate, back.d_z_GXCK)
-        add_product(d_targets, d_back[boxes], start.mT)
-        add_product(d_start, record.targets_GXCV.mT, d_back[boxes])
+        add_product(d_targets, d_back[components], start.mT)
+        add_product(d_start, record.targets_GXCV.mT, d_back[components])
         if own is not None and d_answers_k is not None:
             add_product(back.d_z_GXCK, d_answers_k, layer.weight_GXVK)
             add_product(back.d_layer.weight_GXVK, d_answers_k.mT, record.z_GXCK)
@@ -316,8 +316,8 @@ def _backward(inputs: _Inputs, kept: _Kept, d_y_XCd: Tensor, d_ends: tuple[Tenso
         d_answers = _targets_back(d_targets, d_answers_k, d_k_1XCd[0], d_v_XCd, settings, is_gate=layer is layers.gates)
         if d_answers is not None:
             # To all tokens, or to the keys only.
-            add_product(d_h[boxes, :, : d_answers.shape[2]], d_answers, start)
-            add_product(d_start, d_answers.mT, kept.h_GXRZ[boxes, :, : d_answers.shape[2]])
+            add_product(d_h[components, :, : d_answers.shape[2]], d_answers, start)
+            add_product(d_start, d_answers.mT, kept.h_GXRZ[components, :, : d_answers.shape[2]])
 
     d_a_XRY = _silu_back(kept, d_h, slope, d_slope)
     if d_answers_hidden is not None and own is None:
@@ -331,10 +331,10 @@ def _backward(inputs: _Inputs, kept: _Kept, d_y_XCd: Tensor, d_ends: tuple[Tenso
 
 
 def _silu_back(kept: _Kept, d_h_GXRZ: Tensor, slope_GXRZ: Tensor, d_slope_GXCZ: Tensor) -> Tensor:
-    """Return the gradient of W_2 z, all boxes side by side, [X, R, G Z]; the slope counts at the keys only."""
-    boxes, pairs, tokens, width = d_h_GXRZ.shape
-    d_a_XRY, chunk = d_h_GXRZ.new_empty(pairs, tokens, boxes * width), d_slope_GXCZ.shape[2]
-    d_a_GXRZ = _by_box(d_a_XRY, boxes)
+    """Return the gradient of W_2 z, all components side by side, [X, R, G Z]; the slope counts at the keys only."""
+    components, pairs, tokens, width = d_h_GXRZ.shape
+    d_a_XRY, chunk = d_h_GXRZ.new_empty(pairs, tokens, components * width), d_slope_GXCZ.shape[2]
+    d_a_GXRZ = _by_component(d_a_XRY, components)
     torch.mul(d_h_GXRZ, slope_GXRZ, out=d_a_GXRZ)
     # The slope's own: (1 - s) (s + slope - h s).
     sigmoid, h, slope = (x[:, :, :chunk] for x in (kept.sigmoid_GXRZ, kept.h_GXRZ, slope_GXRZ))
