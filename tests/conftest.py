@@ -1,8 +1,7 @@
-"""Which tests start Ray: `make test` runs those one at a time, all others on every core. And Triton for its interpreter."""
+"""Which tests start Ray: `make test` runs those two files at a time, all others on every core. And Triton for its interpreter."""
 
 import os
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +11,11 @@ with suppress(ImportError):
     import triton  # noqa: F401
 del os.environ["TRITON_INTERPRET"]
 
-STARTS_RAY = ("actors", "clusters", "test_package.py")
+RAY_FIXTURES = {"cluster", "installed", "live", "nodes", "start"}
+"""Fixtures that start Ray, or a process that does; a test that starts it by itself has the marker `ray`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in STARTS_RAY:
+        if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)

@@ -18,6 +18,8 @@ import pytest
 from nlray.actors.launch import resume_config
 from tests.actors.plain_loop import digest_plainly, train_plainly
 
+pytestmark = pytest.mark.ray
+
 TINY = [
     "model.dim=32",
     "model.layers=1",
