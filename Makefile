@@ -36,10 +36,9 @@ check: $(INSTALLED)  ## lint, format, and which way the imports point
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pytest tests/test_imports.py -n 2
 
-docs: $(INSTALLED)  ## build the documentation into site/; a broken link or a page left out fails
-	$(VENV)/bin/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
-	@echo 'open site/index.html'
+docs: $(VENV)/.installed-docs  ## build the documentation into site/; a broken link or a page left out fails
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict $(ARGS)
+	@echo 'to read it: $(VENV)/bin/python -m mkdocs serve'
 
 doctor: $(INSTALLED)  ## report versions, GPUs, memory, Ray, disk
 	$(VENV)/bin/nlray doctor $(ARGS)
@@ -81,4 +80,8 @@ $(VENV)/bin/pip:
 
 $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(VENV)/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@

@@ -5,6 +5,7 @@ import inspect
 import re
 import shlex
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def links_of(document: str) -> list[str]:
 
 def anchors_of(document: str) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text_of(document), flags=re.M | re.S), flags=re.M)
-    return {re.sub(r"[\s_]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -97,6 +98,44 @@ def test_every_link_leads_somewhere(document):
 def test_every_page_is_in_the_navigation_of_the_site():
     pages = re.findall(r"^ *- [^:\n]+: (\S+\.md)$", text_of("mkdocs.yml"), flags=re.M)
     assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+@cache
+def texts_of_the_code() -> str:
+    """Return every string of the product, a line each; a blank stands for what an f-string fills in."""
+    texts = []
+    for folder in ("nlray", "pipelines", "actors", "clusters"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            tree = ast.parse(file.read_text())
+            docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if id(node) in docstrings:
+                    continue
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                if any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts):
+                    texts.append(" ".join(str(part.value) if isinstance(part, ast.Constant) else " " for part in parts))
+    return "\n".join(" ".join(text.split()) for text in texts)
+
+
+def fragments_of(message: str) -> list[str]:
+    """Return the fixed parts of a message in the documents, in which `...` and words in capitals stand for what the code fills in."""
+    parts = re.split(r"\.\.\.|\b[A-Z][A-Z_]*\b", message)
+    return [part for part in (part.strip(" :;,()'") for part in parts) if len(part) > 3]
+
+
+SYMPTOMS = [
+    message
+    for section in ("Before the start", "During the run", "Data")
+    for row in text_of("docs/troubleshooting.md").partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+    if row.startswith("| `")
+    for message in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+]
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    missing = {message: [part for part in fragments_of(message) if part not in texts_of_the_code()] for message in SYMPTOMS}
+    assert len(SYMPTOMS) >= 20 and {message: parts for message, parts in missing.items() if parts} == {}
+    assert fragments_of("run NAME: is no message of ...") == ["is no message of"] and "is no message of" not in texts_of_the_code()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -181,6 +220,19 @@ def check_nlray(words: list[str]) -> None:
         o for o in overrides if not o.startswith("init=") and not re.search(r"=\w+:\w+$|memory_options|titans\.options|mlp_options", o)
     ]
     load_config(source if source in PRESETS else "tiny", known)
+
+
+NEEDS = re.compile(r"--address|resources\.gpus=[1-9]|transport=nixl|--peers")
+"""What a command has that this machine may lack: a cluster, GPUs, NIXL, a network."""
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if document.startswith("docs/")])
+def test_a_command_that_needs_more_than_this_machine_is_marked(document):
+    for block in code_blocks(document, "sh"):
+        lines = ["", *block.splitlines()]
+        for before, line in pairwise(lines):
+            if NEEDS.search(line.partition(" # ")[0]):
+                assert "needs " in line.partition(" # ")[2] or before.startswith("# needs "), f"{line}: say what it needs"
 
 
 def test_the_documents_show_every_command():
