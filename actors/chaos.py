@@ -32,7 +32,7 @@ TICK_S = 0.1
 SIGNAL_TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What a fault is done to. roles: those that it hits; pid: 0 for a node."""
 
@@ -46,7 +46,7 @@ class Target:
         return f"{self.kind}: {', '.join(self.roles) or 'no role'} ({process})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Injection:
     """A fault that was done, at seconds since 1970."""
 
@@ -54,7 +54,7 @@ class Injection:
     target: Target
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """A fault and the recovery (as in `summary.json`) that answered it; None: none has yet."""
 
@@ -66,7 +66,7 @@ class Outcome:
         return None if self.recovery is None else max(0.0, self.recovery["at"] - self.injection.at)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KindReport:
     """The faults of one kind. Medians in seconds, None where no fault was answered."""
 
@@ -77,7 +77,7 @@ class KindReport:
     replay_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GoodputReport:
     """What a run did while it was watched. useful_seconds: of steps that count, each once; goodput: their share of wall_seconds."""
 
@@ -108,7 +108,7 @@ class Client(Protocol):
 def targets_of(kind: ChaosKind, run: RunDescription, nodes: Collection[str]) -> list[Target]:
     """Return what a fault of a kind can be done to. nodes: those that may be taken away."""
     hosted = [m for m in run.actors if m.is_ready and m.role.rpartition("-")[0] in run.sizes]
-    roles = [Target(kind, (m.role,), m.pid, m.node) for m in hosted]
+    roles = [Target(kind=kind, roles=(m.role,), pid=m.pid, node=m.node) for m in hosted]
     if kind == "worker":
         return [t for t in roles if t.roles[0].startswith(f"{SEQUENCE}-")]
     if kind == "rank":
@@ -116,12 +116,12 @@ def targets_of(kind: ChaosKind, run: RunDescription, nodes: Collection[str]) -> 
     if kind == "hang":
         return roles
     if kind == "conductor":
-        return [Target(kind, (CONDUCTOR,), run.pid, run.node)]
+        return [Target(kind=kind, roles=(CONDUCTOR,), pid=run.pid, node=run.node)]
     used: dict[str, list[str]] = {}
     for role, node in [*((m.role, m.node) for m in hosted), (CONDUCTOR, run.node)]:
         if node in nodes:
             used.setdefault(node, []).append(role)
-    return [Target(kind, tuple(found), 0, node) for node, found in sorted(used.items())]
+    return [Target(kind=kind, roles=tuple(found), pid=0, node=node) for node, found in sorted(used.items())]
 
 
 def choose(generator: random.Random, kinds: Sequence[ChaosKind], run: RunDescription, nodes: Collection[str]) -> Target | None:
@@ -145,7 +145,7 @@ def match(injections: Sequence[Injection], recoveries: Sequence[Mapping[str, Any
         again = next((i.at for i in injections[place + 1 :] if roles & set(i.target.roles)), float("inf"))
         later = [r for r in in_order if r["at"] + r["restore_s"] >= injection.at]
         named = (r for r in later if r["at"] < again and roles & set(r["roles"]))
-        outcomes.append(Outcome(injection, next(named, later[0] if later else None)))
+        outcomes.append(Outcome(injection=injection, recovery=next(named, later[0] if later else None)))
     return outcomes
 
 
@@ -170,14 +170,21 @@ def goodput_report(
         answers = [o.recovery for o in mine if o.recovery is not None]
         if mine:
             kinds[kind] = KindReport(
-                len(mine),
-                len(answers),
-                _median([o.detection_s for o in mine]),
-                _median([r["restore_s"] for r in answers]),
-                _median([r["replay_s"] for r in answers]),
+                faults=len(mine),
+                recovered=len(answers),
+                detection_s=_median([o.detection_s for o in mine]),
+                restore_s=_median([r["restore_s"] for r in answers]),
+                replay_s=_median([r["replay_s"] for r in answers]),
             )
     goodput = step_seconds / wall_seconds if wall_seconds > 0 else None
-    return GoodputReport(wall_seconds, num_steps, step_seconds, goodput, len(recoveries), kinds)
+    return GoodputReport(
+        wall_seconds=wall_seconds,
+        useful_steps=num_steps,
+        useful_seconds=step_seconds,
+        goodput=goodput,
+        recoveries=len(recoveries),
+        kinds=kinds,
+    )
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -319,7 +326,7 @@ class Injector:
             self.say(f"{target}: not done: {' '.join(str(error).split())[:120]}")
             is_done = False
         if is_done:
-            self.injections.append(Injection(at, target))
+            self.injections.append(Injection(at=at, target=target))
             self.say(f"fault {len(self.injections)} at step {run.step}: {target}")
             self._done_s = time.monotonic()
             self._next_s = self._done_s + pause_s(self._generator, self.every_s)

@@ -143,7 +143,7 @@ class RunClient:
             return self._failed(f"waited {self.timeout_s:g} s for the conductor to be back (run.timeout_s)", error, events_from)
         if lost_s > CLUSTER_LOST_S and not _answers(address := ray.get_runtime_context().gcs_address):
             return self._failed(f"the Ray cluster at {address} is gone", error, events_from)
-        return RunStatus("recovering", [], [], next_event=events_from)
+        return RunStatus(state="recovering", rows=[], events=[], next_event=events_from)
 
     def _ended(self, rows_after: int, events_from: int) -> RunStatus | None:
         """Return how the run ended, from its folder; the conductor goes when whoever started the run has heard of its end."""
@@ -152,7 +152,7 @@ class RunClient:
 
     def _failed(self, message: str, error: BaseException | None, events_from: int) -> RunStatus:
         details = None if error is None else explain(error)[1]
-        return RunStatus("failed", [], [], message=message, traceback=details, exit_code=1, next_event=events_from)
+        return RunStatus(state="failed", rows=[], events=[], message=message, traceback=details, exit_code=1, next_event=events_from)
 
 
 class Follower:

@@ -26,7 +26,7 @@ class RunFailedError(NlrayError):
         return RunFailedError, (str(self), self.details, self.exit_code)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """One thing that went wrong. role: whose; step: where the run was, as far as is known; message: one line; host: the actor, if known."""
 
@@ -38,7 +38,7 @@ class Fault:
     host: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
     """One recovery, as `summary.json` and `events.jsonl` have it. Times in seconds, `at` since 1970.
 

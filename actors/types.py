@@ -44,7 +44,7 @@ class Role:
         return self.group == SEQUENCE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
     """A worker's gradients of one period for one level rank. Producer: exchange; consumer: level rank.
 
@@ -59,7 +59,7 @@ class Contribution:
     buffer: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
     """A published version of one rank's share. Producer: level rank; consumer: exchange.
 
@@ -74,7 +74,7 @@ class Version:
     is_skipped: bool
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class PartKey:
     """Names one role's part of a recovery point: the boundary after `step`, as of one attempt of the workers."""
 
@@ -83,7 +83,7 @@ class PartKey:
     owner: Role
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
     """A part that a host holds. Producer: host; consumer: conductor.
 
@@ -98,7 +98,7 @@ class Holding:
     is_protected: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartCopy:
     """A part on its way to its backup or to a role that restores. arrays: by tensor name; None: those of the part `same_as`."""
 
@@ -109,7 +109,7 @@ class PartCopy:
     same_as: PartKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where a role that restores finds a part: in the host `holder`, or (None) in its own."""
 
@@ -132,7 +132,7 @@ class Assignment:
     checkpoint: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartWritten:
     """One actor's part of a checkpoint. `state`: what of it is not a tensor. Producer: any actor; consumer: conductor."""
 
@@ -141,7 +141,7 @@ class PartWritten:
     state: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleError:
     """What ended a role. message: one line; is_final: to run the same steps again would end the same way."""
 
@@ -152,7 +152,7 @@ class RoleError:
     is_final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
     """What a sequence worker tells at a poll. rows: lines of metrics.jsonl after the step that the conductor has written.
 
@@ -169,7 +169,7 @@ class WorkerReport:
     prepared: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostReport:
     """What a host tells the conductor at a poll. role None: a standby. bytes_copied: sent to backups since the host's start."""
 
@@ -186,7 +186,7 @@ class HostReport:
     worker: WorkerReport | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActorStatus:
     """One actor of a run, for `nlray status` and the fault injector. role: `standby` or `backup` where it has none."""
 
@@ -197,7 +197,7 @@ class ActorStatus:
     is_ready: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
     """What the conductor tells the command line: rows after the asker's step, and events from its position on."""
 
@@ -211,7 +211,7 @@ class RunStatus:
     next_event: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunDescription:
     """A run as it is now, for `nlray status`, `nlray scale` and the fault injector. pid, node: the conductor's; 0 and empty after
     the end, when `summary` is there.

@@ -109,7 +109,7 @@ def run_to_end(config: Config, *, during: Callable[[RunHandle], Any] | None = No
             if during is not None:
                 during(handle)
             if time.monotonic() > deadline:
-                return RunStatus("failed", [], [], message=f"no end after {limit_s:g} s")
+                return RunStatus(state="failed", rows=[], events=[], message=f"no end after {limit_s:g} s")
             time.sleep(0.1)
         return status
     finally:

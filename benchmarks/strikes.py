@@ -94,7 +94,7 @@ def striking(folder: Path, strikes: Sequence[Strike]) -> Behaviours:
             super().restore(snapshot)
             self._strike("recovery", self.version)
 
-    return Behaviours(StrikingWorker, StrikingRank)
+    return Behaviours(sequence_worker=StrikingWorker, level_rank=StrikingRank)
 
 
 def strike(config: Config, folder: Path, strikes: Sequence[Strike], now: tuple[str, Moment], step: int, level: str | None = None) -> None:

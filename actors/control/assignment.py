@@ -234,7 +234,7 @@ class Assigner:
     def assignment(self, role: Role, attempt: int, host: HostHandle, point: Point | None, url: str | None = None) -> Assignment:
         """Return what a host needs to take a role and restore it from a point or a checkpoint."""
         sources = [] if point is None else sources_of(point, role, self.sizes[role.group], host.name)
-        found = tuple(Source(key, None if name == host.name else self.holder(name)) for key, name in sources)
+        found = tuple(Source(key=key, holder=None if name == host.name else self.holder(name)) for key, name in sources)
         return Assignment(role=role, attempt=attempt, plan=self.plan, sources=found, checkpoint=url)
 
     def holder(self, host: str) -> Any:

@@ -23,7 +23,7 @@ from nlray.run_plan import SEQUENCE
 from nlray.storage import locate, may_pass, reason
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Writing:
     """A checkpoint on its way to storage. parts: owner by the call that writes its part; begun_s: when they were called."""
 
@@ -82,7 +82,7 @@ class Checkpoints:
         for role, hosts in point.holders.items():
             holder = self.assigner.holder(shared_host if role == shared_owner else hosts[0])
             calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
-        return Writing(point, checkpoint_dir(self.run_dir, point.step), calls, time.monotonic())
+        return Writing(point=point, url=checkpoint_dir(self.run_dir, point.step), parts=calls, begun_s=time.monotonic())
 
     def advance(self) -> None:
         """Write the manifest of each checkpoint whose parts are all on storage, in the order of their steps.
@@ -177,7 +177,9 @@ class Checkpoints:
         try:
             return ray.get(ref, timeout=self.timeout_s)
         except RayActorError as error:
-            raise HostLostError(Fault("died", owner, step, f"{owner} died while it wrote the checkpoint of step {step}")) from error
+            raise HostLostError(
+                Fault(kind="died", role=owner, step=step, message=f"{owner} died while it wrote the checkpoint of step {step}")
+            ) from error
 
     def _complete(self, step: int, writing: Writing) -> None:
         by_owner = {owner: self._part(ref, owner, step) for ref, owner in writing.parts.items()}

@@ -1,8 +1,9 @@
 """The conductor: the detached named actor that runs a run, from placing its actors to the summary.
 
-A plain class; `nlray.actors.launch` makes it an actor named `conductor` in the namespace `nlray-RUN`. Its methods only look and leave
-wishes; the run is supervised in a thread of its own. It moves no tensors: parts of a checkpoint go from their owners to
-storage, and the conductor writes the manifest. If its process dies, Ray starts it again, and it goes on with the actors it finds.
+A plain class; `nlray.actors.launch` makes it an actor named `conductor` in the namespace `nlray-RUN`. Its methods read the state and leave
+requests; a thread of its own supervises the run. Parts of a checkpoint go from their owners to storage, and the conductor writes the
+manifest. Tensors pass through it in one case: a run with a single actor has its copies in the conductor's snapshot store. If the
+conductor's process dies, Ray starts it again, and it continues with the actors that it finds.
 """
 
 import logging
@@ -112,9 +113,9 @@ class Conductor(SnapshotStoreActor):
         with self._lock:
             failure = self._failure
             return RunStatus(
-                self._state,
-                rows,
-                events,
+                state=self._state,
+                rows=rows,
+                events=events,
                 message=None if failure is None else str(failure),
                 traceback=None if failure is None else failure.details,
                 exit_code=0 if failure is None else failure.exit_code,
@@ -126,29 +127,29 @@ class Conductor(SnapshotStoreActor):
         """Return the run as it is now."""
         hosts = tuple(
             ActorStatus(
-                str(m.assigned or m.plan.group),
-                n,
-                0 if m.report is None else m.report.pid,
-                "" if m.report is None else m.report.node,
-                m.report is not None,
+                role=str(m.assigned or m.plan.group),
+                actor=n,
+                pid=0 if m.report is None else m.report.pid,
+                node="" if m.report is None else m.report.node,
+                is_ready=m.report is not None,
             )
             for n, m in sorted(list(self.hosts.all.items()))
         )
         last = self.journal.since(self.journal.last_step - 1, 0)[0] if self.journal is not None else []
         return RunDescription(
-            self.run.name,
-            self.run.dir,
-            self._state,
-            self.monitor.step,
-            self.run.steps,
-            self.monitor.committed[1] if self.monitor.committed[1] >= 0 else None,
-            self.assigner.sizes,
-            self.changes.wanted,
-            hosts,
-            tuple(r.as_dict() for r in self._recoveries),
-            last[-1] if last else None,
-            os.getpid(),
-            ray.get_runtime_context().get_node_id(),
+            name=self.run.name,
+            dir=self.run.dir,
+            state=self._state,
+            step=self.monitor.step,
+            steps=self.run.steps,
+            point=self.monitor.committed[1] if self.monitor.committed[1] >= 0 else None,
+            sizes=self.assigner.sizes,
+            wanted=self.changes.wanted,
+            actors=hosts,
+            recoveries=tuple(r.as_dict() for r in self._recoveries),
+            row=last[-1] if last else None,
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
         )
 
     def request_stop(self) -> None:
@@ -235,7 +236,7 @@ class Conductor(SnapshotStoreActor):
                 message, details, exit_code = explain(error)
                 if exit_code == 2:
                     raise
-                faults = [Fault("raised", "a change of sizes", self.monitor.step, message, details)]
+                faults = [Fault(kind="raised", role="a change of sizes", step=self.monitor.step, message=message, details=details)]
             if faults:
                 self._recover(faults)
             time.sleep(URGENT_POLL_S if self.changes.is_urgent else self._pause_s)
@@ -303,7 +304,7 @@ class Conductor(SnapshotStoreActor):
                 message, details, exit_code = explain(error)
                 if exit_code == 2 or isinstance(error.cause, RemoteTimeoutError):
                     raise
-                new = [Fault("raised", "the start", self.monitor.step, message, details)]
+                new = [Fault(kind="raised", role="the start", step=self.monitor.step, message=message, details=details)]
             else:
                 causes = root_causes([*every, *(self.monitor.at_step(f) for f in lost)])
                 if not causes:
@@ -314,7 +315,17 @@ class Conductor(SnapshotStoreActor):
                 seen_at = seen_at or now
                 # Where the worker was is known from its last report: it may have been further.
                 reached = max(reached, restored)
-                return Recovery(seen_at, kinds, roles, message, reached, restored, source, max(0, done - restored), now - seen_at)
+                return Recovery(
+                    at=seen_at,
+                    kinds=kinds,
+                    roles=roles,
+                    message=message,
+                    step=reached,
+                    restored=restored,
+                    source=source,
+                    replayed=max(0, done - restored),
+                    restore_s=now - seen_at,
+                )
             seen_at = seen_at or time.time()
             every += new
         raise RunFailedError(f"{every[-1].message}; {MAX_TRIES} starts in a row were cut short")
@@ -363,7 +374,7 @@ class Conductor(SnapshotStoreActor):
         self.checkpoints.stored()
         self.hosts.find(self.assigner.plan_of)
         lost = [self.monitor.at_step(fault) for fault in self.hosts.hear_all()]
-        fault = Fault("conductor", CONDUCTOR, self.monitor.step, "the conductor was killed and started again")
+        fault = Fault(kind="conductor", role=CONDUCTOR, step=self.monitor.step, message="the conductor was killed and started again")
         try:
             is_intact = not lost and self.assigner.adopt()
             if is_intact:
@@ -372,7 +383,16 @@ class Conductor(SnapshotStoreActor):
             lost.append(self.monitor.at_step(error.fault))
         if not lost and is_intact:
             recovery = Recovery(
-                seen_at, (), (), "", self.monitor.step, self.monitor.step, "the running actors", 0, time.time() - seen_at, 0.0
+                at=seen_at,
+                kinds=(),
+                roles=(),
+                message="",
+                step=self.monitor.step,
+                restored=self.monitor.step,
+                source="the running actors",
+                replayed=0,
+                restore_s=time.time() - seen_at,
+                replay_s=0.0,
             )
             self._set_state("running")
         else:

@@ -37,7 +37,7 @@ CONDUCTOR_PATIENCE = 3  # times `recovery.hang_timeout_s`: it may be writing to 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Behaviours:
     """The plain classes that sit in the hosts, None for the run's own: a fault injector puts its own subclasses here."""
 
@@ -45,7 +45,7 @@ class Behaviours:
     level_rank: "type[LevelRank] | None" = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A role that is made and not restored yet."""
 
@@ -113,7 +113,7 @@ class ActorHost(SnapshotStoreActor):
         """Make a role that this host is going to become, beside the present one; its state comes with `become`."""
         made = self._make(assignment, is_restored=True)
         with self._changed:
-            self._prepared = Prepared(assignment.role, assignment.attempt, made)
+            self._prepared = Prepared(role=assignment.role, attempt=assignment.attempt, made=made)
 
     def call(self, attempt: int, method: str, *args: Any) -> Any:
         """Call a method of the role of `attempt`, waiting for it to sit down.
@@ -151,17 +151,17 @@ class ActorHost(SnapshotStoreActor):
         with self._changed:
             role, attempt = self._role, self._attempt
         return HostReport(
-            None if role is None else role.role,
-            attempt,
-            0 if role is None else role.group_size,
-            role is not None and role.is_started,
-            os.getpid(),
-            self._node,
-            holdings,
-            bytes_held,
-            bytes_copied,
-            None if role is None else role.error,
-            role.report(rows_after) if role is not None and role.role.is_worker else None,
+            role=None if role is None else role.role,
+            attempt=attempt,
+            group_size=0 if role is None else role.group_size,
+            is_started=role is not None and role.is_started,
+            pid=os.getpid(),
+            node=self._node,
+            holdings=holdings,
+            bytes_held=bytes_held,
+            bytes_copied=bytes_copied,
+            error=None if role is None else role.error,
+            worker=role.report(rows_after) if role is not None and role.role.is_worker else None,
         )
 
     def _make(self, assignment: Assignment, *, is_restored: bool) -> "SequenceWorker | LevelRank":
@@ -189,7 +189,7 @@ class ActorHost(SnapshotStoreActor):
                 found = {n: as_tensor(a) for n, a in part.arrays.items()}
             tensors |= found
             first = first or part
-        return Snapshot(first.key, first.group_size, tensors, first.state)
+        return Snapshot(key=first.key, group_size=first.group_size, tensors=tensors, state=first.state)
 
     def _watch_conductor(self) -> None:
         """In worker 0's host: kill a conductor that asks no more; Ray starts it again. Nobody else would notice that it hangs."""

@@ -14,7 +14,7 @@ STANDBY = "standby"
 BACKUP = "backup"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPlan:
     """One actor. group: `sequence`, a level's name, `standby` or `backup`. gpus: resolved, never `auto`."""
 
@@ -64,7 +64,12 @@ def plan_actors(config: Config, cluster_gpus: float) -> tuple[list[ActorPlan], l
             who = "level ranks" if is_level else "sequence workers"
             notes.append(f"{num_auto} {who} with resources.gpus=auto run on the CPU: the cluster's {cluster_gpus:g} GPUs do not go round")
     plans = [
-        ActorPlan(group, index, resources, auto[group != SEQUENCE] if resources.gpus == "auto" else float(resources.gpus))
+        ActorPlan(
+            group=group,
+            index=index,
+            resources=resources,
+            gpus=auto[group != SEQUENCE] if resources.gpus == "auto" else float(resources.gpus),
+        )
         for group, index, resources in [*workers, *ranks]
     ]
     return [*plans, *plan_standbys(config, plans)], notes
@@ -74,12 +79,12 @@ def plan_standbys(config: Config, plans: Sequence[ActorPlan]) -> list[ActorPlan]
     """Return the standbys: each reserves as many CPUs and GPUs as the largest actor, without custom resources and labels."""
     resources = ResourcesConfig(cpus=max(plan.resources.cpus for plan in plans))
     gpus = max(plan.gpus for plan in plans)
-    return [ActorPlan(STANDBY, index, resources, gpus) for index in range(config.recovery.standbys)]
+    return [ActorPlan(group=STANDBY, index=index, resources=resources, gpus=gpus) for index in range(config.recovery.standbys)]
 
 
 def plan_backup() -> ActorPlan:
     """Return the actor that holds copies on another node where all others are on one; it asks for next to nothing."""
-    return ActorPlan(BACKUP, 0, ResourcesConfig(cpus=0, gpus=0), 0.0)
+    return ActorPlan(group=BACKUP, index=0, resources=ResourcesConfig(cpus=0, gpus=0), gpus=0.0)
 
 
 def cpus_needed(config: Config) -> int:

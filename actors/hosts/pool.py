@@ -45,7 +45,7 @@ class HostLostError(NlrayError):
         return HostLostError, (self.fault,)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class HostHandle:
     """One host. report: its last answer; None until it stands. assigned: the role that the conductor has given it.
 
@@ -120,7 +120,7 @@ class HostPool:
         handle = ray.remote(**options)(ActorHost).remote(
             name, timeout_s=self.timeout_s, hang_timeout_s=self.hang_timeout_s, gpus=plan.gpus, behaviours=self.behaviours
         )
-        self.all[name] = HostHandle(name, plan, handle, group, looked_s=time.monotonic())
+        self.all[name] = HostHandle(name=name, plan=plan, handle=handle, group=group, looked_s=time.monotonic())
         return self.all[name]
 
     def find(self, plan_of: Callable[[str, int], ActorPlan]) -> None:
@@ -139,7 +139,7 @@ class HostPool:
             entry = groups.pop(f"{self.namespace}/{name}", None)
             self._serial = max(self._serial, int(serial))
             found = None if entry is None else PlacementGroup(_group_id(entry))
-            self.all[name] = HostHandle(name, plan_of(group, int(index)), handle, found, looked_s=time.monotonic())
+            self.all[name] = HostHandle(name=name, plan=plan_of(group, int(index)), handle=handle, group=found, looked_s=time.monotonic())
         for name, entry in groups.items():
             if name.startswith(f"{self.namespace}/"):
                 remove_placement_group(PlacementGroup(_group_id(entry)))
@@ -306,7 +306,7 @@ def end_run(namespace: str) -> None:
 
 
 def _fault(kind: FaultKind, host: HostHandle, message: str) -> Fault:
-    return Fault(kind, host.label, 0, message, host=host.name)
+    return Fault(kind=kind, role=host.label, step=0, message=message, host=host.name)
 
 
 def _node_of(group: PlacementGroup | None) -> str | None:

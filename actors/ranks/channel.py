@@ -274,7 +274,7 @@ class LevelChannel:
     def _send(self, version: int, buffers: list[Tensor], num_steps: int) -> list[Any]:
         try:
             return [
-                rank.push(Contribution(version, self.worker, num_steps, buffer.cpu().numpy()))
+                rank.push(Contribution(version=version, worker=self.worker, num_steps=num_steps, buffer=buffer.cpu().numpy()))
                 for rank, buffer in zip(self.ranks, buffers, strict=True)
             ]
         finally:

@@ -35,7 +35,7 @@ def check_installed() -> None:
         raise UserError(f"exchange.transport is nixl, and the package nixl is not installed; {INSTALL}")
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Kept:
     """Where an array lies. Producer: the store that keeps it; consumer: any other.
 
@@ -165,7 +165,7 @@ class NixlStore:
         """Keep a copy of `array` and return what `get` takes; the copy lives as long as the returned value."""
         agent, slot = agent_of_process(), self._slot(array.nbytes)
         np.copyto(slot.array(array.dtype.str, array.size), array)
-        data = Kept(agent.name, slot.address, array.dtype.str, array.size, slot.metadata)
+        data = Kept(agent=agent.name, address=slot.address, dtype=array.dtype.str, size=array.size, metadata=slot.metadata)
         weakref.finalize(data, self._give_back, array.nbytes, slot).atexit = False
         return data
 

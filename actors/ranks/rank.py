@@ -183,7 +183,9 @@ class LevelRank:
                     tensors |= {f"{kind}/{s.name}": v for s, v in zip(self.layout.specs, self.layout.views(flat), strict=True)}
         outcomes = {str(v): (p.grad_norm if math.isfinite(p.grad_norm) else None, p.is_skipped) for v, p in self._published.items()}
         state = {"version": self.version, "outcomes": outcomes, **self.learner.state()}
-        self._last_snapshot = Snapshot(PartKey(attempt, step, self.role), self.plan.ranks, tensors, state)
+        self._last_snapshot = Snapshot(
+            key=PartKey(attempt=attempt, step=step, owner=self.role), group_size=self.plan.ranks, tensors=tensors, state=state
+        )
         return self._last_snapshot
 
     def wants(self, tensor: str) -> bool:
@@ -200,7 +202,9 @@ class LevelRank:
                 flat, version = self.layout.new_buffer(), self.version - age
                 for spec, view in zip(self.layout.specs, self.layout.views(flat), strict=True):
                     view.copy_(snapshot.tensors[f"{kind}/{spec.name}"])
-                self._published[version] = Version(version, self._store.put(flat.numpy()), *self._outcome(version))
+                norm, is_skipped = self._outcome(version)
+                data = self._store.put(flat.numpy())
+                self._published[version] = Version(version=version, data=data, grad_norm=norm, is_skipped=is_skipped)
 
     def _outcome(self, version: int) -> tuple[float, bool]:
         """Return the gradient's norm and whether the update was skipped, of a version from before the restore."""
@@ -210,8 +214,8 @@ class LevelRank:
     def load(self, url: str) -> None:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
-        key, state = PartKey(0, manifest.step, self.role), manifest.state["levels"][self.plan.name]
-        self.restore(Snapshot(key, self.plan.ranks, load_tensors(url, self.wants, manifest), state))
+        key, state = PartKey(attempt=0, step=manifest.step, owner=self.role), manifest.state["levels"][self.plan.name]
+        self.restore(Snapshot(key=key, group_size=self.plan.ranks, tensors=load_tensors(url, self.wants, manifest), state=state))
 
     @property
     def _kept_versions(self) -> dict[str, int]:
@@ -230,7 +234,7 @@ class LevelRank:
         except Exception as error:
             with self._changed:
                 message = f"{self.label}: {type(error).__name__}: {error}"
-                self._error = RoleError(message, traceback.format_exc(), (self.version + 1) * self.plan.update_period)
+                self._error = RoleError(message=message, details=traceback.format_exc(), step=(self.version + 1) * self.plan.update_period)
                 self._changed.notify_all()
 
     def _next_period(self) -> list[Contribution] | None:
@@ -288,7 +292,7 @@ class LevelRank:
         return total_norm([norms[s.name] for s in self.plan.tensors])
 
     def _publish(self, version: int, norm: float, *, is_skipped: bool) -> None:
-        published = Version(version, self._store.put(self._flat.cpu().numpy()), norm, is_skipped)
+        published = Version(version=version, data=self._store.put(self._flat.cpu().numpy()), grad_norm=norm, is_skipped=is_skipped)
         with self._changed:
             self._published[version] = published
             oldest = version - max([1, *self._kept_versions.values()])

@@ -7,7 +7,7 @@ from nlray.actors.types import Holding, PartKey, Role
 from nlray.run_plan import SEQUENCE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """A recovery point of which every part is held somewhere.
 
@@ -21,7 +21,7 @@ class Point:
     shared: list[tuple[Role, str]]
 
     def key(self, owner: Role) -> PartKey:
-        return PartKey(self.attempt, self.step, owner)
+        return PartKey(attempt=self.attempt, step=self.step, owner=owner)
 
 
 def complete_points(held: Mapping[str, Iterable[Holding]], groups: Sequence[str], *, needs_shared: bool = True) -> list[Point]:
@@ -49,7 +49,7 @@ def complete_points(held: Mapping[str, Iterable[Holding]], groups: Sequence[str]
                 shared.append((owner, host))
         is_complete = all(group in sizes and all(Role(group, i) in holders for i in range(sizes[group])) for group in groups)
         if is_complete and (shared or not needs_shared):
-            points.append(Point(attempt, step, sizes, holders, shared))
+            points.append(Point(attempt=attempt, step=step, sizes=sizes, holders=holders, shared=shared))
     return points
 
 

@@ -29,7 +29,7 @@ RETRY_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """A role's state at a boundary.
 
@@ -133,7 +133,7 @@ class SnapshotStore:
 
                 # Received arrays lie in the sender's shared memory, which goes with it.
                 tensors = {name: torch.from_numpy(np.array(array)) for name, array in copy.arrays.items()}
-            self._held[copy.key] = Snapshot(copy.key, copy.group_size, tensors, copy.state)
+            self._held[copy.key] = Snapshot(key=copy.key, group_size=copy.group_size, tensors=tensors, state=copy.state)
             return True
 
     def names(self, key: PartKey) -> list[str]:
@@ -144,7 +144,7 @@ class SnapshotStore:
         """Return a part, or only the wanted tensors of it, as arrays."""
         part = self.get(key)
         arrays = {n: _array(t) for n, t in part.tensors.items() if wanted is None or n in wanted}
-        return PartCopy(key, part.group_size, part.state, arrays)
+        return PartCopy(key=key, group_size=part.group_size, state=part.state, arrays=arrays)
 
     def get(self, key: PartKey) -> Snapshot:
         """Return a part that is held here."""
@@ -174,13 +174,19 @@ class SnapshotStore:
                 raise
             # The errors of a store's client do not always survive the way to the conductor.
             raise StorageOutageError(f"{url}/{file}: {reason(error)}") from error
-        return PartWritten(key.step, written, {k: v for k, v in part.state.items() if k != "rows"})
+        return PartWritten(step=key.step, part=written, state={k: v for k, v in part.state.items() if k != "rows"})
 
     def holdings(self) -> tuple[Holding, ...]:
         """Return what is held, newest last."""
         with self._changed:
             return tuple(
-                Holding(key, p.group_size, p.size_bytes, any(n.startswith("param/") for n in p.tensors), key in self._protected)
+                Holding(
+                    key=key,
+                    group_size=p.group_size,
+                    size_bytes=p.size_bytes,
+                    has_shared=any(n.startswith("param/") for n in p.tensors),
+                    is_protected=key in self._protected,
+                )
                 for key, p in sorted(self._held.items())
             )
 
@@ -224,10 +230,10 @@ class SnapshotStore:
 
     def _send(self, part: Snapshot, backup: Backup, last: Any, *, keeps_shared: bool) -> None:
         is_sent = last is not None and last[0] == backup.name and last[2] is part.tensors
-        if is_sent and backup.keep(PartCopy(part.key, part.group_size, part.state, None, same_as=last[1])):
+        if is_sent and backup.keep(PartCopy(key=part.key, group_size=part.group_size, state=part.state, arrays=None, same_as=last[1])):
             return
         arrays = {n: _array(t) for n, t in part.tensors.items() if keeps_shared or n not in part.shared}
-        backup.keep(PartCopy(part.key, part.group_size, part.state, arrays))
+        backup.keep(PartCopy(key=part.key, group_size=part.group_size, state=part.state, arrays=arrays))
         self.bytes_copied += sum(array.nbytes for array in arrays.values())
 
 

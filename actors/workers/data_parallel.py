@@ -20,7 +20,7 @@ from nlray.levels.plan import TensorSpec
 BUCKET_BYTES = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
     """What all workers know after a step's all-reduce. loss: mean over the global batch, nats per token."""
 
@@ -94,13 +94,13 @@ class DataParallelGroup:
         loss, norm_value = torch.stack([loss_share.detach().double(), norm.double()]).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(norm_value)
         if self.num_workers == 1:
-            return Agreement(loss, is_finite, command)
+            return Agreement(loss=loss, is_finite=is_finite, command=command)
         message = torch.tensor(
             [loss if math.isfinite(loss) else 0.0, 0.0 if is_finite else 1.0, float(command)], dtype=torch.float64, device=self.device
         )
         self._group.allreduce([message]).wait()
         loss, num_bad, commands = message.tolist()
-        return Agreement(loss if num_bad == 0 else math.nan, num_bad == 0, Command(int(commands)))
+        return Agreement(loss=loss if num_bad == 0 else math.nan, is_finite=num_bad == 0, command=Command(int(commands)))
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Return the sums over the workers, in float64."""

@@ -43,7 +43,7 @@ _OF_A_SUMMARY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
     """What a run's folder says. state: of `state.json`, None before the actors stand, empty if damaged; summary: None before the end."""
 
@@ -99,9 +99,9 @@ class Records:
         rows = [row for row in self.rows() if row["step"] > rows_after]
         events = [event["text"] for event in self.events()]
         return RunStatus(
-            self.ended,
-            rows,
-            events[events_from:],
+            state=self.ended,
+            rows=rows,
+            events=events[events_from:],
             message=self.summary.get("error"),
             exit_code=1 if self.ended == "failed" else 0,
             summary=self.summary,
@@ -129,7 +129,7 @@ def read_records(run_dir: str) -> Records | None:
     if summary == {} and state and state["status"] in ENDED and _is_summary(state.get("summary")):
         # An ended run's state has its summary too.
         summary = state["summary"]
-    return Records(run_dir, config, state, summary or None)
+    return Records(run_dir=run_dir, config=config, state=state, summary=summary or None)
 
 
 def find_records(run: str, address: str | None = None) -> Records | None:

@@ -134,7 +134,7 @@ class ShardedParameters:
             self._sending = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Part:
     """What one worker owns of a unit. flat: the parameters' memory; the others' copies have none but for a while."""
 
@@ -163,7 +163,7 @@ class Unit:
         for owner, specs in enumerate(shares):
             if specs:
                 layout = FlatLayout(specs)
-                self._parts.append(Part(owner, layout, layout.new_buffer(device)))
+                self._parts.append(Part(owner=owner, layout=layout, flat=layout.new_buffer(device)))
                 self.parameters |= {s.name: view for s, view in zip(specs, layout.views(self._parts[-1].flat), strict=True)}
         self._is_here = True
         self.release()

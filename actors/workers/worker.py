@@ -1,8 +1,9 @@
 """A sequence worker: its share of every step's batch through the model, and the sequence parameters' optimizer.
 
-A plain class; it sits in a `nlray.actors.hosts.host`. `train` runs in a thread of its own (`start`), the other methods only
-look and leave commands. A step: take up the versions that are due, read the batch, forward and backward, agree with the
-other workers, hand the CMS gradients to the exchange, step the sequence optimizer.
+A plain class, hosted by a `nlray.actors.hosts.host`. `train` runs in a thread of its own (`start`); the other methods read the state and
+leave commands. A step has this order: read the batch, embed it and compute the first mixer, apply the versions that are due just before
+the first block that uses them, forward and backward, agree with the other workers, push the gradients of the levels, step the sequence
+optimizer.
 """
 
 import math
@@ -217,7 +218,15 @@ class SequenceWorker:
             self._rows = [row for row in self._rows if row["step"] > rows_after]
             events, self._events = self._events, []
             switched, prepared = dict(self._switched), self._prepared_attempt
-            return WorkerReport(self._state, self.step, list(self._rows), events, self._totals, switched, prepared)
+            return WorkerReport(
+                state=self._state,
+                step=self.step,
+                rows=list(self._rows),
+                events=events,
+                totals=self._totals,
+                switched=switched,
+                prepared=prepared,
+            )
 
     @property
     def error(self) -> RoleError | None:
@@ -273,7 +282,13 @@ class SequenceWorker:
             "open_steps": {c.plan.name: c.num_open_steps for c in self.channels},
             "workers": self.group_size,
         }
-        return Snapshot(PartKey(self.attempt, step, self.role), self.group_size, tensors, state, shared)
+        return Snapshot(
+            key=PartKey(attempt=self.attempt, step=step, owner=self.role),
+            group_size=self.group_size,
+            tensors=tensors,
+            state=state,
+            shared=shared,
+        )
 
     def wants(self, tensor: str) -> bool:
         """Return whether a snapshot's tensor is one that this worker restores."""
@@ -310,7 +325,14 @@ class SequenceWorker:
         """Restore from a checkpoint on storage."""
         manifest = read_manifest(url, verify=False)
         tensors = load_tensors(url, self.wants, manifest)
-        self.restore(Snapshot(PartKey(0, manifest.step, self.role), manifest.state["workers"], tensors, manifest.state))
+        self.restore(
+            Snapshot(
+                key=PartKey(attempt=0, step=manifest.step, owner=self.role),
+                group_size=manifest.state["workers"],
+                tensors=tensors,
+                state=manifest.state,
+            )
+        )
 
     def _accumulators_of(self, plan: LevelPlan, tensors: Any, saved_workers: int) -> dict[str, Tensor]:
         """Return this worker's open sums: its own, or, for another number of workers, all of them in worker 0."""
@@ -349,7 +371,9 @@ class SequenceWorker:
                 is_final = isinstance(error, UserError | NonFiniteLossError)
                 message = f"{error}" if is_final else f"{self.label}, step {self.step + 1}: {type(error).__name__}: {error}"
                 exit_code = 2 if isinstance(error, UserError) else 1
-                self._error = RoleError(message, traceback.format_exc(), self.step + 1, exit_code, is_final)
+                self._error = RoleError(
+                    message=message, details=traceback.format_exc(), step=self.step + 1, exit_code=exit_code, is_final=is_final
+                )
             self._state = "failed"
             # The other workers may wait for this one's gradients.
             self._leave_group()
@@ -484,9 +508,9 @@ class SequenceWorker:
         return agreement, self._row(step, agreement, seconds, stall_s, learning_rate)
 
     def _before_levels(self, memory: ContinuumMemory, args: tuple) -> None:
-        """Take up the versions that are due in the levels of one block, before the first use of a level in a step.
+        """Apply the versions that are due to the levels of one block, before a step uses a level for the first time.
 
-        What lies before that block, up to the batch, is computed while a version is on its way.
+        Everything before that block is computed while a version is in flight.
         """
         for name, _ in memory.named_children():
             channel = self._not_taken.pop(name, None)

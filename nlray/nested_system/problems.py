@@ -19,17 +19,17 @@ from torch import nn
 
 from nlray.config import Config, LevelConfig, ModelConfig, OptimizerConfig
 from nlray.errors import NlrayError
-from nlray.levels.plan import LevelPlan, TensorSpec, deal_tensors
+from nlray.levels.plan import LevelPlan, TensorSpec
 from nlray.models.attention import Attention
 from nlray.models.cms import ContinuumMemory
 from nlray.models.hope import Titans
 from nlray.models.level import Level
-from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, block_of, build_model
+from nlray.models.lm import Block, Embedding, FinalNorm, LanguageModel, build_model
+from nlray.nested_system.costs import ActorCost, actor_costs
 from nlray.nn.layers import GatedMLP, ShortConvolution
 from nlray.optimizers.registry import gradient_memories
 from nlray.run_plan import RunPlan
 
-_VALUE_BYTES = 4
 WORKERS = "workers"
 
 
@@ -58,24 +58,6 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActorCost:
-    """Bytes that one actor holds, activations and states in context left out; for level ranks those of the largest shard."""
-
-    name: str
-    count: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    buffers: int
-    """Of a worker: two gradient accumulators per level, a version and a gradient of each that is locally updated and, beside others,
-    the all-reduce's buckets. Of a level rank: the two newest published versions."""
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.buffers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NestedSystem:
     """Everything that is optimized, and what it costs. `RunPlan.nested_system` gives a plan's."""
 
@@ -96,7 +78,7 @@ class NestedSystem:
             *_outer_problems(config, plan.sequence),
             *(p for level in plan.levels for p in _level_problems(config, level, _levels_of(model, level.name)[0])),
         ]
-        return NestedSystem(problems=_in_order(problems), actors=_actor_costs(config, plan.levels, plan.sequence))
+        return NestedSystem(problems=_in_order(problems), actors=actor_costs(plan))
 
 
 def _in_order(problems: list[Problem]) -> tuple[Problem, ...]:
@@ -327,62 +309,6 @@ def optimizer_problems(owner: str, config: OptimizerConfig, tensors: Iterable[Te
         )
         for memory in gradient_memories(config, {t.name: t.shape for t in tensors})
     ]
-
-
-# What it costs.
-
-
-def _actor_costs(config: Config, levels: tuple[LevelPlan, ...], sequence: tuple[TensorSpec, ...]) -> tuple[ActorCost, ...]:
-    """A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
-    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it updates
-    itself, with the optimizer's state for that; a rank its shard.
-    """
-    level_size = sum(plan.num_parameters for plan in levels)
-    updated = [plan for plan in levels if plan.local_update]
-    updated_size = 2 * sum(plan.num_parameters for plan in updated)
-    held, passing = sequence, _size(sequence) if config.sequence.workers > 1 else 0
-    if config.sequence.is_sharded:
-        held, passing = max(deal_tensors(sequence, config.sequence.workers), key=_size), _size_that_passes(sequence)
-    is_compressed = config.exchange.compression != "none"
-    worker = ActorCost(
-        name="sequence",
-        count=config.sequence.workers,
-        parameters=_VALUE_BYTES * (level_size + _size(held)),
-        gradients=_VALUE_BYTES * ((level_size if is_compressed else 0) + _size(held)),
-        optimizer=_optimizer_bytes(config.sequence.optimizer, held)
-        + sum(_optimizer_bytes(config.levels[plan.name].optimizer, plan.tensors) for plan in updated),
-        buffers=_VALUE_BYTES * ((1 if is_compressed else 2) * level_size + updated_size + passing),
-    )
-    ranks = []
-    for plan in levels:
-        shard = plan.shards[max(range(plan.ranks), key=lambda r: _size(plan.shards[r]))]
-        size = _VALUE_BYTES * _size(shard)
-        optimizer = _optimizer_bytes(config.levels[plan.name].optimizer, shard)
-        slower = config.cms.slower_than(plan.name)
-        if slower is not None:
-            optimizer += 2 * size + _optimizer_bytes(slower.optimizer, shard)
-        ranks.append(ActorCost(name=plan.name, count=plan.ranks, parameters=size, gradients=size, optimizer=optimizer, buffers=2 * size))
-    return (worker, *ranks)
-
-
-def _size_that_passes(sequence: Iterable[TensorSpec]) -> int:
-    """Return what a worker with a share holds of the others' parameters and of gradients at a time: those outside of the blocks, and two
-    blocks, the one under way and the next.
-    """
-    sizes: dict[int | None, int] = {}
-    for tensor in sequence:
-        block = block_of(tensor.name)
-        sizes[block] = sizes.get(block, 0) + tensor.numel
-    outside = sizes.pop(None)
-    return 2 * (outside + 2 * max(sizes.values()))
-
-
-def _optimizer_bytes(config: OptimizerConfig, tensors: Iterable[TensorSpec]) -> int:
-    return _VALUE_BYTES * sum(m.size for m in gradient_memories(config, {t.name: t.shape for t in tensors}))
-
-
-def _size(tensors: Iterable[TensorSpec]) -> int:
-    return sum(t.numel for t in tensors)
 
 
 def _step_tokens(config: Config) -> int:

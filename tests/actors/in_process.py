@@ -84,7 +84,7 @@ class InProcessRun:
         """Write the recovery point of `step` as a checkpoint."""
         written = {}
         for actor, snapshots in zip([*self.all_ranks, *self.workers], self.snapshot_stores, strict=True):
-            key = PartKey(0, step, actor.role)
+            key = PartKey(attempt=0, step=step, owner=actor.role)
             written[str(actor.role)] = snapshots.write(key, url, f"{actor.role}.safetensors", with_shared=actor is self.worker)
         write_manifest(url, step, [w.part for w in written.values()], complete_state(written, list(self.ranks)))
 

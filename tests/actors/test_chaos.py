@@ -25,13 +25,27 @@ from nlray.errors import UserError
 from .conftest import run_to_end
 
 HOSTS = (
-    ActorStatus("sequence-0", "sequence-0.1", 10, "head", True),
-    ActorStatus("sequence-1", "sequence-1.2", 11, "west", True),
-    ActorStatus("my-level-0", "my-level-0.3", 12, "west", True),
-    ActorStatus("slow-0", "slow-0.4", 0, "", False),
-    ActorStatus("standby", "standby-0.5", 14, "east", True),
+    ActorStatus(role="sequence-0", actor="sequence-0.1", pid=10, node="head", is_ready=True),
+    ActorStatus(role="sequence-1", actor="sequence-1.2", pid=11, node="west", is_ready=True),
+    ActorStatus(role="my-level-0", actor="my-level-0.3", pid=12, node="west", is_ready=True),
+    ActorStatus(role="slow-0", actor="slow-0.4", pid=0, node="", is_ready=False),
+    ActorStatus(role="standby", actor="standby-0.5", pid=14, node="east", is_ready=True),
 )
-RUN = RunDescription("run", "dir", "running", 7, 100, 0, {"sequence": 2, "my-level": 1, "slow": 1}, {}, HOSTS, (), None, 9, "east")
+RUN = RunDescription(
+    name="run",
+    dir="dir",
+    state="running",
+    step=7,
+    steps=100,
+    point=0,
+    sizes={"sequence": 2, "my-level": 1, "slow": 1},
+    wanted={},
+    actors=HOSTS,
+    recoveries=(),
+    row=None,
+    pid=9,
+    node="east",
+)
 
 
 def recovery(at: float, *roles: str, restore_s: float = 3.0, replay_s: float | None = 1.0) -> dict:
@@ -39,7 +53,7 @@ def recovery(at: float, *roles: str, restore_s: float = 3.0, replay_s: float | N
 
 
 def injection(at: float, *roles: str, kind: str = "worker") -> Injection:
-    return Injection(at, Target(kind, roles, 1, "head"))
+    return Injection(at=at, target=Target(kind=kind, roles=roles, pid=1, node="head"))
 
 
 def test_targets_are_the_hosted_roles_of_a_kind():
@@ -51,7 +65,7 @@ def test_targets_are_the_hosted_roles_of_a_kind():
         "conductor": [("conductor",)],
         "node": [("sequence-1", "my-level-0")],
     }
-    assert targets_of("node", RUN, {"west", "east", "empty"})[0] == Target("node", ("conductor",), 0, "east")
+    assert targets_of("node", RUN, {"west", "east", "empty"})[0] == Target(kind="node", roles=("conductor",), pid=0, node="east")
     assert targets_of("node", RUN, ()) == []
 
 
@@ -101,7 +115,9 @@ def test_goodput_counts_each_step_once_and_medians_are_by_kind():
     assert (worker.faults, worker.recovered, worker.detection_s, worker.restore_s, worker.replay_s) == (2, 2, 2.0, 3.0, 1.0)
     assert (conductor.faults, conductor.recovered, conductor.detection_s) == (1, 0, None)
     assert "goodput 10.0 %" in report_lines(report)[0]
-    assert report_lines(GoodputReport(0.0, 0, 0.0, None, 0, {}))[0].endswith("goodput -")
+    assert report_lines(GoodputReport(wall_seconds=0.0, useful_steps=0, useful_seconds=0.0, goodput=None, recoveries=0, kinds={}))[
+        0
+    ].endswith("goodput -")
 
 
 def test_kinds_that_there_are_not_are_the_users_mistake():
@@ -123,7 +139,7 @@ class FakeClient:
         return self.run
 
     def poll(self, rows_after: int, events_from: int) -> RunStatus:
-        return RunStatus(self.run.state, [], [], summary=self.summary)
+        return RunStatus(state=self.run.state, rows=[], events=[], summary=self.summary)
 
 
 def test_no_fault_is_done_while_the_run_recovers_nor_after_the_last(monkeypatch):

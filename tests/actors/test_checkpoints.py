@@ -45,7 +45,7 @@ class ActorHost:
 
     def _write(self, key: Any, url: str, file: str, _: bool) -> Call:
         part = write_part(url, file, {"param/a": torch.full((3,), float(key.step))})
-        self.calls.append(Call(PartWritten(key.step, part, {"workers": 1}), key.step not in self.slow_steps))
+        self.calls.append(Call(PartWritten(step=key.step, part=part, state={"workers": 1}), key.step not in self.slow_steps))
         return self.calls[-1]
 
     def finish(self) -> None:
@@ -72,7 +72,7 @@ class Run:
         return checkpoint_dir(self.dir, step)
 
     def begin(self, step: int) -> None:
-        self.checkpoints.begin(Point(1, step, {SEQUENCE: 1}, {WORKER: ["a"]}, [(WORKER, "a")]))
+        self.checkpoints.begin(Point(attempt=1, step=step, sizes={SEQUENCE: 1}, holders={WORKER: ["a"]}, shared=[(WORKER, "a")]))
 
     def write(self, *steps: int) -> None:
         for step in steps:

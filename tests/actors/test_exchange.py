@@ -200,7 +200,7 @@ def test_a_wait_that_reaches_its_limit_says_for_what(small):
 def test_a_rank_refuses_a_second_contribution(small):
     config = small("sequence.workers=2")
     _, ranks, _ = open_channel(config, "fast")
-    contribution = Contribution(1, 0, 1, np.zeros(ranks[0].layout.size, np.float32))
+    contribution = Contribution(version=1, worker=0, num_steps=1, buffer=np.zeros(ranks[0].layout.size, np.float32))
     ranks[0].push(contribution)
     with pytest.raises(NlrayError, match="a second contribution of worker 0 to version 1"):
         ranks[0].push(contribution)
@@ -214,14 +214,14 @@ def test_contributions_are_summed_in_worker_order_whatever_the_order_they_come_i
         _, ranks, _ = open_channel(config, "fast")
         buffers = np.random.default_rng(0).standard_normal((3, ranks[0].layout.size)).astype(np.float32) * [[1e4], [1.0], [1e-4]]
         for worker in order:
-            ranks[0].push(Contribution(1, worker, 1, buffers[worker].astype(np.float32)))
+            ranks[0].push(Contribution(version=1, worker=worker, num_steps=1, buffer=buffers[worker].astype(np.float32)))
         results.append(ranks[0].pull(1).data)
         ranks[0].halt()
     assert np.array_equal(*results)
 
 
 def test_errors_survive_pickling():
-    fault = Fault("died", "fast-0", 3, "actor fast-0 died")
+    fault = Fault(kind="died", role="fast-0", step=3, message="actor fast-0 died")
     for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y"), HaltedError("z"), HostLostError(fault)):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error) and copy.args[:1] == error.args[:1]

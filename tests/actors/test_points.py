@@ -11,7 +11,9 @@ GROUPS = ["sequence", "fast"]
 
 
 def part(owner: Role, step: int, *, size: int, attempt: int = 1, shared: bool = False) -> Holding:
-    return Holding(PartKey(attempt, step, owner), size, 100, shared, False)
+    return Holding(
+        key=PartKey(attempt=attempt, step=step, owner=owner), group_size=size, size_bytes=100, has_shared=shared, is_protected=False
+    )
 
 
 WORKER, FAST_0, FAST_1 = Role("sequence", 0), Role("fast", 0), Role("fast", 1)
@@ -84,7 +86,11 @@ def test_what_all_workers_have_alike_is_copied_where_no_other_node_has_it():
 
 
 def test_a_death_explains_the_errors_of_those_who_wait():
-    died, rank, worker = Fault("died", "fast-0", 3, "a"), Fault("raised", "slow-0", 3, "b"), Fault("raised", "sequence-0", 3, "c")
+    died, rank, worker = (
+        Fault(kind="died", role="fast-0", step=3, message="a"),
+        Fault(kind="raised", role="slow-0", step=3, message="b"),
+        Fault(kind="raised", role="sequence-0", step=3, message="c"),
+    )
     assert root_causes([worker, rank, died]) == [died]
     assert root_causes([worker, rank]) == [rank]
     assert root_causes([worker]) == [worker]
@@ -92,7 +98,7 @@ def test_a_death_explains_the_errors_of_those_who_wait():
 
 def test_only_the_same_fault_at_the_same_step_counts_again():
     guard = RepeatGuard()
-    assert [guard.count(Fault("raised", "fast-0", step, ""), 16) for step in (20, 40, 21)] == [1, 1, 2]
-    assert guard.count(Fault("raised", "fast-1", 20, ""), 16) == 1
-    assert guard.count(Fault("raised", "fast-0", 20, ""), 18) == 1
-    assert guard.count(Fault("raised", "fast-0", 20, ""), 16) == 3
+    assert [guard.count(Fault(kind="raised", role="fast-0", step=step, message=""), 16) for step in (20, 40, 21)] == [1, 1, 2]
+    assert guard.count(Fault(kind="raised", role="fast-1", step=20, message=""), 16) == 1
+    assert guard.count(Fault(kind="raised", role="fast-0", step=20, message=""), 18) == 1
+    assert guard.count(Fault(kind="raised", role="fast-0", step=20, message=""), 16) == 3

@@ -25,7 +25,13 @@ class DirectBackup:
 
 
 def part(step: int, tensors, *, attempt: int = 1, shared=()) -> Snapshot:
-    return Snapshot(PartKey(attempt, step, OWNER), 1, tensors, {"version": 0, "rows": []}, frozenset(shared))
+    return Snapshot(
+        key=PartKey(attempt=attempt, step=step, owner=OWNER),
+        group_size=1,
+        tensors=tensors,
+        state={"version": 0, "rows": []},
+        shared=frozenset(shared),
+    )
 
 
 def wait_until(condition) -> None:
@@ -48,7 +54,7 @@ def test_unchanged_state_is_not_copied_again():
         wait_until(lambda step=step: step in protected(snapshots))
     assert backup.received == [32, None, None] and snapshots.bytes_copied == 32
     assert snapshots.bytes_held == backup.snapshots.bytes_held == 32
-    assert torch.equal(backup.snapshots.get(PartKey(1, 24, OWNER)).tensors["param/a"], tensors["param/a"])
+    assert torch.equal(backup.snapshots.get(PartKey(attempt=1, step=24, owner=OWNER)).tensors["param/a"], tensors["param/a"])
 
 
 def test_a_backup_that_has_lost_the_part_before_gets_the_whole():
@@ -70,7 +76,7 @@ def test_another_backup_gets_what_is_held_already():
     wait_until(lambda: protected(snapshots) == [8])
     snapshots.set_backup(second, keeps_shared=True)
     wait_until(lambda: protected(snapshots) == [8])
-    assert second.snapshots.get(PartKey(1, 8, OWNER)).tensors["param/a"].shape == (4,)
+    assert second.snapshots.get(PartKey(attempt=1, step=8, owner=OWNER)).tensors["param/a"].shape == (4,)
 
 
 def test_what_all_workers_have_alike_stays_at_home_where_it_need_not_be_copied():
@@ -100,7 +106,7 @@ def test_steps_that_are_being_written_are_kept():
     snapshots.release(24, kept=(8,))
     assert [h.key.step for h in snapshots.holdings()] == [8, 24]
     with pytest.raises(NlrayError, match="host does not hold the part of slow-0 of step 16"):
-        snapshots.get(PartKey(1, 16, OWNER))
+        snapshots.get(PartKey(attempt=1, step=16, owner=OWNER))
 
 
 def test_a_new_attempt_wakes_and_drops_what_the_old_one_still_wants_to_put():

@@ -154,9 +154,9 @@ def test_arguments_come_in_any_order():
 
 def test_train_prints_plan_lines_events_and_summary(scripted, text, capsys):
     handle = scripted(
-        RunStatus("starting", [], ["a note"]),
-        RunStatus("running", [row(1), row(2), row(3)], []),
-        RunStatus("completed", [row(4)], ["step 4: held-out loss 5.1000"], summary=SUMMARY),
+        RunStatus(state="starting", rows=[], events=["a note"]),
+        RunStatus(state="running", rows=[row(1), row(2), row(3)], events=[]),
+        RunStatus(state="completed", rows=[row(4)], events=["step 4: held-out loss 5.1000"], summary=SUMMARY),
     )
     assert main(["train", "run.log_every=2", "run.dir=some/where", "run.name=mine", text, *SMALL]) == 0
     config, options = handle.launched[0]
@@ -174,7 +174,7 @@ def test_train_prints_plan_lines_events_and_summary(scripted, text, capsys):
 
 
 def test_a_run_without_name_gets_one_and_a_folder(scripted, text):
-    handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
+    handle = scripted(RunStatus(state="completed", rows=[], events=[], summary=SUMMARY))
     assert main(["train", text, *SMALL, "--address", "ray://head:10001"]) == 0
     config, options = handle.launched[0]
     assert config.run.name.startswith("tiny-2") and config.run.dir == os.path.abspath(f"runs/{config.run.name}")
@@ -186,7 +186,7 @@ def test_paths_are_checked_where_the_workers_will_look(scripted, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "c.txt").write_text("some text to learn from\n" * 20)
-    handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
+    handle = scripted(RunStatus(state="completed", rows=[], events=[], summary=SUMMARY))
     assert main(["train", "data.sources=[~/c.txt]", "run.dir=~/runs/x", *SMALL]) == 0
     config, options = handle.launched[0]
     assert config.data.sources[0].path == options["files"].sources[0].files[0].path == f"{tmp_path}/home/c.txt"
@@ -197,7 +197,9 @@ def test_paths_are_checked_where_the_workers_will_look(scripted, tmp_path, monke
 @pytest.mark.parametrize("exit_code", [1, 2])
 def test_failed_run_is_one_line_and_its_exit_code(exit_code, scripted, text, capsys):
     handle = scripted(
-        RunStatus("failed", [], [], message="worker 0, step 3:\nout of memory", traceback="Traceback of it", exit_code=exit_code)
+        RunStatus(
+            state="failed", rows=[], events=[], message="worker 0, step 3:\nout of memory", traceback="Traceback of it", exit_code=exit_code
+        )
     )
     assert main(["train", text, *SMALL]) == exit_code
     assert only_line(capsys.readouterr().err) == "nlray: error: worker 0, step 3: out of memory"
@@ -205,7 +207,7 @@ def test_failed_run_is_one_line_and_its_exit_code(exit_code, scripted, text, cap
 
 
 def test_failed_run_with_debug_shows_the_remote_traceback(scripted, text, capsys):
-    scripted(RunStatus("failed", [], [], message="broken", traceback="Traceback of it", exit_code=1))
+    scripted(RunStatus(state="failed", rows=[], events=[], message="broken", traceback="Traceback of it", exit_code=1))
     assert main(["train", text, *SMALL, "--debug"]) == 1
     assert "Traceback of it" in capsys.readouterr().err
 
@@ -240,10 +242,10 @@ def test_error_at_launch(error, status, line, monkeypatch, text, capsys):
 def test_first_signal_asks_the_run_to_stop(number, status, scripted, text, capsys):
     before = signal.getsignal(number)
     handle = scripted(
-        RunStatus("running", [row(1)], []),
+        RunStatus(state="running", rows=[row(1)], events=[]),
         int(number),
-        RunStatus("running", [row(2)], []),
-        RunStatus("stopped", [], [], summary={**SUMMARY, "steps": 2}),
+        RunStatus(state="running", rows=[row(2)], events=[]),
+        RunStatus(state="stopped", rows=[], events=[], summary={**SUMMARY, "steps": 2}),
     )
     assert main(["train", text, *SMALL]) == status
     captured = capsys.readouterr()
@@ -255,7 +257,11 @@ def test_first_signal_asks_the_run_to_stop(number, status, scripted, text, capsy
 
 def test_second_signal_aborts(scripted, text, capsys):
     handle = scripted(
-        RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], []), int(signal.SIGINT), RunStatus("running", [], [])
+        RunStatus(state="running", rows=[], events=[]),
+        int(signal.SIGINT),
+        RunStatus(state="running", rows=[], events=[]),
+        int(signal.SIGINT),
+        RunStatus(state="running", rows=[], events=[]),
     )
     assert main(["train", text, *SMALL]) == 130
     assert handle.is_closed
@@ -283,19 +289,19 @@ def test_other_commands_end_by_signals_in_one_line(monkeypatch, capsys):
 
 
 def test_run_that_ends_in_spite_of_the_signal_is_completed(scripted, text):
-    scripted(int(signal.SIGINT), RunStatus("completed", [row(4)], [], summary=SUMMARY))
+    scripted(int(signal.SIGINT), RunStatus(state="completed", rows=[row(4)], events=[], summary=SUMMARY))
     assert main(["train", text, *SMALL]) == 0
 
 
 def test_stop_after_is_status_0(scripted, text):
-    scripted(RunStatus("stopped", [], [], summary={**SUMMARY, "steps": 2}))
+    scripted(RunStatus(state="stopped", rows=[], events=[], summary={**SUMMARY, "steps": 2}))
     assert main(["train", text, *SMALL, "run.stop_after=2"]) == 0
 
 
 def test_resume_takes_the_runs_own_configuration(scripted, text, tmp_path):
     config = load_config("tiny", [text, *SMALL, "run.name=first", "run.stop_after=2"])
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
-    handle = scripted(RunStatus("completed", [], [], summary=SUMMARY))
+    handle = scripted(RunStatus(state="completed", rows=[], events=[], summary=SUMMARY))
     assert main(["resume", str(tmp_path), "run.steps=9"]) == 0
     resumed, options = handle.launched[0]
     assert (options["address"], options["resume"]) == (None, True)

@@ -213,9 +213,24 @@ def test_a_run_that_is_not_found_is_one_line_and_status_2(arguments, message, ca
 
 def test_status_names_sizes_hosts_and_the_last_recovery():
     recovery = {"restore_s": 2.04, "message": "slow-0 died", "step": 20, "restored": 16, "source": "memory"}
-    hosts = (ActorStatus("slow-0", "slow-0.3", 41, "abcdef012345", True), ActorStatus("standby", "slow-1.4", 0, "", False))
+    hosts = (
+        ActorStatus(role="slow-0", actor="slow-0.3", pid=41, node="abcdef012345", is_ready=True),
+        ActorStatus(role="standby", actor="slow-1.4", pid=0, node="", is_ready=False),
+    )
     run = RunDescription(
-        "r", "d", "running", 20, 100, 16, {"sequence": 1, "slow": 1}, {"slow": 2}, hosts, (recovery,), None, 40, "abcdef012345"
+        name="r",
+        dir="d",
+        state="running",
+        step=20,
+        steps=100,
+        point=16,
+        sizes={"sequence": 1, "slow": 1},
+        wanted={"slow": 2},
+        actors=hosts,
+        recoveries=(recovery,),
+        row=None,
+        pid=40,
+        node="abcdef012345",
     )
     assert status_lines(run) == [
         "run        r in d",

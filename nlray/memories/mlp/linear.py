@@ -39,7 +39,7 @@ class Shares(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a chunk writes to a layer, and what is kept of it for the way back; the last four only where writes forget."""
+    """What a chunk writes to a layer, and what the backward needs of it. The last five fields are None where writes do not forget."""
 
     z_GXCK: Tensor
     """The layer's inputs."""
