@@ -302,7 +302,7 @@ class Assigner:
                 calls[host.name] = host.handle.become.remote(self.assignment(role, attempt, host, point))
                 host.assigned = role
         self.hosts.gather(calls, "to take up their roles")
-        for name, (_, hosts) in levels.items():
+        for name, hosts in levels.items():
             self.connect_ranks(hosts, attempt)
             self._call(dict.fromkeys(hosts, ("start",)), f"to start as ranks of {name}")
         for host in self.left_over():
