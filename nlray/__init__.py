@@ -18,6 +18,7 @@ _API = "nlray.clusters.api"
 _LAZY = {
     "Config": "nlray.config",
     "NlrayError": "nlray.errors",
+    "RunFailedError": "nlray.actors.faults",
     "UserError": "nlray.errors",
     "Run": _API,
     "attach": _API,
@@ -25,9 +26,10 @@ _LAZY = {
     "load_config": _API,
     "train": _API,
 }
-__all__ = ["Config", "NlrayError", "Run", "UserError", "attach", "load", "load_config", "train"]
+__all__ = ["Config", "NlrayError", "Run", "RunFailedError", "UserError", "attach", "load", "load_config", "train"]
 
 if TYPE_CHECKING:
+    from nlray.actors.faults import RunFailedError
     from nlray.clusters.api import Run, attach, load, load_config, train
     from nlray.config import Config
     from nlray.errors import NlrayError, UserError
