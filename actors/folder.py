@@ -53,7 +53,7 @@ def _files_of(url: str | None) -> list[str]:
     """Return a path itself, or the files that a glob matches."""
     if url is None or url.startswith("stdlib:"):
         return []
-    with suppress(OSError, ValueError, ImportError):
+    with suppress(OSError, ValueError):
         fs, path = locate(url)
         if any(character in path for character in "*?[") and not fs.exists(path):
             return [url, *(fs.unstrip_protocol(found) for found in fs.glob(path))]

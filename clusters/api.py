@@ -222,8 +222,10 @@ def train(source: Source = None, /, *, address: str | None = None, wait: bool = 
         UserError: a mistake in the configuration or the data, before anything is written or started.
         RunFailedError: the run failed; only with `wait`.
     """
-    config = load_config(source, trust=trust, **_with_name(source, overrides))
-    run = start(config, address=address, config_file=None if source is None or isinstance(source, Config) else str(source))
+    arguments = _arguments(overrides)
+    file = None if isinstance(source, Config) or source is None else os.fspath(source)
+    name = loading.default_run_name("run" if isinstance(source, Config) else file, arguments, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    run = start(_configured(source, arguments, trust=trust, default_name=name), address=address, config_file=file)
     if wait:
         try:
             run.wait()
@@ -235,6 +237,9 @@ def train(source: Source = None, /, *, address: str | None = None, wait: bool = 
 def start(config: Config, *, address: str | None = None, config_file: str | None = None, **options: Any) -> Run:
     """Launch a run of a configuration with a name and return it at once; further options as `nlray.actors.launch.launch`."""
     from nlray.actors.launch import launch
+
+    # The folder stays the same wherever this process goes.
+    config = loading.with_absolute_paths(config)
 
     is_file = config_file is not None and config_file not in PRESETS
     return Run(config, handle=launch(config, address=address, config_file=config_file if is_file else None, **options))
@@ -327,20 +332,18 @@ def load_config(source: Source = None, /, *, trust: bool = False, **overrides: A
     Raises:
         UserError: an unknown preset, file or key, or a value that is not allowed; one line that names the key.
     """
-    arguments = [f"{key}={json.dumps(value, default=_plain)}" for key, value in overrides.items()]
+    return _configured(source, _arguments(overrides), trust=trust, default_name=None)
+
+
+def _configured(source: Source, arguments: list[str], *, trust: bool, default_name: str | None) -> Config:
     if isinstance(source, Config):
-        return parse_run_config("config", config_to_yaml(source), arguments)
-    return loading.load_config(None if source is None else os.fspath(source), arguments, trust=trust)
+        return parse_run_config("config", config_to_yaml(source), arguments, default_name=default_name)
+    return loading.load_config(None if source is None else os.fspath(source), arguments, default_name=default_name, trust=trust)
 
 
-def _with_name(source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return the overrides with `run.name` and `run.dir`, which a run needs, where neither they nor the source have them."""
-    config = load_config(source, **overrides)
-    name = config.run.name
-    if name is None:
-        given = "config" if isinstance(source, Config) else None if source is None else os.fspath(source)
-        name = loading.default_run_name(given, [f"init={json.dumps(overrides.get('init'))}"], datetime.now().strftime("%Y%m%d-%H%M%S"))
-    return overrides | {"run.name": name, "run.dir": config.run.dir or f"runs/{name}"}
+def _arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """Return Python values as the arguments of the command line, `key=value`."""
+    return [f"{key}={json.dumps(value, default=_plain)}" for key, value in overrides.items()]
 
 
 def _plain(value: Any) -> Any:

@@ -47,13 +47,13 @@ class JsonObject:
         try:
             fs, place = locate(str(path))
             values = json.loads(fs.cat_file(place), object_pairs_hook=_no_key_twice)
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             raise
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         except RecursionError as error:
             raise UserError(f"{path}: nested too deep; allowed: a JSON object") from error
-        except (ValueError, ImportError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: is a JSON {type(values).__name__}; allowed: an object")

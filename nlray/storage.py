@@ -50,18 +50,23 @@ def locate(url: str) -> tuple[Any, str]:
     A path without `://` is always a local one: `a::b.jsonl` is a file of that name, not a chain of URLs.
 
     Raises:
-        ImportError, ValueError: a kind of URL that nothing installed can read.
+        UserError: a kind of URL that nothing installed can read.
     """
     if is_local(url):
         return LocalFileSystem(), absolute(url)
-    return url_to_fs(url)
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{url}: this kind of URL needs a package that is not installed: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: no kind of URL that can be read: {' '.join(str(error).split())}") from error
 
 
 def lies_in(url: str, folder: str) -> bool:
     """Return whether a path or URL is `folder` or below it; links of local paths are followed."""
     try:
         (fs, inner), (other, outer) = locate(url), locate(folder)
-    except (ImportError, ValueError):  # a store that nothing here can open
+    except UserError:  # a store that nothing here can open
         fs, inner, other, outer = None, url, None, folder
     if type(fs) is not type(other):
         return False

@@ -113,8 +113,6 @@ def list_files(config: SourceConfig, *, where: str, notes: list[str] | None = No
         found = find(fs, path, config.format)
     except UserError as error:
         raise DataError(f"{where}: {error}") from error
-    except ImportError as error:
-        raise DataError(f"{where}: {config.path}: this kind of URL needs a package that is not installed: {one_line(error)}") from error
     except Exception as error:  # every file system raises errors of its own
         raise DataError(f"{where}: {config.path}: cannot be listed: {one_line(error)}") from error
     if found is None:
@@ -168,7 +166,7 @@ def _tokenizer_hash(name: str) -> str | None:
     try:
         fs, path = locate(name)
         return blake2b(fs.cat_file(path), digest_size=12).hexdigest()
-    except (OSError, ValueError, ImportError):
+    except (OSError, ValueError):
         return None
 
 

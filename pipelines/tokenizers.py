@@ -241,7 +241,7 @@ def load_tokenizer(data: DataConfig) -> ByteTokenizer | HFTokenizer:
     try:
         fs, path = locate(name)
         content = fs.cat_file(path)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {one_line(error)}"
         raise DataError(f"data.tokenizer: {name}: {reason}; {allowed}") from error
     try:

@@ -50,13 +50,13 @@ def parse_config(name: str, text: str | bytes, overrides: list[str] | None = Non
     return _parse(_load_mapping(name, text), overrides, default_name)
 
 
-def parse_run_config(name: str, text: str | bytes, overrides: list[str] | None = None) -> Config:
+def parse_run_config(name: str, text: str | bytes, overrides: list[str] | None = None, *, default_name: str | None = None) -> Config:
     """Return the configuration that a run wrote, of an earlier version of nlray too, with overrides. Raises as `load_config`.
 
     Such a configuration has every value, so a default among the overrides (`optimizer`, `cms.defaults`) replaces the values of all that
     it is a default of, unless another override names one of them.
     """
-    return _parse(upgraded(_load_mapping(name, text)), overrides, None, is_resolved=True)
+    return _parse(upgraded(_load_mapping(name, text)), overrides, default_name, is_resolved=True)
 
 
 def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str | None, *, is_resolved: bool = False) -> Config:
@@ -157,7 +157,7 @@ def _read_init(init: str, run_dir: str) -> dict[str, Any]:
     name = f"{run_dir}/config.yaml"
     try:
         content = read_bounded(name)
-    except (OSError, ImportError) as error:
+    except OSError as error:
         raise UserError(f"init: {init}: {name} cannot be read: {error}") from error
     if content is None:
         raise UserError(f"init: {init}: no configuration there ({name}); allowed: a folder of a run or of `nlray stack`")

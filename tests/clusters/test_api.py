@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -14,7 +15,7 @@ import torch
 import nlray
 from nlray.actors.faults import RunFailedError
 from nlray.checkpoint import describe, parameter_digest
-from nlray.config.loading import load_config
+from nlray.config.loading import config_to_yaml, load_config
 from nlray.errors import RemoteTimeoutError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,20 @@ def test_a_mistake_is_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         nlray.load_config("tiny", **overrides)
     assert "\n" not in str(error.value)
+
+
+def test_a_start_from_a_folder_is_read_once_and_asks_for_trust(tmp_path, monkeypatch):
+    """What the folder names is confirmed before anything starts; the run is named after the folder, and its own folder is absolute."""
+    (tmp_path / "source").mkdir()
+    config = load_config("tiny", ["sequence.optimizer.name=somebodys:Class"])
+    (tmp_path / "source/config.yaml").write_text(config_to_yaml(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nlray.actors.launch.launch", lambda config, **options: SimpleNamespace(client=None))
+    with pytest.raises(UserError, match=r"somebodys:Class.*--trust"):
+        nlray.train(init="source", wait=False)
+    run = nlray.train(init="source", trust=True, wait=False)
+    assert run.name.startswith("source-") and run.dir == f"{tmp_path}/runs/{run.name}"
+    assert run.config.sequence.optimizer.name == "somebodys:Class"
 
 
 def test_import_is_light_and_lists_its_names():

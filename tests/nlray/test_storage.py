@@ -1,9 +1,11 @@
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.registry import known_implementations
 
 from nlray.errors import UserError
 from nlray.storage import absolute, copy_folder, is_local, lies_in, locate, write_file
@@ -86,3 +88,16 @@ def test_a_copy_of_a_folder_keeps_what_the_source_deletes_and_replaces_files_of_
     assert fsspec.filesystem("memory").cat_file("/test-copy/init/a.safetensors") == b"1"
     with pytest.raises(FileNotFoundError):
         copy_folder(str(tmp_path / "none"), str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nolib://bucket/run", "nolib://bucket/run: this kind of URL needs a package that is not installed: Install nolib"),
+        ("nokind://bucket/run", "nokind://bucket/run: no kind of URL that can be read: Protocol not known: nokind"),
+    ],
+)
+def test_a_url_that_nothing_can_read_is_a_mistake_of_the_user(url, message, monkeypatch):
+    monkeypatch.setitem(known_implementations, "nolib", {"class": "nolib.Files", "err": "Install nolib"})
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        locate(url)
