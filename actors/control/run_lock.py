@@ -58,6 +58,10 @@ def claim(run_dir: str, owner: Owner) -> "FileLock | StoreLock":
         UserError: a run is going on there, or nothing can be written there.
     """
     try:
+        locate(run_dir)
+    except UserError as error:
+        raise UserError(f"run.dir: {run_dir} cannot be written to: {str(error).removeprefix(f'{run_dir}: ')}") from error
+    try:
         return _either(run_dir, owner, lambda lock: lock.claim())
     except NlrayError:
         raise

@@ -16,7 +16,7 @@ from nlray.config.checks import Scalar, build, shown
 from nlray.config.old_keys import refuse_renamed, upgraded
 from nlray.config.yaml_text import dump_yaml, load_yaml
 from nlray.errors import UserError
-from nlray.storage import absolute
+from nlray.storage import absolute, locate
 from nlray.trust import confirm, read_bounded
 
 PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
@@ -114,11 +114,12 @@ def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with every path absolute, for processes that run in other folders; URLs stay.
 
     Raises:
-        UserError: an empty path, or `~` of a user without a home; names the key.
+        UserError: an empty path, `~` of a user without a home, or a kind of URL for `run.dir` that nothing can read; names the key.
     """
 
-    def resolved(key: str, path: str) -> str:
+    def resolved(key: str, path: str, find: Callable[[str], Any] = absolute) -> str:
         try:
+            find(path)
             return absolute(path)
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
@@ -128,7 +129,7 @@ def with_absolute_paths(config: Config) -> Config:
     tokenizer = data.tokenizer if data.tokenizer == "bytes" else resolved("data.tokenizer", data.tokenizer)
     init = None if config.init is None else resolved("init", config.init)
     config = replace(config, data=replace(data, sources=sources, tokenizer=tokenizer), init=init)
-    return with_run(config, dir=None if config.run.dir is None else resolved("run.dir", config.run.dir))
+    return with_run(config, dir=None if config.run.dir is None else resolved("run.dir", config.run.dir, find=locate))
 
 
 def _read_source(source: str | None) -> dict[str, Any]:
