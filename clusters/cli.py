@@ -1,8 +1,8 @@
 """The command line `nlray`: parse, check the configuration, call the one function that does the work.
 
 Exit status: 0 when all went well, 1 when a run failed, 2 for a mistake of the user, 128 and the number of the signal that ended it:
-130 after Ctrl-C, 143 after SIGTERM. Mistakes and failures are one line on stderr; `--debug` adds the traceback. Everything slow to
-import is imported inside the commands, so that `nlray --help` is instant.
+130 after Ctrl-C, 143 after SIGTERM, 141 without a message where the reader of a pipe went away. Mistakes and failures are one line on
+stderr; `--debug` adds the traceback. Everything slow to import is imported inside the commands, so that `nlray --help` is instant.
 """
 
 import math
@@ -15,12 +15,15 @@ from typing import Annotated
 
 import typer
 
+from nlray.clusters.output import discard
 from nlray.clusters.signals import StopSignals
 from nlray.errors import NlrayError, UserError
 from nlray.terminal import clean
 
 # Typer's own class in newer releases, click's in older ones.
 _UsageError = typer.BadParameter.__base__
+_PIPE_CLOSED = 141
+"""128 and the number of SIGPIPE: the status of a tool that this signal ends."""
 
 app = typer.Typer(
     help="Train nested-learning language models whose memory levels run as groups of Ray actors.",
@@ -34,7 +37,14 @@ app = typer.Typer(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     with StopSignals() as signals:
-        return _invoke(sys.argv[1:] if argv is None else argv, SimpleNamespace(debug=False, signals=signals))
+        status = _invoke(sys.argv[1:] if argv is None else argv, SimpleNamespace(debug=False, signals=signals))
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            discard(sys.stdout)
+            return status or _PIPE_CLOSED
+        return status
 
 
 def _invoke(argv: list[str], session: SimpleNamespace) -> int:
@@ -54,9 +64,9 @@ def _invoke(argv: list[str], session: SimpleNamespace) -> int:
     except (KeyboardInterrupt, typer.Abort) as error:
         return _report(str(error) or session.signals.reason, session.signals.status)
     except BrokenPipeError:
-        # The reader went away (`nlray generate ... | head`); keep Python from flushing into the closed pipe at exit.
-        sys.stdout = None
-        return 1
+        # The reader went away (`nlray generate ... | head`).
+        discard(sys.stdout)
+        return _PIPE_CLOSED
     except NlrayError as error:
         return _report(str(error), 1, debug=session.debug)
     except Exception as error:
@@ -107,13 +117,21 @@ def _print_version(value: bool) -> None:
 _Arguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="PRESET | FILE.yaml | KEY=VALUE", help="Where the configuration starts, and what to change in it.", show_default=False
+        metavar="PRESET | FILE.yaml | KEY=VALUE",
+        help="Where the configuration starts, tiny by default, and what to change in it. "
+        "Presets: tiny, small, hope-340m, hope-760m, hope-1.3b; `nlray config PRESET` prints one.",
+        show_default=False,
     ),
 ]
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What to change in the configuration.", show_default=False)
 ]
-_Address = Annotated[str | None, typer.Option(metavar="URL", help="Ray cluster to run on; without it Ray starts here.")]
+_Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Ray cluster to run on, or auto; without it Ray starts here for the run, whatever RAY_ADDRESS says."
+    ),
+]
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run, or its name.", show_default=False)]
 _RunAddress = Annotated[
     str | None, typer.Option("--address", metavar="HOST:PORT", help="The run's cluster; else one of yours on this machine, or RAY_ADDRESS.")

@@ -9,6 +9,14 @@ from typing import Any, TextIO
 GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
 
 
+def discard(stream: Any) -> None:
+    """Drop what is written to a stream from now on, and what it still holds: the end of the process would try that again."""
+    with suppress(OSError, ValueError, AttributeError):  # closed already, or none
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class LastingStream:
     """A stream whose failures end nothing. on_failure: called with the first failure."""
 
@@ -34,17 +42,10 @@ class LastingStream:
 
     def _note(self, error: OSError) -> None:
         if error.errno in GONE:
-            self.discard()
+            discard(self._stream)
         if not self._has_failed:
             self._has_failed = True
             self._on_failure(error)
-
-    def discard(self) -> None:
-        """Send what is written from now on, and what could not be, nowhere; else the end of the process would try it again."""
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
 
 
 class LastingOutput:
@@ -64,12 +65,12 @@ class LastingOutput:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream, before in zip((sys.stdout, sys.stderr), self._before, strict=True):
+        for before in self._before:
             if before is not None:
                 try:
                     before.flush()
                 except OSError:
-                    stream.discard()
+                    discard(before)
         sys.stdout, sys.stderr = self._before
 
     def _say(self, error: OSError) -> None:

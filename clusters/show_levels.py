@@ -92,10 +92,16 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
 def _print_tables(plan: RunPlan, *, title: str) -> None:
     from rich.console import Console
 
-    config = plan.config
-
     # What is piped is not cut to the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    # Printed by Python: rich itself ends the process with status 1 where the reader of a pipe went away.
+    with console.capture() as tables:
+        _render(plan, console, title=title)
+    print(tables.get(), end="")
+
+
+def _render(plan: RunPlan, console: Any, *, title: str) -> None:
+    config = plan.config
     is_wide = console.width >= _WIDE
     tokens = config.sequence.global_batch * config.model.seq_len
     console.print(f"{title}: {config.model.kind}, {format_count(plan.num_parameters)} parameters, {format_count(tokens)} tokens a step\n")

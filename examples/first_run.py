@@ -16,13 +16,14 @@ config = nlray.load_config(
     data={"sources": [str(text)]},
     model={"dim": 32, "layers": 2, "heads": 2, "seq_len": 64},
     eval={"every": 20, "sequences": 8},
+    recovery={"window": 8},
 )
 
 # %% Start it. Ray starts in this process; wait=False returns at once.
 run = nlray.train(config, wait=False)
 print(run.status().state)
 
-# %% A level gets a second rank while the run continues.
+# %% A level gets a second rank while the run continues, at the next recovery point: every 8 steps here, 64 by default.
 run.scale(slow=2)
 
 # %% Wait for the end. Ctrl-C here stops the run with a checkpoint.

@@ -26,7 +26,7 @@ from nlray.errors import NlrayError, RemoteTimeoutError, UserError
 
 PROGRESS_US = 1000  # the progress thread looks so often for what does not wake it: 1.4 % of a core
 POLL_S = 1e-4
-INSTALL = "allowed where it is installed: pip install 'nlray[nixl]', on Linux"
+INSTALL = "allowed where it is installed, on Linux: .venv/bin/pip install -e '.[nixl]' in a clone of nlray"
 
 
 def check_installed() -> None:

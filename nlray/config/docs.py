@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import cache
+from importlib.resources import files as package_files
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
@@ -32,6 +33,10 @@ started, its `config.yaml` has every value.
 
 `make docs-config` writes this page from the docstrings in `nlray/config/`.
 
+A preset or a file holds what differs from the defaults on this page. A file is not based on a preset, and the defaults
+have no levels, so a file with a CMS names its levels. `nlray config tiny > my.yaml` writes a complete file to start from.
+
+PRESETS
 Values are read as follows.
 
 - The type of a key decides what its characters mean. A string is the characters as they are written: `run.name=010`,
@@ -45,6 +50,8 @@ Values are read as follows.
   `data.sources=[a.parquet,b/]`. It changes lists that the file or an earlier override has: `data.sources[0].weight=3`,
   or with `.0` for `[0]`. A part of a key that has dots is written in brackets:
   `sequence.resources.labels[ray.io/pool]=a`.
+- `cms.levels.slow.delay=4` changes a level of the preset or file. A mapping adds a level:
+  `cms.levels.glacial={update_period: 256}`. `cms.levels.slow=null` removes one.
 - `optimizer` and `cms.defaults` hold wherever a group does not set its own values. `options` of an optimizer are not
   inherited by an optimizer of another name. A default given to `nlray resume` or with `init` replaces the values that
   the run had.
@@ -247,7 +254,7 @@ def _wrapped(text: str, indent: str = "", width: int = _WIDTH) -> list[str]:
 
 def markdown() -> str:
     """Return docs/configuration.md."""
-    parts = [_INTRO]
+    parts = [_INTRO.replace("PRESETS", _presets())]
     headings = {section: prefix.removesuffix(".") for section, prefix, _ in sections()}
     for section, prefix, meaning in sections():
         if section is Config:
@@ -257,6 +264,21 @@ def markdown() -> str:
         purpose = "\n".join(_wrapped(meaning, width=120))
         parts.append(f"## `{prefix.removesuffix('.')}`\n\n{purpose}\n\n" + _table(list(keys_of(section, prefix)), prefix, headings))
     return "\n".join(parts)
+
+
+def _presets() -> str:
+    """Return the table of the presets; what each is for is the first line of its file."""
+    from nlray.config.loading import PRESETS, load_config
+
+    rows = ["| preset | what it is | model | steps | update periods |", "| --- | --- | --- | --- | --- |"]
+    for name in PRESETS:
+        config = load_config(name)
+        meaning = (package_files("nlray.config") / "presets" / f"{name}.yaml").read_text().partition("\n")[0].removeprefix("# ")
+        model, batch = config.model, config.sequence.global_batch
+        size = f"dim {model.dim}, {model.layers} layers"
+        steps = f"{config.run.steps:,} of {batch} x {model.seq_len:,} tokens"
+        rows.append(f"| `{name}` | {meaning} | {size} | {steps} | {', '.join(str(one.update_period) for one in config.levels.values())} |")
+    return "\n".join(rows) + "\n"
 
 
 def _table(docs: list[KeyDoc], prefix: str, headings: Mapping[type, str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nlray.config import Config, OptimizerConfig
-from nlray.config.checks import Scalar, build, shown
+from nlray.config.checks import Scalar, build, nearest, shown
 from nlray.config.old_keys import refuse_renamed, upgraded
 from nlray.config.yaml_text import dump_yaml, load_yaml
 from nlray.errors import UserError
@@ -67,13 +67,18 @@ def _parse(plain: dict[str, Any], overrides: list[str] | None, default_name: str
             if parts[0] in ("optimizer", "cms"):
                 typed = _changed(typed, parts, value, key)
         _apply_defaults(plain, typed, lambda default, own: _layered(own, default))
+    known = _levels_of(plain)
     for key, parts, value in changes:
         _expand_sources(plain)
+        _check_level(_levels_of(plain), parts, key)
         plain = _changed(plain, parts, value, key)
     refuse_renamed(plain)
     _expand_sources(plain)
     _remove_levels(plain)
     _apply_defaults(plain, plain, _layered)
+    for name, level in _levels_of(plain).items():
+        if known and name not in known and isinstance(level, dict) and "update_period" not in level:
+            raise UserError(f"cms.levels.{name}.update_period: has no value; {_new_level(name, known)}")
     if default_name is not None:
         run = plain.setdefault("run", {})
         if isinstance(run, dict):
@@ -234,6 +239,24 @@ def _expand_sources(plain: dict[str, Any]) -> None:
         data["sources"] = [data["sources"]]
     if isinstance(data, dict) and isinstance(data.get("sources"), list):
         data["sources"] = [{"path": s} if isinstance(s, str) else s for s in data["sources"]]
+
+
+def _levels_of(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the levels that are in a mapping of keys, without those that are null."""
+    levels = _mapping(_mapping(plain.get("cms")).get("levels"))
+    return {name: level for name, level in levels.items() if level is not None}
+
+
+def _check_level(known: dict[str, Any], parts: list[str], key: str) -> None:
+    """Raise UserError where an override is of a key of a level that is not there: a misspelt name would make a level."""
+    if parts[:2] == ["cms", "levels"] and len(parts) > 3 and known and parts[2] not in known:
+        raise UserError(f"{key}: no level {parts[2]}; {_new_level(parts[2], known)}")
+
+
+def _new_level(name: str, known: dict[str, Any]) -> str:
+    """Return the end of a message: which levels there are, and how one is added."""
+    added = f"cms.levels.{name}={{update_period: N}}"
+    return f"{nearest(name, known)}levels here: {', '.join(known)}; {added} adds one"
 
 
 def _remove_levels(plain: dict[str, Any]) -> None:

@@ -84,7 +84,9 @@ class Config(Section):
     def check(self) -> None:
         if self.model.uses_cms:
             count = len(self.cms.levels)
-            self.require(count > 0, "cms.levels", "one level or more", f"with model.kind={self.model.kind}")
+            some = "one level or more, such as cms.levels={fast: {update_period: 1}}; a file starts from the defaults, which have none: "
+            some += "`nlray config tiny > FILE` writes one with four"
+            self.require(count > 0, "cms.levels", some, f"with model.kind={self.model.kind}")
             has_enough = self.cms.layout == "chain" or self.model.layers >= count
             self.require(has_enough, "model.layers", f"at least the {count} levels", "for cms.layout=by_layer")
         compiles = self.sequence.compile

@@ -103,4 +103,5 @@ class ExchangeConfig(Section):
     contribution to the level."""
     transport: Literal["object_store", "nixl"] = "object_store"
     """How contributions and versions travel: through Ray's object store, or read by NIXL out of the memory of the process that has them
-    (one-sided: shared memory, RDMA or TCP; `pip install 'nlray[nixl]'`, on Linux). The result is the same."""
+    (one-sided: shared memory, RDMA or TCP). NIXL runs on Linux; in a clone `.venv/bin/pip install -e '.[nixl]'` installs it. The result
+    is the same."""

@@ -19,7 +19,7 @@ from nlray.levels.flat_buffers import as_tensor
 from .in_process import InProcessRun
 from .plain_loop import digest_plainly
 
-needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed: pip install 'nlray[nixl]'")
+needs_nixl = pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed: pip install -e '.[nixl]'")
 TRANSPORTS = ["object_store", pytest.param("nixl", marks=needs_nixl)]
 
 

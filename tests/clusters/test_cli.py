@@ -16,7 +16,7 @@ import nlray.actors.launch
 from nlray.actors.types import RunStatus
 from nlray.clusters.cli import main, split_arguments
 from nlray.config import Config
-from nlray.config.loading import config_to_yaml, load_config
+from nlray.config.loading import PRESETS, config_to_yaml, load_config
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
 
 SMALL = ["model.dim=16", "model.layers=1", "model.heads=2", "model.seq_len=32", "sequence.global_batch=2", "run.steps=4"]
@@ -354,3 +354,28 @@ def test_an_optimizer_is_imported_from_the_folder_the_command_runs_in(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "sequence.momentum" in {problem["name"] for problem in json.loads(result.stdout)["problems"]}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("--help", "--version", "levels", "levels --json", "config tiny", "config --docs", "logs RUN", "status RUN", "generate RUN text"),
+        pytest.param("doctor", marks=pytest.mark.ray),
+    ],
+)
+def test_a_closed_pipe_ends_a_command_quietly(command):
+    """As with `nlray ... | head`, where the reader has gone before the first line comes: no message, and the status of SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = command.replace("RUN", str(Path(__file__).parents[1] / "data/run_before_cms")).split()
+    try:
+        ended = subprocess.run([sys.executable, "-m", "nlray.clusters.cli", *words], stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_the_help_of_train_names_every_preset(capsys):
+    assert main(["train", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"Presets: {', '.join(PRESETS)};" in words

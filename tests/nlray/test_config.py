@@ -73,8 +73,8 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
 
 
 def test_null_removes_a_level_and_a_new_name_adds_one():
-    config = load_config("tiny", ["cms.levels.slow=null", "cms.levels.rare.update_period=100"])
-    assert list(config.levels) == ["fast", "medium", "slowest", "rare"]
+    config = load_config("tiny", ["cms.levels.slow=null", "cms.levels.rare={update_period: 100}", "cms.levels.rare.delay=3"])
+    assert list(config.levels) == ["fast", "medium", "slowest", "rare"] and config.levels["rare"].delay == 3
 
 
 def test_levels_are_ordered_by_period():
@@ -228,8 +228,15 @@ def test_names_of_runs():
         (["data.eval_fraction=1"], ["data.eval_fraction", "1"]),
         (["data.sources=[]"], ["data.sources is []", "one source or more"]),
         (["data.sources=[{path: a, wieght: 2}]"], ["data.sources[0].wieght", "weight"]),
-        (["cms.levels.sequence.update_period=2"], ["cms.levels.sequence"]),
-        (["cms.levels.backup.update_period=2"], ["cms.levels.backup", "not one of sequence, standby, backup, conductor"]),
+        (["cms.levels.sequence={update_period: 2}"], ["cms.levels.sequence", "not one of sequence, standby, backup, conductor"]),
+        (["cms.levels.backup={update_period: 2}"], ["cms.levels.backup", "not one of sequence, standby, backup, conductor"]),
+        (
+            ["cms.levels.mdi.update_period=4"],
+            ["cms.levels.mdi.update_period: no level mdi; did you mean 'medium'?", "levels here: fast, medium, slow, slowest;"],
+        ),
+        (["cms.levels.glacial={ranks: 2}"], ["cms.levels.glacial.update_period: has no value; levels here: fast", "adds one"]),
+        (["cms={levels: {mdi: {ranks: 2}}}"], ["cms.levels.mdi.update_period: has no value; did you mean 'medium'?"]),
+        (["cms.levels.slow=null", "cms.levels.slow.ranks=2"], ["cms.levels.slow.ranks: no level slow;", "fast, medium, slowest;"]),
         (
             ["cms.levels.fast=null", "cms.levels.medium=null", "cms.levels.slow=null", "cms.levels.slowest=null"],
             ["cms.levels"],
