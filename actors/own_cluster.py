@@ -174,9 +174,9 @@ def set_environment(variables: dict[str, str | None]) -> dict[str, str | None]:
 
 
 def set_loopback(is_on: bool) -> None:
-    """Have Ray in this process keep 127.0.0.1 as the address of a cluster; off: take it for the machine's own address, Ray's rule on Linux.
+    """Let Ray in this process use 127.0.0.1 as the address of a cluster; off: Ray replaces it by the machine's address, as on Linux.
 
-    All servers of Ray listen on the loopback interface only where the node's address is 127.0.0.1. Ray does that by itself on macOS
-    and Windows, by a switch that it reads once, when it is imported; the environment sets it for the cluster's processes.
+    The servers of Ray listen on the loopback interface alone if the node's address is 127.0.0.1. Ray uses this address on macOS and
+    Windows. It reads the switch once, at import, so this function sets it for the process, and the environment for the cluster's processes.
     """
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = not is_on

@@ -1,13 +1,17 @@
 """Checkpoints: safetensors and JSON under `RUN_DIR/checkpoints/step_XXXXXXXXX/`, on any fsspec URL; no pickle.
 
-Every actor writes the part it owns (`write_part`); the manifest with sizes and hashes, its own among them, is written last
-(`write_manifest`). A folder without a manifest, or whose files differ from it, is torn, and `latest_checkpoint` uses the one before.
-Only folders named `step_` and nine digits count: a copy `step_000000010_best` is neither used nor deleted.
-Tensor names: `param/NAME`, `optimizer/NAME/KEY`, `visible/NAME` (the version still in use where the newest is not visible
-yet), `accumulator/WORKER/NAME` (the open period's gradients),
-`lanes/WORKER/NAME` (with model.titans.carry_state, the state of the memories in context), `local/WORKER/...` (of a worker's own
-updates, see `nlray.levels.local_update`); in the nested variant `initial/NAME`,
-`initial_optimizer/NAME/KEY` and `context/NAME` (`nlray.levels.learner`).
+Every actor writes the part that it owns (`write_part`). The manifest is written last (`write_manifest`): it has the sizes and hashes of
+all files, and a hash of itself. A folder without a manifest, or with files that differ from it, is torn; `latest_checkpoint` then uses the
+checkpoint before. Only folders named `step_` and nine digits are checkpoints: a copy `step_000000010_best` is neither used nor deleted.
+
+Names of tensors:
+
+- `param/NAME`, `optimizer/NAME/KEY`
+- `visible/NAME`: the version in use, if the newest version is not visible yet
+- `accumulator/WORKER/NAME`: the gradients of the open period
+- `lanes/WORKER/NAME`: the state of the memories in context, with model.titans.carry_state
+- `local/WORKER/...`: a worker's local updates (`nlray.levels.local_update`)
+- `initial/NAME`, `initial_optimizer/NAME/KEY`, `context/NAME`: in the nested variant (`nlray.levels.learner`)
 """
 
 import hashlib

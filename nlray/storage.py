@@ -1,8 +1,8 @@
-"""Paths and URLs: what every file of nlray is named by, opened by and written by; on local disks and on any fsspec URL.
+"""Paths and URLs: names, opens and writes every file of nlray, on local disks and on any fsspec URL.
 
 url = absolute("~/runs/demo")            # what a configuration holds: an absolute path or a URL
 fs, path = locate(url)                   # every file system is reached through here
-write_file(f"{url}/state.json", data)    # the old file or the new one, after a crash or a lost power supply too
+write_file(f"{url}/state.json", data)    # atomic: after a crash or a power failure the file is the old one or the new one
 """
 
 import errno

@@ -1,6 +1,11 @@
-"""nlray.pipelines: text on any fsspec URL to blocks of tokens, with numpy and Arrow only.
+"""nlray.pipelines: from text on any fsspec URL to blocks of tokens. Nothing here imports torch or ray.
 
-Follow a batch: `files` lists a source's files, `readers` cut them into units of bounded size, `sources` gives a source's
-records unit by unit, `tokenizers` turns them into tokens, `packing` into blocks, `source_stream` makes one source's endless
-stream of blocks, `stream` mixes the sources into the global order and reads ahead.
+The modules in the order of the data:
+
+- `listing` and `source_list` list the files of a source; `files` opens them.
+- `readers` has what the readers of all formats share. A reader cuts a file into units of bounded size.
+- `sources` returns the records of a source, unit by unit.
+- `tokenizers` turns records into tokens, `packing` turns tokens into blocks.
+- `source_stream` makes the endless stream of blocks of one source.
+- `stream` mixes the sources into the global order, and reads ahead.
 """

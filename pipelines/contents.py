@@ -31,9 +31,13 @@ def fingerprint(fs: Any, path: str, size: int) -> tuple[bytes, str]:
 
 
 def binary_kind(head: bytes) -> tuple[str, str | None] | None:
-    """Return what a file is that is no text, and the `format` that reads it, if any; None for text, in UTF-8 or another code of bytes.
+    """Return the kind of a binary file, and the `format` that reads it (None: no format does); return None for a text file.
 
-    Binary is what has a zero byte, or many control characters, in its first bytes.
+    A file is binary if its first bytes are those of a known binary format, contain a zero byte, or are control characters by more than
+    3 %. Text may be UTF-8 or another encoding of single bytes, such as Latin-1.
+
+    Args:
+        head: the first bytes of the file.
     """
     for magic, kind in _KNOWN.items():
         if head.startswith(magic):

@@ -73,7 +73,7 @@ class CsvReader:
         )
 
     def _good_records(self, data: bytes, start: int, bad: BadRecords) -> Iterator[bytes]:
-        """Give the records that can be read alone."""
+        """Yield the records that can be read; add the others to `bad`."""
         ends = [at + 1 for begin, end in unquoted(data, self._separator) for at in _newlines(data, begin, end)]
         for begin, end in zip([0, *ends], [*ends, len(data)], strict=True):
             record = data[begin:end]
@@ -118,7 +118,14 @@ class CsvReader:
         return names, begin + len(header)
 
     def _find_units(self, first: int) -> tuple[list[int], int | None]:
-        """Return where the units start, and the end; and where a record starts that a quote leaves open at the end of the file."""
+        """Return the bounds of the units, and the start of a torn record.
+
+        The bounds are byte positions: the start of each unit, then the size of the file. Every unit starts with a record. A torn record
+        is the last record of a file whose last quote is never closed; None: the file has none.
+
+        Args:
+            first: the position of the first record, after the header.
+        """
         size, starts = self._file.size, [first] if first < self._file.size else []
         for bound in [bound for bound in range_bounds(size)[1:-1] if bound > first]:
             if bound <= starts[-1]:
@@ -140,7 +147,12 @@ class CsvReader:
         return [*starts, size], torn
 
     def _record_end(self, data: bytes, at: int) -> int | None:
-        """Return where the record ends that byte `at` is in; None where that lies behind the data, which start with a record."""
+        """Return the end of the record that holds byte `at`: the position after its newline; None: the data end before it.
+
+        Args:
+            data: bytes of the file that start with a record.
+            at: a position in `data`.
+        """
         for begin, end in unquoted(data, self._separator):
             newline = data.find(b"\n", max(begin, at), end)
             if newline >= 0:
@@ -152,9 +164,10 @@ class CsvReader:
 
 
 def unquoted(data: bytes, separator: str) -> Iterator[tuple[int, int]]:
-    """Give the stretches of records outside quotes; where a quote is left open the last one ends before the end of the data.
+    """Yield (begin, end) of every stretch of the data outside quoted values. The data start with a record.
 
-    As in pyarrow.csv a quote opens a quoted value only where a value starts; two of them within it are one that belongs to it.
+    The rules are pyarrow.csv's: a quote opens a quoted value only where a value starts, and two quotes within a quoted value are one
+    character of it. If the last quoted value is never closed, the last stretch ends at its opening quote, before the end of the data.
     """
     value_ends = b"\r\n" + separator.encode()
     begin = at = 0

@@ -69,7 +69,7 @@ class JsonlReader:
         return Records(self._strings(text, self._columns[0]), dict(zip(self._columns[1:], columns, strict=True)), bad.count, bad.first)
 
     def _parse(self, data: bytes) -> pa.Table | None:
-        """Return the columns of lines that are objects, all of them and nothing else; None for any others, also blank ones."""
+        """Return the columns of the lines, read by pyarrow; None if a line is blank, no object, of other types, or unreadable."""
         num_lines = data.count(b"\n") + (not data.endswith(b"\n"))
         # The first line too: pyarrow.json ends the process where it is `null`.
         if self._schema is None or not data.startswith(b"{") or data.count(b"\n{") + 1 != num_lines:
@@ -87,7 +87,14 @@ class JsonlReader:
         return table if table.num_rows == num_lines else None
 
     def _rows(self, start: int, data: bytes, bad: BadRecords) -> Iterator[dict[str, Any]]:
-        """Give the objects of lines whose first byte is byte `start` of the file; `self._at` is where the line of the last one starts."""
+        """Yield the object of every line, read by Python's parser; skip blank lines, and add lines that are no object to `bad`.
+
+        `self._at` is the position in the file of the line that was yielded last.
+
+        Args:
+            start: the position of `data` in the file.
+            data: complete lines.
+        """
         self._at = following = start
         for line in data.split(b"\n"):
             self._at, following = following, following + len(line) + 1
@@ -101,7 +108,7 @@ class JsonlReader:
                 yield row
 
     def _large_row(self, line: bytes) -> dict[str, Any] | None:
-        """Return the columns of a line that is nested too deeply, or has a number of too many digits, for Python's parser alone."""
+        """Return the columns of a line that Python's parser refuses (too deeply nested, too many digits) if pyarrow reads it."""
         table = self._parse(line)
         return None if table is None else {name: table[name][0].as_py() for name in table.column_names}
 

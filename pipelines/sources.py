@@ -61,8 +61,10 @@ class Source:
         self._open: int | None = None
 
     def read(self, unit: int) -> Records:
-        """Return the unit's records that have text, in the order of the file: tags without nulls ("" instead), text as large binary, or
-        as a dictionary of it where it repeats so much that the records would not be bounded by the unit's size.
+        """Return the records of a unit in the order of the file, without records whose text is null or empty.
+
+        The text is large binary. It stays a dictionary where the reader returned one: decoded, text that repeats could be much larger
+        than a unit. A null tag becomes "".
 
         Raises:
             DataError: the file cannot be read.

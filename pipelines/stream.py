@@ -4,10 +4,10 @@
     batch = stream.take(8)            # Batch of 8 blocks of 257 tokens
     stream.load_state_dict(state)     # exact to the token
 
-The global order is a function of (sources, tokenizer, seq_len, seed, eval_fraction, shuffle, shuffle_tokens) alone: block i's
-source is drawn by a hash of (seed, i), and each source is a packed stream of its own, its blocks shuffled in windows. So it does
-not matter how many blocks are taken at a time nor how the rows are split over workers; every worker passes over all blocks and
-copies out its own rows.
+The global order is a function of (sources, tokenizer, seq_len, seed, eval_fraction, shuffle, shuffle_tokens) alone. A hash of
+(seed, i) draws the source of block i. Each source is a packed stream, and its blocks are shuffled in windows. The order does not
+depend on how many blocks are taken at a time, nor on how the rows are split over workers. Every worker passes over all blocks and
+copies its own rows.
 """
 
 import math

@@ -44,7 +44,12 @@ class TextReader:
         return data[: cut_points(data, 0, len(data), self._piece_bytes)[1]]
 
     def _range(self, unit: int) -> tuple[int, int, bytes, int]:
-        """Return where the unit's text starts and stops in the file, bytes that hold it, and where in the file they start."""
+        """Read a unit.
+
+        Returns:
+            The start and the stop of the unit's text in the file, bytes that contain it, and the position of the first of these bytes in
+            the file.
+        """
         lower, upper = self._bounds[unit], self._bounds[unit + 1]
         origin = max(lower - 1, 0)
         with reading(self._file):
@@ -52,7 +57,13 @@ class TextReader:
         return self._cut(lower, data, origin), self._cut(upper, data, origin), data, origin
 
     def _cut(self, bound: int, data: bytes, origin: int) -> int:
-        """Return the first place from `bound` on where the file may be cut; data: bytes from `origin` to past the window."""
+        """Return the first position from `bound` on at which the file may be cut: after a newline, else before a character.
+
+        Args:
+            bound: the end of a range; 0 and the size of the file are returned as they are.
+            data: bytes of the file from `origin` to `_WINDOW` bytes after `bound`, or to the end of the file.
+            origin: the position of `data` in the file, before `bound`.
+        """
         if bound in (0, self._file.size):
             return bound
         newline = data.find(b"\n", bound - 1 - origin, bound + _WINDOW - origin)

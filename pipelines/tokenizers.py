@@ -89,20 +89,24 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A tokenizer of the `tokenizers` library.
+    """A tokenizer of the `tokenizers` library that never turns text into a special token.
 
-    Names of special tokens, of the end token and of single bytes inside the text are text: where the library would make them into that
-    token, the text is cut in the middle of the name and each side tokenized by itself.
+    Text may contain the name of a special token, of the end or begin token, or of a single byte (`<0x0A>`). The library would encode
+    such a name as that token. Here the text is cut in the middle of the name, and both sides are encoded separately.
     """
 
     slices = 1
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, name: str, end_token: str, begin_token: str | None = None) -> None:
-        """Raise DataError where the vocabulary lacks one of the tokens, or makes text into it; `name` is for messages."""
+        """Prepare the tokenizer; `name` is for messages.
+
+        Raises:
+            DataError: the vocabulary lacks the end or the begin token, or text of one character is encoded as one of them.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.usual_begin = _usual_begin(tokenizer)
-        """The token that this tokenizer puts before a text by itself, which nlray does not; None: none."""
+        """The token that the tokenizer's own post-processor puts before a text; nlray does not add it. None: there is none."""
         tokenizer.encode_special_tokens = True
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         for key, token in (("end_token", end_token), ("begin_token", begin_token)):
@@ -117,7 +121,15 @@ class HFTokenizer:
         self._look_for_names(vocabulary)
 
     def _look_for_names(self, vocabulary: dict[str, int]) -> None:
-        """Find which tokens are never made of text that spells them, and see that the end and the begin token are not."""
+        """Collect the tokens that text must not be encoded as, and check the end and the begin token.
+
+        `_never` has the ids of the special tokens, the end token and the begin token: no text is encoded as these. `_named` has the
+        byte tokens and the unknown token: characters are encoded as these, but not the names of the tokens. A text that contains such
+        a name contains one of `_hints`.
+
+        Raises:
+            DataError: a single character is encoded as the end or the begin token, so no cut can prevent it.
+        """
         own = {"end_token": self.end_token, "begin_token": self.begin_token}
         self._own = {vocabulary[token]: key for key, token in own.items() if token is not None}
         byte_names = {name for byte in range(256) if (name := f"<0x{byte:02X}>") in vocabulary}
@@ -156,7 +168,7 @@ class HFTokenizer:
         return np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum())), lengths
 
     def _encode_all(self, texts: list[str], part: tuple[bool, bool]) -> list[list[int]]:
-        """Return the tokens of texts that are the same part of their documents."""
+        """Return the tokens of several texts. `part`: whether each is the start and whether it is the end of its document."""
         try:
             ids = [encoding.ids for encoding in self._parts[part].encode_batch_fast(texts, add_special_tokens=False)]
             for index, text in enumerate(texts):
@@ -169,7 +181,15 @@ class HFTokenizer:
         return ids
 
     def _encode(self, text: str, part: tuple[bool, bool]) -> list[int]:
-        """Return the tokens of a text, cut in the middle of every name in it that would be made into the token of that name."""
+        """Return the tokens of a text in which the names of tokens are plain text.
+
+        The text is cut in the middle of every name that the library encodes as the token of that name. The parts are then encoded in
+        the same way, one by one.
+
+        Args:
+            text: a document or a part of one.
+            part: whether the text is the start, and whether it is the end of its document.
+        """
         encoding = self._parts[part].encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         cuts = sorted({(a + b) // 2 for token_id, (a, b) in spans if self._is_name(token_id, text[a:b])})
@@ -180,10 +200,10 @@ class HFTokenizer:
         return [i for (a, b), kind in zip(pairwise(bounds), parts, strict=True) for i in self._encode(text[a:b], kind)]
 
     def _is_name(self, token_id: int, text: str) -> bool:
-        """Return whether `text`, which was made into a token, is a name that can be cut.
+        """Return whether `text`, which the library encodes as the token `token_id`, is the name of a token and has to be cut.
 
         Raises:
-            DataError: it is the end or the begin token, and a single character.
+            DataError: the token is the end or the begin token, and the text is a single character, which cannot be cut.
         """
         if token_id in self._own and len(text) < 2:
             key, token = self._own[token_id], self._tokenizer.id_to_token(token_id)

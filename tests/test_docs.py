@@ -248,18 +248,18 @@ def test_the_example_file_loads(document):
     assert list(config.levels) == ["fast", "slow"] and config.levels["slow"].ranks == 2
 
 
-def extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, file: str) -> list[list[str]]:
-    """Write the file of a section of the extending page where it is found, and return the words of the section's commands."""
+def extension(monkeypatch: pytest.MonkeyPatch, section: str, file: str) -> list[list[str]]:
+    """Make the file that a section of the extending page quotes importable, and return the words of the section's commands."""
     (example,) = code_blocks("docs/extending.md", "python", section)
-    (tmp_path / file).write_text(example)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    assert example == text_of(f"examples/{file}"), f"docs/extending.md does not show examples/{file} as it is"
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     commands = [shlex.split(line)[1:] for line in "".join(code_blocks("docs/extending.md", "sh", section)).splitlines()]
     assert [words[:2] for words in commands] == [["levels", "tiny"], ["train", "tiny"]]
     return commands
 
 
-def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(tmp_path, monkeypatch):
-    commands = extension(tmp_path, monkeypatch, "A level of your own", "lowrank.py")
+def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(monkeypatch):
+    commands = extension(monkeypatch, "A level of your own", "lowrank.py")
     for words, in_context, rank in zip(commands, (False, True), (16, 8), strict=True):
         config = load_config("tiny", [*words[2:], "model.dim=16", "model.layers=2", "cms.hidden=24", "model.seq_len=80"])
         names = {problem.name: problem for problem in RunPlan.build(config, 31).nested_system.problems}
@@ -283,8 +283,8 @@ def test_the_level_of_the_extending_page_trains_is_listed_and_learns_in_context(
             assert not torch.equal(model.token_losses(blocks)[0], losses)
 
 
-def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monkeypatch):
-    commands = extension(tmp_path, monkeypatch, "An optimizer of your own", "lion.py")
+def test_the_optimizer_of_the_extending_page_trains_and_is_listed(monkeypatch):
+    commands = extension(monkeypatch, "An optimizer of your own", "lion.py")
     for words in commands:
         config = load_config("tiny", [*words[2:], "cms.defaults.optimizer.schedule.kind=constant"])
         names = {problem.name: problem for problem in RunPlan.build(config, 31).nested_system.problems}
@@ -304,8 +304,8 @@ def test_the_optimizer_of_the_extending_page_trains_and_is_listed(tmp_path, monk
         assert torch.allclose(parameters["norm"], -1e-3 * (first.sign() + answer)) and answer.tolist() == [1, -1] != second.sign().tolist()
 
 
-def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path, monkeypatch):
-    for words in extension(tmp_path, monkeypatch, "A memory of your own", "diagonal.py"):
+def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(monkeypatch):
+    for words in extension(monkeypatch, "A memory of your own", "diagonal.py"):
         small = ["model.dim=16", "model.layers=1", "model.heads=2", "model.titans.chunk_size=4"]
         config = load_config("tiny", [*words[2:], *small])
         model = build_model(config, 31, seed=0)
@@ -342,8 +342,8 @@ def test_the_memory_of_the_extending_page_trains_streams_and_is_listed(tmp_path,
     ],
     ids=lambda settings: settings["phase"],
 )
-def test_the_memory_of_the_extending_page_equals_the_recurrence(tmp_path, monkeypatch, settings):
-    extension(tmp_path, monkeypatch, "A memory of your own", "diagonal.py")
+def test_the_memory_of_the_extending_page_equals_the_recurrence(monkeypatch, settings):
+    extension(monkeypatch, "A memory of your own", "diagonal.py")
     model = ModelConfig(dim=8, heads=2, titans={"chunk_size": 4, "memory": "diagonal:Diagonal", "rule": "gd", **settings})
     generator = torch.Generator().manual_seed(1)
 

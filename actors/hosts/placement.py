@@ -45,10 +45,10 @@ class ActorPlan:
 
 
 def plan_actors(config: Config, cluster_gpus: float) -> tuple[list[ActorPlan], list[str]]:
-    """Return the actors of a run, sequence workers first, and notes on how `gpus: auto` was read.
+    """Return the actors of a run, sequence workers first, and notes on what `gpus: auto` means in this cluster.
 
-    `auto` is one GPU each where the cluster has enough for all that ask so; where it has fewer, the sequence workers come first
-    and the level ranks stay on the CPU, with a note.
+    The GPUs that no actor requests by number go to the actors with `auto`, one GPU each: first to the sequence workers, if there are
+    enough for all of them, then to the level ranks by the same rule. A group without GPUs runs on the CPU, with a note.
     """
     workers = [(SEQUENCE, i, config.sequence.resources) for i in range(config.sequence.workers)]
     ranks = [(name, i, level.resources) for name, level in config.levels.items() for i in range(level.ranks)]

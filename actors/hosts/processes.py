@@ -93,10 +93,10 @@ def _send(pid: int, number: int) -> bool:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM until the end of the block: a start of Ray that is cut short leaves processes behind.
+    """Delay Ctrl-C and SIGTERM until the end of the block, because an interrupted start of Ray leaves processes behind.
 
-    Processes that are started in the block never hear of SIGHUP and SIGUSR1, which go to all processes of a terminal or of a batch job:
-    those two are for the command, which has the run stop in order.
+    Processes that start in the block ignore SIGHUP and SIGUSR1. A terminal or a batch system sends these two to all processes; the
+    command alone reacts to them, and stops the run in order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

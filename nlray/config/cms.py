@@ -27,8 +27,8 @@ class AutoscaleConfig(Section):
     max: Count
     """Most ranks."""
     target_lag: Positive
-    """Steps' time that a version may take from its last gradient to its arrival: above it the level grows by a rank, and it
-    shrinks by one where half of it would still be kept."""
+    """Target, in steps, for the time from a version's last gradient to its arrival. Above the target the level gains a rank. It loses a
+    rank where one rank less would still stay below half of the target."""
 
     def check(self) -> None:
         self.require(self.min <= self.max, "max", f"at least min={self.min}")

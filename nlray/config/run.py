@@ -48,8 +48,8 @@ class RecoveryConfig(Section):
     standbys: Natural = 0
     """Warm actors without a role, each with the CPUs and GPUs of the run's largest actor, that take a lost one's place at once."""
     hang_timeout_s: Seconds = 30.0
-    """Limit in seconds of an actor's silence: an actor that answers nothing for so long counts as hung, is killed and replaced; the
-    conductor, which writes to storage, has three times as long."""
+    """Limit in seconds of an actor's silence. An actor without an answer for so long counts as hung, and is killed and replaced. The limit
+    of the conductor, which writes to storage, is three times as long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
 """Associative recall: can the model keep pairs in its memory, in context? Run it with `python -m nlray.evals.recall`, for another
 memory with its settings: `python -m nlray.evals.recall model.titans.phase=static model.titans.rule=delta`.
 
-A sequence shows pairs key value key value .., then asks for every key again in another order; at each question the model
-names the value. Pairs are drawn anew for every sequence, so nothing can be learned by heart: a model whose inner updates
-are off stays near chance, 1 / num_values.
+A sequence consists of pairs, key value key value .., followed by all keys in another order. After each of these keys the
+model predicts its value. Every sequence has new random pairs, so the weights cannot store them. A model without inner updates
+stays near chance, 1 / num_values.
 """
 
 import argparse

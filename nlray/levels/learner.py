@@ -16,17 +16,17 @@ from nlray.optimizers.outer import OuterOptimizer
 
 
 class LevelLearner:
-    """Steps the parameters of a level, or of a rank's share of them; every tensor by itself.
+    """Updates the parameters of a level, or a rank's share of them. The update of a tensor depends on that tensor alone.
 
-    In the nested variant the context of a level ends with each update of the next slower one, after `context_updates` of its own. Its
-    initial state is then stepped with the slower level's optimizer, by the mean gradient of the context, and the level goes on from there
-    with an optimizer that remembers nothing.
+    In the nested variant (Eq. 72) a level has a context of `context_updates` updates, which ends with each update of the next slower
+    level. At its end three things happen: the slower level's optimizer steps the level's initial state by the mean gradient of the
+    context, the parameters become this initial state, and the level's own optimizer state is cleared.
 
     Args:
-        parameters: by name; stepped in place from their `.grad`.
+        parameters: tensors by name, updated in place from their `.grad`.
         config: the run's configuration.
-        name: of the level.
-        horizon: steps of the run, for the schedules.
+        name: the level's name.
+        horizon: steps of the run, for the learning-rate schedules.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: Config, name: str, *, horizon: int) -> None:
@@ -42,7 +42,7 @@ class LevelLearner:
             self._num_summed = 0
 
     def update(self, version: int, step: int, *, is_skipped: bool = False) -> None:
-        """Make `version` from the one before, at the learning rate of `step`; is_skipped: there is no usable gradient."""
+        """Update the parameters to `version`, at the learning rate of `step`; is_skipped: the period has no usable gradient."""
         if not is_skipped:
             self.optimizer.step(step)
         if self.context_updates is None:
@@ -66,8 +66,9 @@ class LevelLearner:
         self._num_summed = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the live tensors: `param/NAME` and `optimizer/NAME/KEY`; nested also `initial/NAME`, `initial_optimizer/NAME/KEY`, and
-        `context/NAME`, the sum of the open context's gradients.
+        """Return the live tensors: `param/NAME` and `optimizer/NAME/KEY`.
+
+        The nested variant adds `initial/NAME`, `initial_optimizer/NAME/KEY`, and `context/NAME`, the sum of the open context's gradients.
         """
         tensors = {f"param/{n}": p for n, p in self.parameters.items()}
         tensors |= {f"optimizer/{k}": v for k, v in self.optimizer.state_tensors().items()}
@@ -89,10 +90,10 @@ class LevelLearner:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take over what `state_tensors` and `state` gave, of this share or of others; tensors that are not here are passed over.
+        """Load what `state_tensors` and `state` returned, here or in other ranks; tensors of other shares are ignored.
 
         Raises:
-            KeyError: one that is needed is missing.
+            KeyError: a tensor of this share is missing.
         """
         targets = [("param", self.parameters)]
         optimizers = [("optimizer", self.optimizer)]

@@ -1,12 +1,15 @@
-"""A sequence worker's own step of a level's update, for the steps in which the update is made but its version has not arrived.
+"""A sequence worker's own update of a level, used until the version of the level's ranks arrives.
 
-With a delay D > 0 some steps use version v of a level although version v + 1 is made already (never more than one,
-since D <= C; see `nlray.levels.schedule`). The workers sum the gradient of a period among themselves at its end, as
-data parallelism does. Each then makes version v + 1 itself: the step of the level's own optimizer at W_v, at the
-learning rate and with the clipping of version v + 1. It has the bits of the ranks' version with one or two workers, and
-differs by the order of the sum with more. The version replaces it when it arrives, so the ranks and the transport have
-the time of the delay and no step uses parameters that are behind. The cost in each worker: an optimizer state of the
-level, the time of one optimizer step a period, and the all-reduce of the level's gradient.
+With a delay D > 0 the workers use version v of a level for some steps after the gradients of version v + 1 are
+complete. One version at most is outstanding, since D <= C (see `nlray.levels.schedule`). A local update gives these
+steps version v + 1 at once:
+
+1. At the end of a period the workers all-reduce the gradient of the period.
+2. Each worker computes version v + 1 from W_v with the level's optimizer, learning rate and clipping.
+3. The version of the ranks replaces the worker's version when it arrives.
+
+With one or two workers both versions have the same bits. With more workers they differ by the order of the sum. Each
+worker pays for an optimizer state of the level, one optimizer step a period, and the all-reduce of the gradient.
 """
 
 import math
@@ -24,18 +27,18 @@ from nlray.optimizers import clip_factor, tensor_norms, total_norm
 
 
 class LocalUpdate:
-    """Updates a worker's parameters of a level in place, ahead of the version that will replace them.
+    """Updates a worker's copy of a level in place. The next version of the ranks overwrites the result.
 
         local.keep(sums, num_steps)         # the gradient of a period that has ended
         local.begin(version)                # a version has been written into the parameters, if one was due
-        local.update_(version=7)            # version 7 is made, the parameters are version 6
+        local.update_(version=7)            # the parameters were version 6
         with local.true_parameters(): evaluate()
 
     Args:
-        parameters: those that the model uses, by name, float32; their `.grad` is left alone.
+        parameters: the model's parameters of the level by name, float32; their `.grad` does not change.
         config: the run's configuration.
-        name: of the level; not one that variant nested sets back.
-        add_up: adds a tensor up over the workers, in place; None: there is one worker.
+        name: the level's name. A level that variant nested sets back cannot be updated locally.
+        add_up: sums a tensor over the workers, in place; None: there is one worker.
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class LocalUpdate:
         return self._is_updated
 
     def keep(self, sums: Mapping[str, Tensor], num_steps: int) -> None:
-        """Keep the gradient of the period that has ended.
+        """Keep the mean gradient of the period that has ended, over all workers.
 
-        sums: by name, of this worker's part of the gradients of the batch's mean loss; not to change before `update_`. num_steps: >= 1,
-        the same in every worker.
+        Args:
+            sums: this worker's part of the gradients of the batch's mean loss, by name, summed over the period; must not change
+                before `update_`.
+            num_steps: steps in the sums, >= 1, the same in every worker.
         """
         # In the level's order, whichever ranks the sums are for: where a value lies decides the order in which a ring adds it up.
         sums = {name: sums[name] for name in self._learner.parameters}
@@ -76,12 +81,12 @@ class LocalUpdate:
         self._gradient = dict(sums) if num_steps == 1 else {n: s / num_steps for n, s in sums.items()}
 
     def begin(self, version: Mapping[str, Tensor]) -> None:
-        """Take note of a version that has been written into the parameters; its tensors are kept, not copied, and must not change."""
+        """Record the version that has been written into the parameters. Its tensors are not copied and must not change."""
         self._version, self._is_updated = version, False
 
     @torch.no_grad()
     def update_(self, version: int) -> None:
-        """Make `version` of the parameters, which are the one before it; nothing where that is done or the gradient is not finite."""
+        """Update the parameters from the version before to `version`; do nothing without a gradient, or where it is not finite."""
         if self._restored:
             self._write(self._restored)
             self._restored, self._is_updated = {}, True
@@ -99,7 +104,7 @@ class LocalUpdate:
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
-        """Have the parameters be the version itself for a while."""
+        """Within the context the parameters hold the newest version of the ranks, without the local update."""
         if not self._is_updated:
             yield
             return
@@ -115,15 +120,17 @@ class LocalUpdate:
         torch._foreach_copy_(list(parameters.values()), [tensors[n] for n in parameters])
 
     def state_tensors(self, *, is_in_use: bool) -> dict[str, Tensor]:
-        """Return the live tensors: `optimizer/NAME/KEY`; `gradient/NAME` of a period whose update is not made here yet; and `param/NAME`
-        of updated parameters, if they are in use in the next step too (is_in_use).
+        """Return the live tensors by name.
+
+        `optimizer/NAME/KEY` is the optimizer state. `gradient/NAME` is the gradient of a period whose update is still to be made here.
+        `param/NAME` is an updated parameter, if the next step still uses it (is_in_use).
         """
         tensors = {f"gradient/{n}": t for n, t in self._gradient.items()} | {f"param/{n}": t for n, t in self._restored.items()}
         learned = self._learner.state_tensors()
         return tensors | {k: t for k, t in learned.items() if not k.startswith("param/") or (self._is_updated and is_in_use)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave, before `begin` with the version that is in use; other levels' tensors are passed over."""
+        """Load tensors of `state_tensors`, before `begin` with the version in use; tensors of other levels are ignored."""
 
         def own(kind: str) -> dict[str, Tensor]:
             return {n: tensors[f"{kind}/{n}"].to(p.device) for n, p in self._learner.parameters.items() if f"{kind}/{n}" in tensors}

@@ -1,14 +1,14 @@
-"""All memories in context behind one interface: `memory_of` picks the one that a configuration asks for.
+"""All memories in context behind one interface. `memory_of` chooses the class by the configuration.
 
-| phase          | rule                            | memory | which                                            |
+| phase          | rule                            | memory | class                                            |
 | -------------- | ------------------------------- | ------ | ------------------------------------------------ |
 | self_modifying | dgd                             | matrix | CollapsedMemory: one d x d state per head        |
-| any            | dgd, gd                         | matrix | MatrixMemory: a matrix per component                   |
+| any            | dgd, gd                         | matrix | MatrixMemory: a matrix per component             |
 | static         | hebbian, delta, gated_delta     | matrix | MatrixMemory: linear attention and its relatives |
-| any            | dgd, gd                         | mlp    | MLPMemory: two layers per component                    |
+| any            | dgd, gd                         | mlp    | MLPMemory: two layers per component              |
 
-Memories with chunk sizes of their own do not collapse. `model.titans.memory` may also be `package.module:Class`, a ChunkedMemory of the
-user's.
+A memory with several chunk sizes (`model.titans.chunk_sizes`) does not collapse. `model.titans.memory` may also be
+`package.module:Class`, a ChunkedMemory of the user.
 """
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from nlray.memories.scan import ChunkedMemory, MemoryProblem, MemoryState, Memor
 
 
 class CollapsedMemory(MatrixMemory):
-    """The matrix memory of self-referential Titans with one state for all components: the parameters of MatrixMemory, another scan."""
+    """The matrix memory of self-referential Titans, with one state for all components. It has the parameters of MatrixMemory."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
@@ -51,7 +51,7 @@ def _collapsed(weights: MemoryWeights) -> MemoryParameters:
 
 
 def memory_of(model: ModelConfig) -> ChunkedMemory:
-    """Return the memory that the configuration asks for; the collapsed form where it holds.
+    """Return the memory of the configuration, in the collapsed form where that is exact.
 
     Raises:
         UserError: `model.titans.memory` cannot be imported, is no ChunkedMemory, lists no optimization problem, or refuses the settings.

@@ -1,4 +1,4 @@
-"""One linear layer of a memory over one chunk: its writes, what is read of it, and its state at the chunk's end.
+"""One linear layer of a memory over one chunk: its writes, its answers, and its state at the chunk's end.
 
 A matrix memory is one such layer, an MLP memory two. The derivation is in nlray/memories/delta/README.md, 'The general form'.
 
@@ -7,8 +7,9 @@ A matrix memory is one such layer, an MLP memory two. The derivation is in nlray
     answer = read(layer, q, z, w, coefficients)
     layer = close(layer, z, w, coefficients)
 
-Letters beside those of docs/glossary.md: G components, or 1 where all components share one input and their rows are stacked; K width of the
-layer's input, V of its output. Heads come first, so that what the batch shares is one product per head.
+Letters in addition to those of docs/glossary.md: G components, or 1 if all components share one input and their rows are stacked; K the
+width of the layer's input, V the width of its output. Heads come first, so that a product with weights shared over the batch is one
+product per head.
 """
 
 from collections.abc import Sequence

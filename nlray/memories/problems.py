@@ -1,7 +1,7 @@
 """The optimization problems of a memory in context, as `nlray levels` lists them: one for each component of a head.
 
-A memory's class contributes them (nlray/memories/scan.py: ChunkedMemory.problems); `component_problems` has what follows from phase,
-objective and chunk sizes, so that a class adds how many values it holds, and its rule where that is not one of `RULES`.
+The class of a memory contributes its problems (nlray/memories/scan.py: ChunkedMemory.problems). `component_problems` derives them from
+phase, objective and chunk sizes. The class passes the number of values that it holds, and its rule if `RULES` does not have it.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ RULES = {
 
 
 def component_problems(model: ModelConfig, state_values: Mapping[str, int], *, rule: str | None = None) -> list[MemoryProblem]:
-    """Return the problems of all components (Eq. 64-65, 76-93), the main one first, with momentum that of the momentum before it.
+    """Return the problems of all components (Eq. 64-65, 76-93), the main component first. With momentum its problem is before all others.
 
     Args:
         model: phase, objective, chunk sizes and so on.
-        state_values: values that each component holds of one sequence, over the heads of a layer; 0 where they are in the main one's state.
-        rule: the update rule in words; None: that of `model.titans.rule`.
+        state_values: values that each component holds of one sequence, over the heads of a layer; 0 if the main component holds them.
+        rule: the update rule in words; None: the rule of `model.titans.rule`.
 
     Raises:
-        NlrayError: a rule that has no words.
+        NlrayError: `RULES` lacks the rule.
     """
     titans = model.titans
     objective = {"dot": "-<M k, {}>", "l2": "1/2 |M k - {}|^2"}[titans.objective]

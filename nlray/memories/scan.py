@@ -6,10 +6,10 @@ A memory is built from the configuration and called with a piece of a batch of s
     state = memory.initial_state(batch_size, weights)
     y_BHTd, state = memory(inputs_BHTP, q_BHTd, weights, state, inner_lr=1.0)
 
-Within a chunk every token's projections, values and gradients come from the memories at the chunk's start, so a chunk is matrix
-products. Memories may have chunk sizes of their own (`model.titans.chunk_sizes`, Eq. 90): the scan goes by the smallest, and of a memory
-with a larger one keeps what it was at the start of its own chunk. Letters are those of nlray/memories/layer.py; P columns of the inputs,
-d the head width.
+Projections, values and gradients of a chunk's tokens use the memories at the chunk's start, so a chunk is computed by matrix products.
+Each memory may have its own chunk size (`model.titans.chunk_sizes`, Eq. 90). The scan then uses the smallest size, and keeps the weights
+of every other memory at the start of that memory's chunk. The letters are those of nlray/memories/layer.py; P is the number of columns of
+the inputs, d the head width.
 """
 
 import math
@@ -54,8 +54,7 @@ class MemoryWeights(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """What a sequence carries from one piece to the next; its size is bounded by `model.titans.chunk_period`, the chunk size where all
-    memories have the same one."""
+    """The state between two pieces of a sequence. `model.titans.chunk_period` bounds its size; with one chunk size it is the chunk size."""
 
     fast_weights: Tensor
     """The memories at the last token where the chunks of all of them ended, [B, H, ...]; their layout is the memory's own."""
@@ -264,7 +263,7 @@ class ChunkedMemory(ABC):
         """Return the state that stands for the layers."""
 
     def _renewed(self, starts: Any, layers: Any, components: tuple[str, ...]) -> Any:
-        """Return the starts with those of some components as they are in `layers`; a class without it has one chunk size for all."""
+        """Return `starts` with some components replaced by `layers`; a class without this method has one chunk size for all."""
         raise NotImplementedError
 
     @abstractmethod

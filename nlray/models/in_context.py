@@ -2,10 +2,10 @@
 
     change_BTD, state = change_in_context(level, x_BTD, level.init_state(batch_size))
 
-Within a sequence every weight matrix W of the level is W + change, the change a sequence's own and zero at its start; so the shared
-weights are the state that the level begins from, learned through its updates by backpropagation, and that it returns to for the next
-sequence. A chunk is computed with the weights at its start. At its end the level takes one step on the inner loss of its tokens: its
-key xn_t is the level's own normed input, its answer y_t what the level adds, and the value v_t = W_value xn_t.
+Within a sequence every weight matrix of the level is W + change. Each sequence has its own change, which is zero at its start. The
+shared weights W are the initial state of every sequence. They are trained by backpropagation through the changes. A chunk is computed
+with the weights at its start. At its end the level takes one step on the inner loss of the chunk's tokens. The key xn_t is the level's
+normed input, the answer y_t is what the level adds to its input, and the value is v_t = W_value xn_t.
 
     l2 (Eq. 93): 1/2 |y_t - v_t|^2          dot (Eq. 92): -<y_t, v_t>
     change <- change - eta mean_t(error_t z_t^T / |z_t|^2),      eta = lr sigmoid(b_eta)

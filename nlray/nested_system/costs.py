@@ -14,7 +14,7 @@ _VALUE_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorCost:
-    """Bytes that one actor holds, activations and states in context left out; for level ranks those of the largest shard."""
+    """Bytes that one actor holds, without activations and states in context; a level rank is the one with the largest shard."""
 
     name: str
     count: int
@@ -22,8 +22,8 @@ class ActorCost:
     gradients: int
     optimizer: int
     buffers: int
-    """Of a worker: two gradient accumulators per level, a version and a gradient of each that is locally updated and, beside others,
-    the all-reduce's buckets. Of a level rank: the two newest published versions."""
+    """A worker has two gradient accumulators per level, a version and a gradient of each level with local_update, and with several
+    workers the buckets of the all-reduce. A level rank has the two newest published versions."""
 
     @property
     def total(self) -> int:
@@ -33,9 +33,14 @@ class ActorCost:
 def actor_costs(plan: RunPlan) -> tuple[ActorCost, ...]:
     """Return the bytes of a sequence worker, and of the largest rank of each level.
 
-    A worker holds the model, with sequence.shard=full of the sequence parameters its share, and two accumulators per level, in which
-    its gradients are too (with compression, and while a period takes longer than a step to send, beside them), and what it updates
-    itself, with the optimizer's state for that; a rank its shard.
+    A worker holds:
+
+    - the parameters of every level and the sequence parameters, with sequence.shard=full its share of them;
+    - two accumulators per level, into which backward writes the gradients. With compression there is one, and the gradients are
+      tensors of their own;
+    - for levels with local_update a version, a gradient, and the optimizer state.
+
+    A rank holds its shard of the level.
     """
     config, sequence = plan.config, plan.sequence
     level_size = sum(level.num_parameters for level in plan.levels)
@@ -67,8 +72,9 @@ def actor_costs(plan: RunPlan) -> tuple[ActorCost, ...]:
 
 
 def _size_that_passes(sequence: Iterable[TensorSpec]) -> int:
-    """Return what a worker with a share holds of the others' parameters and of gradients at a time: those outside of the blocks, and two
-    blocks, the one under way and the next.
+    """Return the values that a worker with sequence.shard=full gathers at a time.
+
+    These are parameters and gradients of all tensors outside of the blocks, and of two blocks: the current one and the next.
     """
     sizes: dict[int | None, int] = {}
     for tensor in sequence:

@@ -4,10 +4,9 @@
     system.problems     ordered as the paper orders them: by update frequency, then by dependency (Definition 2)
     system.actors       bytes that each kind of actor holds
 
-A problem comes from the component that solves it: `_MODULES` and `_RULES` below map each module type and update rule to
-the function that contributes its problems, and the classes of an optimizer (`gradient_memories`), of a memory in context (`problems`)
-and of a level (`key_value`) contribute their own; one that contributes none is an error, so nothing can be trained that is not
-listed. Equation numbers are those of arXiv 2512.24695.
+Every part of a model contributes its own problems. `_MODULES` and `_RULES` below map a module type and an update rule to the function
+that lists them. The class of an optimizer lists them in `gradient_memories`, a memory in context in `problems`, a level in `key_value`.
+A part that lists none is an error, so nlray trains nothing that it does not list. Equation numbers refer to arXiv 2512.24695.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Pieces that every model kind is made of: parameters with their initial values, norm, short convolution, MLP.
+"""Layers of every model kind: parameters with their initial values, norm, short convolution, MLP.
 
-A module registers each parameter with `ParameterModule.add`, which takes its `Init` along; `initialize_` then fills any one
-parameter from (seed, name) alone, so that every process can make just the tensors it owns and get the same bits.
+A module registers each parameter and its `Init` with `ParameterModule.add`. `initialize_` fills one parameter from (seed, name)
+alone. So every process can make only the tensors that it owns, with the same bits as in any other process.
 """
 
 import hashlib

@@ -47,10 +47,10 @@ def undecorated(method: Callable) -> Callable:
 
 
 class GradientOptimizer(Optimizer):
-    """Base of the paper's optimizers: W <- W + lr (u - weight_decay W), with u what the memories answer.
+    """Base of the paper's optimizers: W <- W + lr (u - weight_decay W), where u is the output of the gradient memories.
 
-    Departs from Eq. 33, 46, 49-52: the learning rate multiplies what the memory answers, not what is written into it. With a
-    constant rate and a linear memory the two are the same; with a schedule, or a bounded output, only this one has a step size.
+    Departs from Eq. 33, 46, 49-52: the learning rate multiplies the memory's output, not its input. With a constant rate and
+    a linear memory both are equal. With a schedule or a bounded output, only a rate on the output sets the size of a step.
     """
 
     kernels: Path = "auto"
@@ -70,8 +70,8 @@ class GradientOptimizer(Optimizer):
             params: parameters, or groups of them.
             lr: learning rate, >= 0.
             weight_decay: decoupled decay per unit of learning rate, >= 0.
-            update_rms: root mean square that the update of each tensor is scaled to, > 0, so that learning rates carry over
-                from AdamW (about 0.2); None: left as it is.
+            update_rms: root mean square that the update of each tensor is scaled to, > 0; with 0.2 the learning rates of AdamW
+                fit. None: no scaling.
             options: further entries of the groups.
 
         Raises:
@@ -88,7 +88,7 @@ class GradientOptimizer(Optimizer):
         return False
 
     def _updates(self, gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> list[Tensor]:
-        """Take gradients into the states, in place, and return an update for each: a tensor that the caller may overwrite."""
+        """Update the states by the gradients, in place, and return one update per gradient; the caller may overwrite the updates."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -19,9 +19,9 @@ from nlray.optimizers.base import require
 
 
 class DeltaLinear(nn.Linear):
-    """An `nn.Linear` whose weight gradient is delta gradient descent's direction (delta + lambda y / mean(x^2)) x^T, y = W x.
+    """An `nn.Linear` with another weight gradient: delta gradient descent's (delta + lambda y / mean(x^2)) x^T, where y = W x.
 
-    The output, the gradient of the input and that of the bias are those of `nn.Linear`.
+    The output and the gradients of input and bias are the same as in `nn.Linear`.
     """
 
     dgd_lambda: float = 1.0
@@ -39,9 +39,9 @@ class DeltaLinear(nn.Linear):
 class DeltaGradientDescent(torch.optim.Optimizer):
     """Delta gradient descent for every `nn.Linear` of a model, with another optimizer to make the steps.
 
-    W <- argmin 1/2 |W x + delta|^2 + |W - W_t|^2 / (2 eta) is W <- W - eta' (delta + W x) x^T (Eq. 57), so it is gradient
-    descent with another error in a linear layer's weight gradient, and that gradient may go to plain gradient descent, momentum
-    or AdamW alike. Parameter groups and state are those of `base`, so schedulers and checkpoints work as with it.
+    W <- argmin 1/2 |W x + delta|^2 + |W - W_t|^2 / (2 eta) is W <- W - eta' (delta + W x) x^T (Eq. 57). This is gradient
+    descent with another error in the weight gradient of a linear layer. Any optimizer can take this gradient: plain gradient
+    descent, momentum or AdamW. Parameter groups and state belong to `base`, so its schedulers and checkpoints work.
     """
 
     def __init__(self, model: nn.Module, base: torch.optim.Optimizer, *, dgd_lambda: float = 1.0, loss_tokens: int | None = None) -> None:

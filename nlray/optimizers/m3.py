@@ -20,9 +20,11 @@ from nlray.optimizers.newton_schulz import newton_schulz_each
 class M3(GradientOptimizer):
     """theta <- theta - lr (NS(M1) + sum_k alpha_k NS(M2_k)) / sqrt(V + eps) (Algorithm 1), for matrices.
 
-    M1 and V take every gradient; slow momentum k takes the sum of the last f_k gradients once in f_k steps, from which step on
-    its Newton-Schulz, kept in between, is used. The state of a matrix: M1, V, and for each k the momentum, the sum under
-    way, and the kept Newton-Schulz.
+    The fast momentum M1 and the second moment V take every gradient. The slow momentum M2_k takes the sum of the last f_k
+    gradients once in f_k steps. Its Newton-Schulz is computed then, and used from the next step on until it is computed again.
+
+    The state of a matrix is M1, V, and for each k three matrices: the slow momentum, the sum of the gradients since its last
+    update, and its Newton-Schulz.
     """
 
     def __init__(
@@ -43,16 +45,16 @@ class M3(GradientOptimizer):
     ) -> None:
         """
         Args:
-            beta1, beta2, beta3: of M1, V and the slow momenta: decay rates of the averages, 0 to below 1, or with
-                `averages=False` the weights in the sums, > 0.
+            beta1, beta2, beta3: decay rates of M1, V and the slow momenta, 0 to below 1. With `averages=False` they are the
+                weights of new gradients in the sums, > 0.
             alpha: weights of the slow momenta, >= 0.
-            slow_every: f, steps between two updates of a slow momentum, >= 1; a list makes one slow momentum for each. beta3
-                and alpha are one number for all of them, or as many.
-            averages: decayed averages M <- beta M + (1 - beta) g; False: the sums M <- M + beta g, as Algorithm 1 prints them.
+            slow_every: f, steps between two updates of a slow momentum, >= 1. A list makes one slow momentum per entry; beta3
+                and alpha are then one number for all, or a list of the same length.
+            averages: True: decayed averages M <- beta M + (1 - beta) g; False: the sums M <- M + beta g, as Algorithm 1 prints them.
             newton_schulz_steps: iterations, >= 1.
-            eps: added to V, > 0; it bounds how far an element with next to no gradient stands out.
-            params, lr, weight_decay, update_rms: see `GradientOptimizer`; update_rms=None is the printed step, whose size
-                goes with that of 1 / g.
+            eps: added to V, > 0; it bounds the update of an element whose gradients are nearly zero.
+            params, lr, weight_decay, update_rms: see `GradientOptimizer`. update_rms=None is the step as printed, whose size is
+                proportional to 1 / |g|.
 
         Raises:
             ValueError: a value out of range, lists of different lengths, or a parameter that is no matrix.
@@ -153,7 +155,7 @@ class M3(GradientOptimizer):
         return directions
 
     def _close_slow(self, gradients: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], *, path: Path) -> None:
-        """Take the sums under way into the slow momenta whose time has come, and read these anew."""
+        """Count the step; add the sums to the slow momenta that are due, compute their Newton-Schulz, and clear the sums."""
         for state in states:
             state["step"] = state["step"] + 1 if "step" in state else torch.ones(())
         for index, (every, beta3, _) in enumerate(_time_scales(group)):

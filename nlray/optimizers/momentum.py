@@ -58,8 +58,8 @@ class AdaGrad(GradientOptimizer):
 class Momentum(GradientOptimizer):
     """m <- decay m - P phi(g), W <- W + lr sigma(m): momentum as a memory of gradients (Eq. 33, 46, 51, 52).
 
-    The objective is the dot product <m phi(g)^T, P> with a decay, its gradient step the Hebbian rule. Works on tensors of
-    any shape, with `newton_schulz` on matrices only.
+    The objective is the dot product <m phi(g)^T, P> with a decay. Its gradient step is the Hebbian rule. Tensors may have any
+    shape; output `newton_schulz` takes matrices only.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class Momentum(GradientOptimizer):
             decay: alpha, 0 to 1.
             preconditioner: P; `diagonal` is 1 / (sqrt(S) + eps) for each element, S the decayed sum of g^2.
             preconditioner_decay: decay of S, 0 to 1; 1 never forgets (AdaGrad's).
-            features: phi; `cubic` is g + g^3 / mean(g^2), so that an element's own size counts to the third order while the
-                tensor's scale stays as it is.
-            output: sigma; `tanh` is of m over its root mean square, as raw gradients are far below 1, where tanh is the identity.
+            features: phi; `cubic` is g + g^3 / mean(g^2): the size of an element counts to the third order, and the scale of the
+                tensor does not change.
+            output: sigma; `tanh` is applied to m divided by its root mean square, because tanh is the identity for values as small
+                as gradients.
             newton_schulz_steps: iterations, >= 1.
             eps: added to the root of S, > 0.
             params, lr, weight_decay, update_rms: see `GradientOptimizer`.
@@ -159,13 +160,13 @@ class Momentum(GradientOptimizer):
 
 
 class DeltaMomentum(Momentum):
-    """m <- m (decay I - g^T g) - P g: momentum that forgets what it holds under the present key (Eq. 48-49).
+    """m <- m (decay I - g^T g) - P g: momentum with the delta rule, which removes what m holds under the key g (Eq. 48-49).
 
-    The objective |m g^T - P|^2 instead of the dot product gives the delta rule. For a matrix gradient, [D_out, D_in], the
-    keys are its rows and the factor stands on the right; a vector is one row, and leading dimensions of others are rows too.
+    The delta rule is gradient descent on |m g^T - P|^2; `Momentum` descends a dot product. The rows of a matrix gradient,
+    [D_out, D_in], are the keys. A vector is one row. A tensor with more dimensions is a matrix of its last dimension's rows.
 
-    Departs from Eq. 49: g is divided by its norm in the factor, whose eigenvalues then lie between decay - 1 and decay; the
-    size of raw gradients would decide how much is forgotten.
+    Departs from Eq. 49: the factor uses g / |g|. Its eigenvalues then lie between decay - 1 and decay. With g itself the
+    size of the gradients would decide how much is removed.
     """
 
     @classmethod

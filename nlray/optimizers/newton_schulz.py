@@ -14,10 +14,13 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return about U V^T of a matrix U S V^T: singular values between roughly 0.7 and 1.2, zeros left zero.
+    """Return an approximation of U V^T for a matrix M = U S V^T.
 
-    Eq. 42-44 descend |O^T O - I|^2; this is Muon's polynomial of the same form, O <- a O + b (O O^T) O + c (O O^T)^2 O from
-    O = M / |M|. It stays in the matrix's own dtype (float32 for the optimizers here, where torch's Muon uses bfloat16).
+    The singular values of the result lie between about 0.7 and 1.2; a singular value of zero stays zero.
+
+    Eq. 42-44 are gradient descent on |O^T O - I|^2. This is Muon's polynomial of the same form: O starts as M / |M|, and each
+    iteration is O <- a O + b (O O^T) O + c (O O^T)^2 O. It is computed in the matrix's dtype, float32 for the optimizers of
+    nlray; torch's Muon uses bfloat16.
 
     Args:
         matrix: [rows, columns], floating point; not modified.
@@ -35,7 +38,10 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def newton_schulz_each(matrices: Sequence[Tensor], steps: int = 5, *, path: Path = "auto") -> list[Tensor]:
-    """Return `newton_schulz` of each matrix; with Triton's kernels (`uses_triton`) those of one shape together, with bfloat16 operands."""
+    """Return `newton_schulz` of each matrix.
+
+    Where `uses_triton` chooses the kernels, matrices of equal shape are computed together, with bfloat16 operands.
+    """
     if uses_triton(path, matrices):
         from nlray.optimizers.triton_newton_schulz import newton_schulz_batched
 

@@ -1,9 +1,9 @@
 """The Newton-Schulz iteration (Eq. 42-44) as Triton kernels: O <- a O + b (O O^T) O + c (O O^T)^2 O for many matrices of one shape.
 
-Two kernels. `_symmetric_kernel` makes O O^T and then b G + c G G^T, whose upper triangles alone are computed and then mirrored;
-`_product_kernel` makes a O + P O. Operands are bfloat16, sums float32. A tall matrix is read with its sides exchanged, not transposed.
-With sides r <= c an iteration is r^2 c + r^3 multiplications and additions for the symmetric products instead of twice as many, and 2 r^2 c
-for the other one.
+There are two kernels. `_symmetric_kernel` computes G = O O^T and then P = b G + c G G^T. It computes the upper triangle and mirrors it.
+`_product_kernel` computes a O + P O. Operands are bfloat16, sums float32. A tall matrix is read with exchanged strides, not transposed.
+For sides r <= c the symmetric products take r^2 c + r^3 multiplications and additions in an iteration, half as many as full products. The
+other product takes 2 r^2 c.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from nlray.optimizers.newton_schulz import COEFFICIENTS
 from nlray.optimizers.triton_steps import scaled, square_sums
 
 BLOCK_COLUMNS = {8: 128, 9: 256, 10: 256}
-"""Columns of a program's tile by the first digit of the GPU's compute capability, beside 128 rows and a depth of 64: as many as leave no
-registers to spill, since every tile is read from the L2 cache by a row of programs."""
+"""Columns of a program's tile, by the first digit of the GPU's compute capability. A tile has 128 rows and a depth of 64. A row of programs
+reads every tile from the L2 cache, so tiles are as wide as the registers allow without spilling."""
 
 PRODUCTS = torch.bfloat16
 """Of the operands; sums are float32."""

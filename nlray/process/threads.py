@@ -1,7 +1,7 @@
-"""Which thread of a process computes with how many of torch's threads: one with all that the process has, the others with one each.
+"""The number of torch threads of each thread in a process: one thread computes with all of them, every other thread with one.
 
-Every thread that ever computed with several keeps them, asleep, and OpenMP counts them. With more than there are cores it lets threads that
-wait sleep at once rather than spin for a moment, at each of the thousands of joins of a step; a step then takes a fifth longer.
+A thread that has once computed with several torch threads keeps them asleep, and OpenMP counts them. If OpenMP counts more threads than
+cores, its waiting threads sleep at once and do not spin first. A step has thousands of such waits, and takes a fifth longer then.
 """
 
 import threading

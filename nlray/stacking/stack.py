@@ -2,9 +2,11 @@
 
     stack("models/llama", "runs/stacked", ["cms.layout=by_layer"])
 
-The source is whatever `nlray.stacking.decoders` opens: a local folder as the `transformers` library saves it, or a run of kind transformer.
-The logits stay those of the source: with `cms.layout=by_layer`, the default, the MLP of a layer becomes that layer's one level;
-with `chain` it becomes the slowest level, and the faster ones before it are copies of it whose output is zero until they have learned.
+The source is a local folder that the `transformers` library has saved, or a run of kind transformer (`nlray.stacking.decoders`). The
+stacked model has the logits of the source:
+
+- With `cms.layout=by_layer`, the default, the MLP of a layer becomes the one level of that layer.
+- With `chain` it becomes the slowest level. The faster levels are copies of it with an output of zero at the start.
 """
 
 import shutil

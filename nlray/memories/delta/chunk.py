@@ -130,7 +130,18 @@ def scan_chunks(
     read: str,
     inner_lr: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return what the main memory answers, [B, T, H, d], and the state after the last whole chunk, [X, d, d]; the queries have length 1."""
+    """Compute the memory over a sequence, in as many scans as `SCAN_VALUES` requires.
+
+    Args:
+        u_BHTd: inputs, [B, H, T, d].
+        q_BHTd: queries of length 1, [B, H, T, d].
+        s_Xdd: the state before the first token, [X, d, d], X the pairs of head and sequence.
+        parameters: initial memories and biases.
+        chunk_size, objective, retain, read, inner_lr: see `titans_memory`.
+
+    Returns:
+        The answers of the main memory, [B, T, H, d], and the state at the end of the last complete chunk, [X, d, d].
+    """
     weights_HdP, bias_H112 = _stack(parameters)
     settings = Settings(objective, retain, read, inner_lr)
     batch, heads, length, width = u_BHTd.shape
@@ -151,7 +162,10 @@ def scan_chunks(
 
 
 def _stack(parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
-    """Return the memories that a chunk's start is read with as columns k, v, eta, alpha of one weight, [H, d, 2 d + 2], and the biases."""
+    """Return the memories k, v, eta and alpha as the columns of one weight, [H, d, 2 d + 2], and the gates' biases, [H, 1, 1, 2].
+
+    One product with this weight gives the keys, values and gates of a chunk.
+    """
     gates_Hd2 = torch.stack([parameters.m_eta, parameters.m_alpha], dim=-1)
     weights_HdP = torch.cat([parameters.m_k.mT, parameters.m_v.mT, gates_Hd2], dim=-1)
     return weights_HdP, torch.stack([parameters.b_eta, parameters.b_alpha], dim=-1)[:, None, None]

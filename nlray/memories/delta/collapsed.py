@@ -2,10 +2,11 @@
 
     nq_NXCd, end_Xdd = scan(u_NXCd, q_NXCd, s_Xdd, weights_HdP, bias_H112, settings)
 
-The state goes from chunk to chunk, so what makes it does too: a loop over the chunks. All else is done for all chunks at once: the reads
-after the loop, their gradients before the loop back, those of the inputs after it. Autograd through the same products does everything in
-the loop, and keeps and adds many small intermediate results. Both directions are derived in README.md beside this file; names follow it,
-and a gradient is named as what it belongs to, with a d before it. Letters are those of docs/glossary.md; Y pairs of chunk and X.
+A loop over the chunks computes the states, because each state depends on the one before. Everything else is computed for all chunks at
+once: the reads after the forward loop, the gradients of the reads before the backward loop, the gradients of the inputs after it. Autograd
+through the same products would compute everything in the loop, and keep and add many small intermediate results. README.md in this folder
+derives both directions and has the names. The gradient of a tensor has its name with `d_` in front. The letters are those of
+docs/glossary.md; Y is the number of pairs of chunk and X.
 """
 
 from collections.abc import Iterable
@@ -253,7 +254,10 @@ def _known(written: Written, settings: Settings) -> Known:
 def _write_chunk_back(
     of: Written, known: Known, of_read: OfReads, d_end_Xdd: Tensor, d_raw_XCP: Tensor, from_here_CC: Tensor, settings: Settings
 ) -> Tensor:
-    """Return the gradient of the state at a chunk's start, but for the way through the projections; write that of their outcome."""
+    """Return the gradient of the state at a chunk's start without the part through the projections.
+
+    The gradient of the projections' output is written to `d_raw_XCP`; the caller adds the part through the projections.
+    """
     # The end: exp(g_C) S + (rest w)^T k.
     d_rest_w_XCd = torch.bmm(of.k, d_end_Xdd.mT)
     d_k_XCd = torch.baddbmm(of_read.d_k, known.rest_w, d_end_Xdd)

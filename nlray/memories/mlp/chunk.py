@@ -1,7 +1,7 @@
 """The two-layer residual memory M(z) = z + W_1 silu(W_2 z) (Eq. 89, 91), a chunk at a time.
 
-The derivation is in README.md beside this file, the same function token by token in reference.py. The interface is that of
-nlray/memories/scan.py: ChunkedMemory. Letters beside those of nlray/memories/layer.py: Z the hidden width.
+README.md in this folder has the derivation, reference.py the same function token by token. The class is a ChunkedMemory
+(nlray/memories/scan.py). Letters in addition to those of nlray/memories/layer.py: Z the hidden width.
 """
 
 import torch
@@ -18,9 +18,9 @@ from nlray.nn.layers import normal
 class MLPMemory(ChunkedMemory):
     """Every phase of an MLP memory, with delta gradient descent or gradient descent, with or without momentum.
 
-    The state is [B, H, S], all layers of a head one after the other: W_2 of all components, then each group's W_1, components in
-    the order of `groups`; as changes since the initial memories (retain: init) or as they are (retain: zero); with momentum as many
-    values again. In a chunk they are `Layers`, which has the gates first.
+    The state is [B, H, S]: for each head the W_2 of all components, then the W_1 of each group, in the order of `groups`. The
+    values are changes since the initial memories (retain: init) or the weights themselves (retain: zero). With momentum as many
+    values follow. Within a chunk the state is a `Layers`, which has the gates first.
     """
 
     def __init__(self, model: ModelConfig) -> None:

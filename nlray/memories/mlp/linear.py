@@ -1,8 +1,9 @@
-"""A linear layer of MLP memories over one chunk, and the way back: what nlray/memories/layer.py does, with whole weights.
+"""A linear layer of MLP memories over one chunk, forward and backward. nlray/memories/layer.py has the forward pass on changes of weights.
 
-Autograd would give every use of a layer a gradient as large as the state and add them; here each adds its product to one. The derivation is
-in README.md beside this file, 'The way back'. A gradient is named as what it belongs to, with a d before it. Letters beside those of
-nlray/memories/layer.py: X pairs of head and sequence, heads first. Componentes come first, so that some of them are a view.
+Autograd would allocate a gradient as large as the state for every use of a layer, and then add them. Here each use adds its product to one
+gradient. README.md in this folder derives the backward pass ('The way back'). The gradient of a tensor has its name with `d_` in front.
+Letters in addition to those of nlray/memories/layer.py: X pairs of head and sequence, heads first. Components are the first dimension, so
+that a slice of components is a view.
 """
 
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class Shares(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a chunk writes to a layer, and what the backward needs of it. The last five fields are None where writes do not forget."""
+    """What a chunk writes to a layer, and what the backward pass needs. The last five fields are None if writes do not forget."""
 
     z_GXCK: Tensor
     """The layer's inputs."""
@@ -176,7 +177,16 @@ def close(layer: Linear, of: Record, shares: Shares) -> Linear:
 
 
 def close_back(layer: Linear, of: Record, shares: Shares, d_end: Linear, d_z_GXCK: Tensor, d_shares: Shares) -> Back:
-    """Begin the gradients with the way from the chunk's end to its writes and its start; add those of z and of the shares."""
+    """Return the gradients that the layer at the chunk's end gives to the writes w and to the layer at the chunk's start.
+
+    Args:
+        layer: the layer at the chunk's start.
+        of: the chunk's record.
+        shares: the chunk's coefficients.
+        d_end: gradient of the layer at the chunk's end.
+        d_z_GXCK: gradient of the inputs z; added to in place, and part of the result.
+        d_shares: gradients of the shares; added to in place.
+    """
     last_XC1, last_X11 = last_written(shares), shares.kept_XC1[:, -1:]
     d_last_w = product(of.z_GXCK, d_end.weight_GXVK.mT)
     d_w, d_anchor, d_momentum = last_XC1 * d_last_w, None, None
@@ -212,7 +222,18 @@ def inner(a_GXVK: Tensor, b_GXVK: Tensor) -> Tensor:
 
 
 def read(layer: Linear, q_GXCK: Tensor, z_GXCK: Tensor, w_GXCV: Tensor, shares: Shares) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the layer answers to q_t after token t's write; for the way back q z^T, and what the weight less its anchor answers."""
+    """Return the layer's answer to each q_t after the write of token t, [G, X, C, V], and two tensors for `read_back`.
+
+    Args:
+        layer: the layer at the chunk's start.
+        q_GXCK: queries.
+        z_GXCK: the layer's inputs, the keys of the writes.
+        w_GXCV: the values of the writes w z^T.
+        shares: the chunk's coefficients.
+
+    Returns:
+        answer: [G, X, C, V]; gram: q z^T, [G, X, C, C]; start: the answer of the weight without its anchor, [G, X, C, V].
+    """
     start = product(q_GXCK, layer.weight_GXVK.mT)
     gram = product(q_GXCK, z_GXCK.mT)
     if layer.anchor_GHVK is None:
@@ -238,7 +259,7 @@ def read_back(
     back: Back,
     d_shares: Shares,
 ) -> Tensor:
-    """Return the gradient of q; add all others. made: the last two of what `read` returned."""
+    """Return the gradient of q, and add the other gradients to `back` and `d_shares`; made: gram and start of `read`."""
     gram_GXCC, start_GXCV = made
     d_reads = product(d_answer, w_GXCV.mT)
     add_product(back.d_w_GXCV, (gram_GXCC * shares.written_XCC).mT, d_answer)

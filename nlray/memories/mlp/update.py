@@ -1,10 +1,10 @@
-"""What a chunk does to MLP memories, its backward written out.
+"""The update of MLP memories over one chunk, with an explicit backward pass.
 
     y_XCd, ends = update(k_XCd, v_XCd, q_XCd, coefficients, layers, starts, settings)
 
-Autograd through the same products adds gradients of whole states for each use of them, and keeps more. Both ways are derived in README.md
-beside this file; letters are those of linear.py, Z the hidden width, R the tokens that all components answer to: the keys, and after them
-the values where components make those that they learn. All W_2 share their input, so their rows are stacked.
+Autograd through the same products would allocate a gradient as large as the state for every use of it, and keep more intermediate results.
+README.md in this folder derives both passes. The letters are those of linear.py. Z is the hidden width. R is the number of tokens that all
+components answer: the keys, followed by the values in phase self_modifying. All W_2 share their input, so their rows are stacked.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -376,7 +376,7 @@ def _read_back(
 
 
 def _rate_back(eta_XC1: Tensor, record: Record, d_rate_GXC1: Tensor, d_h_GXCZ: Tensor) -> Tensor:
-    """Return the gradient of eta from that of a layer's own rate eta / (1 + eta |h|^2); add that of h."""
+    """Return the gradient of eta, and add the gradient of h to `d_h_GXCZ`; d_rate_GXC1 is the gradient of eta / (1 + eta |h|^2)."""
     if record.gram_GXCC is None:
         return d_rate_GXC1.sum(0)
     d_h_GXCZ.addcmul_(d_rate_GXC1 * record.eta_GXC1.square(), record.z_GXCK, value=-2)
