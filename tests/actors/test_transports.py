@@ -145,6 +145,6 @@ def test_nixl_that_is_not_installed_is_one_line_before_anything_starts(small, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: None if name == "nixl" else find(name))
     config = small("exchange.transport=nixl")
     with pytest.raises(
-        UserError, match=r"exchange.transport is nixl, and the package nixl is not installed; .* pip install 'nlray\[nixl\]'"
+        UserError, match=r"exchange.transport is nixl, and the package nixl is not installed; .*pip install -e '\.\[nixl\]'"
     ):
         launch(config)
