@@ -1,4 +1,4 @@
-"""What went wrong in a run, and when to give up: decisions without any I/O."""
+"""What went wrong in a run, and when to give up. Nothing here calls Ray or reads a file."""
 
 import traceback
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from nlray.errors import NlrayError, UserError
+from nlray.actors.types import Role
+from nlray.errors import NlrayError, RemoteTimeoutError, UserError
 
 MAX_SAME_FAULTS = 3
 
@@ -15,7 +16,7 @@ FaultKind = Literal["died", "hung", "raised", "conductor"]
 
 
 class RunFailedError(NlrayError):
-    """A run cannot go on. `details`: the remote traceback, where there is one."""
+    """A run cannot continue. `details`: the remote traceback, where there is one."""
 
     def __init__(self, message: str, details: str = "", exit_code: int = 1) -> None:
         super().__init__(message)
@@ -28,14 +29,49 @@ class RunFailedError(NlrayError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that went wrong. role: whose; step: where the run was, as far as is known; message: one line; host: the actor, if known."""
+    """One thing that went wrong.
+
+    role: whose; None: the actor had no role. host: name of the actor. step: where the run was, as far as is known; 0: unknown.
+    message: one line. details: the remote traceback, where there is one.
+    """
 
     kind: FaultKind
-    role: str
-    step: int
+    role: Role | None
+    host: str
     message: str
+    step: int = 0
     details: str = ""
-    host: str = ""
+
+    @property
+    def label(self) -> str:
+        """The role, or the actor's name where it had none."""
+        return str(self.role or self.host)
+
+
+class HostFaultError(NlrayError):
+    """A host was lost, or raised, while it was called.
+
+    fault: what happened. cause: the host's own exception, where it raised. exit_code: 2 where a user's input is at fault.
+    """
+
+    def __init__(self, fault: Fault, cause: BaseException | None = None, exit_code: int = 1) -> None:
+        super().__init__(fault.message)
+        self.fault, self.cause, self.exit_code = fault, cause, exit_code
+
+    @property
+    def is_timeout(self) -> bool:
+        """Whether the host waited for another one until its limit."""
+        return isinstance(self.cause, RemoteTimeoutError)
+
+    @classmethod
+    def from_call(cls, error: Exception, role: Role | None, host: str) -> "HostFaultError":
+        """Return what the failed call to a host means."""
+        message, details, exit_code = explain(error)
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return cls(Fault(kind="raised", role=role, host=host, message=message, details=details), cause, exit_code)
+
+    def __reduce__(self) -> tuple:
+        return HostFaultError, (self.fault, self.cause, self.exit_code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +100,21 @@ class Recovery:
 
 
 def root_causes(faults: Sequence[Fault]) -> list[Fault]:
-    """Return the faults that explain the others: an actor that is gone shows as an error in everyone who waits for it, a rank
-    that raised in the workers."""
-    for kinds, is_worker in ((("died", "hung"), None), (("raised",), False), (("raised",), True)):
-        found = [f for f in faults if f.kind in kinds and (is_worker is None or f.role.startswith("sequence-") == is_worker)]
-        if found:
-            return found
-    return list(faults)
+    """Return the faults that explain the others.
+
+    A lost actor shows as an error in every actor that waits for it. An error in a rank shows as an error in the workers.
+    """
+    lost = [f for f in faults if f.kind in ("died", "hung")]
+    raised = [f for f in faults if f.kind == "raised"]
+    in_ranks = [f for f in raised if f.role is None or not f.role.is_worker]
+    return lost or in_ranks or raised or list(faults)
 
 
 class RepeatGuard:
-    """Notices a fault that comes again at the same step.
+    """Counts how often a fault comes at the same step.
 
-    A fault is the same if it is of the same kind, in the same role, at a step at most `slack` away, and no recovery point was
-    reached in between.
+    Two faults are the same if kind and role are equal, their steps are at most `slack` apart, and the run reached no recovery point
+    between them.
     """
 
     def __init__(self, slack: int = 2) -> None:
@@ -86,7 +123,7 @@ class RepeatGuard:
 
     def count(self, fault: Fault, restored: int) -> int:
         """Return how many times the fault has come, this one included; `restored`: the step that the run goes back to."""
-        steps = self._seen.setdefault((fault.kind, fault.role, restored), [])
+        steps = self._seen.setdefault((fault.kind, fault.label, restored), [])
         steps.append(fault.step)
         return sum(abs(step - fault.step) <= self.slack for step in steps)
 

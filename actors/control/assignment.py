@@ -1,15 +1,13 @@
-"""Who sits where: gives every role a host, has it begin at a recovery point, and connects the roles with each other.
+"""Which host has which role: gives every role a host, starts it at a recovery point, and connects the roles with each other.
 
-`Assigner.begin` is the one way in which training starts: the first start, a resume, every recovery, and another number of sequence
-workers.
+`Assigner.start_attempt` is the one way in which training starts: the first start, a resume, every recovery, and another number of
+sequence workers.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import ray
 
 from nlray.actors.faults import Fault
 from nlray.actors.hosts.placement import BACKUP, STANDBY, ActorPlan, plan_backup, plan_standbys
@@ -165,7 +163,7 @@ class Assigner:
 
     # The start.
 
-    def begin(self, checkpoint: Callable[[], tuple[int, str] | None]) -> tuple[int, str, list[Fault]]:
+    def start_attempt(self, checkpoint: Callable[[], tuple[int, str] | None]) -> tuple[int, str, list[Fault]]:
         """Have every role begin at the best recovery point: in memory, else on storage, else the initial state.
 
         checkpoint: gives step and URL of the newest checkpoint on storage, if there is one.
@@ -174,7 +172,7 @@ class Assigner:
             the step, where it came from, and who was found lost on the way.
 
         Raises:
-            HostLostError: a host was lost after the roles were ended; call again.
+            HostFaultError: a host was lost, or raised, after the roles were ended; call again.
             StoppedError: it waited for resources, and the run is to stop.
         """
         self.last_attempt += 1
@@ -234,12 +232,8 @@ class Assigner:
     def assignment(self, role: Role, attempt: int, host: HostHandle, point: Point | None, url: str | None = None) -> Assignment:
         """Return what a host needs to take a role and restore it from a point or a checkpoint."""
         sources = [] if point is None else sources_of(point, role, self.sizes[role.group], host.name)
-        found = tuple(Source(key=key, holder=None if name == host.name else self.holder(name)) for key, name in sources)
+        found = tuple(Source(key=key, holder=None if name == host.name else self.hosts.actor(name)) for key, name in sources)
         return Assignment(role=role, attempt=attempt, plan=self.plan, sources=found, checkpoint=url)
-
-    def holder(self, host: str) -> Any:
-        """Return the handle of a host or of the conductor."""
-        return ray.get_actor(CONDUCTOR, self.hosts.namespace) if host == CONDUCTOR else self.hosts.all[host].handle
 
     def _connect(self, attempt: int, *, is_first: bool) -> None:
         """Give the roles each other and start them: ranks first, so that the version in use is there to pull."""
@@ -343,7 +337,7 @@ class Assigner:
         calls = {}
         for name, backup in backups.items():
             host, role = self.hosts.all[name], hosted[name]
-            backup_of = HostBackup(self.holder(backup), backup, self.timeout_s)
+            backup_of = HostBackup(self.hosts.actor(backup), backup, self.timeout_s)
             calls[name] = host.handle.set_backup.remote(backup_of, copies_shared and role.index == 0)
         self.hosts.gather(calls, "to know who keeps their copies")
 

@@ -7,13 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-
 from nlray.actors.control.assignment import Assigner
 from nlray.actors.control.outages import RETRY_S, Outage
-from nlray.actors.faults import Fault, RunFailedError
-from nlray.actors.hosts.pool import CONDUCTOR, HostLostError
+from nlray.actors.faults import HostFaultError, RunFailedError
+from nlray.actors.hosts.pool import CONDUCTOR
 from nlray.actors.recovery.points import Point, complete_points
 from nlray.actors.types import PartKey, PartWritten, Role
 from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
@@ -25,11 +22,11 @@ from nlray.storage import locate, may_pass, reason
 
 @dataclass(kw_only=True)
 class Writing:
-    """A checkpoint on its way to storage. parts: owner by the call that writes its part; begun_s: when they were called."""
+    """A checkpoint on its way to storage. parts: owner and host by the call that writes a part; begun_s: time of the calls."""
 
     point: Point
     url: str
-    parts: dict[Any, str]
+    parts: dict[Any, tuple[Role, str]]
     begun_s: float
 
 
@@ -80,8 +77,8 @@ class Checkpoints:
         shared_owner, shared_host = min(point.shared)
         calls = {}
         for role, hosts in point.holders.items():
-            holder = self.assigner.holder(shared_host if role == shared_owner else hosts[0])
-            calls[self._write_call(holder, point.key(role), with_shared=role == shared_owner)] = str(role)
+            host = shared_host if role == shared_owner else hosts[0]
+            calls[self._write_call(host, point.key(role), with_shared=role == shared_owner)] = role, host
         return Writing(point=point, url=checkpoint_dir(self.run_dir, point.step), parts=calls, begun_s=time.monotonic())
 
     def advance(self) -> None:
@@ -90,14 +87,14 @@ class Checkpoints:
         Where the storage fails for a while the newest is written again, and older ones are given up.
 
         Raises:
-            HostLostError: a role died while it wrote.
+            HostFaultError: a role died or raised while it wrote.
             RunFailedError: the storage has failed for too long.
         """
         for step, writing in sorted(self._writing.items()):
-            ready, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=0)
+            ready, late = self.assigner.hosts.finished(writing.parts)
             try:
                 for ref in ready:
-                    self._part(ref, writing.parts[ref], step)
+                    self._part(ref, *writing.parts[ref], step=step)
                 if late:
                     # What is older than a complete checkpoint is deleted.
                     break
@@ -116,7 +113,7 @@ class Checkpoints:
 
     def _meet(self, error: Exception, writing: Writing) -> None:
         """Take in that a checkpoint could not be written; raise where that will not pass."""
-        cause = error.cause if isinstance(error, RayTaskError) else error
+        cause = error.cause or error if isinstance(error, HostFaultError) else error
         if may_pass(cause):
             self._outage.meet(cause)
         elif isinstance(cause, OSError):
@@ -135,7 +132,7 @@ class Checkpoints:
     def abandon(self) -> None:
         """Let the parts that are being written end; the folder stays without a manifest and is written again."""
         for writing in self._writing.values():
-            _, late = ray.wait(list(writing.parts), num_returns=len(writing.parts), timeout=self.recovery.hang_timeout_s)
+            _, late = self.assigner.hosts.finished(writing.parts, self.recovery.hang_timeout_s)
             if late:
                 self.note(f"the checkpoint {posixpath.basename(writing.url)} is left torn: {len(late)} parts were not written in time")
         self._writing = {}
@@ -164,25 +161,21 @@ class Checkpoints:
         point = next(iter(complete_points(held | {CONDUCTOR: self.assigner.snapshots.holdings()}, self.assigner.groups)), None)
         if point is not None and point.step > self.written_step:
             self.begin(point)
-            ray.wait(list(self._writing[point.step].parts), num_returns=len(point.holders), timeout=self.timeout_s)
+            self.assigner.hosts.finished(self._writing[point.step].parts, self.timeout_s)
             self.advance()
             if self._writing:
                 raise self._outage.error or RemoteTimeoutError(f"not written after {self.timeout_s:g} s (run.timeout_s)")
 
-    def _write_call(self, handle: Any, key: PartKey, *, with_shared: bool) -> Any:
+    def _write_call(self, host: str, key: PartKey, *, with_shared: bool) -> Any:
+        handle = self.assigner.hosts.actor(host)
         file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"
         return handle.write.remote(key, checkpoint_dir(self.run_dir, key.step), f"{file.replace('-', '_')}.safetensors", with_shared)
 
-    def _part(self, ref: Any, owner: str, step: int) -> PartWritten:
-        try:
-            return ray.get(ref, timeout=self.timeout_s)
-        except RayActorError as error:
-            raise HostLostError(
-                Fault(kind="died", role=owner, step=step, message=f"{owner} died while it wrote the checkpoint of step {step}")
-            ) from error
+    def _part(self, call: Any, owner: Role, host: str, step: int) -> PartWritten:
+        return self.assigner.hosts.answer(call, owner, host, f"while it wrote the checkpoint of step {step}")
 
     def _complete(self, step: int, writing: Writing) -> None:
-        by_owner = {owner: self._part(ref, owner, step) for ref, owner in writing.parts.items()}
+        by_owner = {str(owner): self._part(call, owner, host, step) for call, (owner, host) in writing.parts.items()}
         written = list(by_owner.values())
         state = complete_state(by_owner, [level.name for level in self.assigner.plan.levels])
         self.flush()

@@ -50,7 +50,9 @@ class Monitor:
             if error is not None and host.report.attempt == self.assigner.role_attempts[host.assigned.group]:
                 if error.is_final:
                     raise RunFailedError(error.message, error.details, error.exit_code)
-                faults.append(Fault(kind="raised", role=str(host.assigned), step=error.step, message=error.message, details=error.details))
+                faults.append(
+                    Fault(kind="raised", role=host.assigned, host=host.name, step=error.step, message=error.message, details=error.details)
+                )
         self.assigner.note_waiting()
         return faults
 

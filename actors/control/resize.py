@@ -76,7 +76,7 @@ class Resizes:
         """Carry a change on; return whether the run has to begin again for it, at the recovery point just committed.
 
         Raises:
-            HostLostError: a host that takes part was lost.
+            HostFaultError: a host that takes part was lost, or raised.
         """
         self.has_changed = False
         if self._rescale is None:

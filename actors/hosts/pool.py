@@ -16,14 +16,14 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from nlray.actors.faults import Fault, FaultKind
+from nlray.actors.faults import Fault, FaultKind, HostFaultError
 from nlray.actors.hosts.host import ActorHost, Behaviours
 from nlray.actors.hosts.nodes import Nodes
 from nlray.actors.hosts.placement import ActorPlan
 from nlray.actors.hosts.processes import kill_actor_process
 from nlray.actors.ranks.stores import describe_death
 from nlray.actors.types import HostReport, Role
-from nlray.errors import NlrayError, RemoteTimeoutError
+from nlray.errors import RemoteTimeoutError
 
 CONDUCTOR = "conductor"
 NODE_LABEL = "ray.io/node-id"
@@ -32,17 +32,6 @@ SUSPECT_S = 0.5  # an answer that takes longer: it is looked whether the node is
 HOST_THREADS = 192  # of calls that may wait in a host: a pull and a push of each worker, and the conductor's
 MAX_WORKERS = (HOST_THREADS - 32) // 2  # with more, a rank could not take the contribution that the waiting calls wait for
 RESOURCES_NOTE_S = 5.0  # a host that is not placed after so long is waiting for resources
-
-
-class HostLostError(NlrayError):
-    """A host went away while something was asked of it. `fault` says which."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.message)
-        self.fault = fault
-
-    def __reduce__(self) -> tuple:
-        return HostLostError, (self.fault,)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -209,7 +198,30 @@ class HostPool:
         except RayActorError:
             # Unavailable: on its way to be dead, or back again; asked again until one is certain.
             host.lost_s = host.lost_s if host.lost_s is not None else time.monotonic()
+        except RayTaskError as error:
+            return HostFaultError.from_call(error, host.assigned, host.name).fault
         return None
+
+    def finished(self, calls: Collection[Any], timeout_s: float = 0.0) -> tuple[list[Any], list[Any]]:
+        """Return which calls have ended and which have not, after at most `timeout_s` seconds."""
+        return ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+
+    def answer(self, call: Any, role: Role, host: str, what: str) -> Any:
+        """Return the answer to a call that has ended.
+
+        Raises:
+            HostFaultError: the host died before it answered, or raised.
+        """
+        try:
+            return ray.get(call, timeout=self.timeout_s)
+        except RayActorError as error:
+            raise HostFaultError(Fault(kind="died", role=role, host=host, message=f"{role} died {what}")) from error
+        except RayTaskError as error:
+            raise HostFaultError.from_call(error, role, host) from error
+
+    def actor(self, name: str) -> Any:
+        """Return the handle of a host, or of the conductor."""
+        return ray.get_actor(CONDUCTOR, self.namespace) if name == CONDUCTOR else self.all[name].handle
 
     def ask(self, names: Collection[str]) -> dict[str, Any]:
         """Return calls for a report of each of these hosts, for `gather`."""
@@ -236,7 +248,7 @@ class HostPool:
         tolerates_loss: a lost host is removed and left out. on_wait: called again and again meanwhile; True: the limit counts from now on.
 
         Raises:
-            HostLostError: a host was lost, and that is not tolerated.
+            HostFaultError: a host was lost or raised, and that is not tolerated.
             RemoteTimeoutError: the limit was reached.
         """
         answers: dict[str, Any] = {}
@@ -251,9 +263,9 @@ class HostPool:
                     time.sleep(WAIT_S)  # the poll below says what it is
                     continue
                 except RayTaskError as error:
-                    if not tolerates_loss:
-                        raise
                     host = self.all[waiting[ref]]
+                    if not tolerates_loss:
+                        raise HostFaultError.from_call(error, host.assigned, host.name) from error
                     lost.append(_fault("hung", host, f"{host.label}: {error.cause}"))
                     self.remove(host, is_hung=True)
                 del waiting[ref]
@@ -261,7 +273,7 @@ class HostPool:
                 deadline = time.monotonic() + self.timeout_s
             for fault in self.poll():
                 if not tolerates_loss:
-                    raise HostLostError(fault)
+                    raise HostFaultError(fault)
                 lost.append(fault)
                 self.remove(self.all[fault.host], is_hung=fault.kind == "hung")
                 waiting = {ref: name for ref, name in waiting.items() if name != fault.host}
@@ -306,7 +318,7 @@ def end_run(namespace: str) -> None:
 
 
 def _fault(kind: FaultKind, host: HostHandle, message: str) -> Fault:
-    return Fault(kind=kind, role=host.label, step=0, message=message, host=host.name)
+    return Fault(kind=kind, role=host.assigned, host=host.name, message=message)
 
 
 def _node_of(group: PlacementGroup | None) -> str | None:

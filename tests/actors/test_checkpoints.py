@@ -1,5 +1,6 @@
 """A run's checkpoints as the conductor looks after them: what a resume passed over, a damaged one, two under way; without Ray."""
 
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +26,19 @@ class Call:
         self.value, self.is_done = value, is_done
 
 
-class FakeRay:
-    """What of Ray is used here: calls that are done or not."""
+class FakeHosts:
+    """A pool with one host, whose calls have ended or not."""
 
-    @staticmethod
-    def wait(calls: list[Call], **_: Any) -> tuple[list[Call], list[Call]]:
+    def __init__(self, host: "ActorHost") -> None:
+        self.host = host
+
+    def actor(self, _: str) -> "ActorHost":
+        return self.host
+
+    def finished(self, calls: Collection[Call], timeout_s: float = 0.0) -> tuple[list[Call], list[Call]]:
         return [c for c in calls if c.is_done], [c for c in calls if not c.is_done]
 
-    @staticmethod
-    def get(call: Call, **_: Any) -> PartWritten:
+    def answer(self, call: Call, role: Role, host: str, what: str) -> PartWritten:
         return call.value
 
 
@@ -63,7 +68,7 @@ class Run:
             write_manifest(self.url(step), step, [part], {"workers": 1})
         recovery = SimpleNamespace(keep=keep, checkpoint_every=2, hang_timeout_s=1.0)
         config = SimpleNamespace(run=SimpleNamespace(dir=self.dir, timeout_s=1.0), recovery=recovery)
-        assigner = SimpleNamespace(config=config, plan=SimpleNamespace(levels=()), holder=lambda _: self.host)
+        assigner = SimpleNamespace(config=config, plan=SimpleNamespace(levels=()), hosts=FakeHosts(self.host))
         self.first = None if first is None else self.url(first)
         self.make = lambda: Checkpoints(assigner, self.first, lambda: None, self.events.append)
         self.checkpoints = self.make()
@@ -88,11 +93,6 @@ class Run:
     @property
     def names(self) -> list[str]:
         return sorted(p.name.removeprefix("step_0000000") for p in (Path(self.dir) / "checkpoints").iterdir())
-
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch):
-    monkeypatch.setattr(checkpoints, "ray", FakeRay)
 
 
 def test_what_a_resume_passed_over_is_put_aside_and_never_counts(tmp_path):

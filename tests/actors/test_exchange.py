@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nlray.actors.faults import Fault, RunFailedError
-from nlray.actors.hosts.pool import HostLostError
+from nlray.actors.faults import Fault, HostFaultError, RunFailedError
 from nlray.actors.ranks.channel import LevelChannel
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.recovery.snapshots import SnapshotStore
@@ -221,9 +220,9 @@ def test_contributions_are_summed_in_worker_order_whatever_the_order_they_come_i
 
 
 def test_errors_survive_pickling():
-    fault = Fault(kind="died", role="fast-0", step=3, message="actor fast-0 died")
-    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y"), HaltedError("z"), HostLostError(fault)):
+    fault = Fault(kind="died", role=Role("fast", 0), host="fast-0.1", step=3, message="actor fast-0 died")
+    for error in (RunFailedError("a", "b", 2), NlrayError("x"), RemoteTimeoutError("y"), HaltedError("z"), HostFaultError(fault)):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error) and copy.args[:1] == error.args[:1]
-    assert pickle.loads(pickle.dumps(HostLostError(fault))).fault == fault
+    assert pickle.loads(pickle.dumps(HostFaultError(fault))).fault == fault
     assert pickle.loads(pickle.dumps(RunFailedError("a", "b", 2))).exit_code == 2

@@ -87,9 +87,9 @@ def test_what_all_workers_have_alike_is_copied_where_no_other_node_has_it():
 
 def test_a_death_explains_the_errors_of_those_who_wait():
     died, rank, worker = (
-        Fault(kind="died", role="fast-0", step=3, message="a"),
-        Fault(kind="raised", role="slow-0", step=3, message="b"),
-        Fault(kind="raised", role="sequence-0", step=3, message="c"),
+        Fault(kind="died", role=Role("fast", 0), host="a.1", step=3, message="a"),
+        Fault(kind="raised", role=Role("slow", 0), host="a.3", step=3, message="b"),
+        Fault(kind="raised", role=Role("sequence", 0), host="a.4", step=3, message="c"),
     )
     assert root_causes([worker, rank, died]) == [died]
     assert root_causes([worker, rank]) == [rank]
@@ -98,7 +98,11 @@ def test_a_death_explains_the_errors_of_those_who_wait():
 
 def test_only_the_same_fault_at_the_same_step_counts_again():
     guard = RepeatGuard()
-    assert [guard.count(Fault(kind="raised", role="fast-0", step=step, message=""), 16) for step in (20, 40, 21)] == [1, 1, 2]
-    assert guard.count(Fault(kind="raised", role="fast-1", step=20, message=""), 16) == 1
-    assert guard.count(Fault(kind="raised", role="fast-0", step=20, message=""), 18) == 1
-    assert guard.count(Fault(kind="raised", role="fast-0", step=20, message=""), 16) == 3
+
+    def count(role: Role, step: int, restored: int) -> int:
+        return guard.count(Fault(kind="raised", role=role, host="a.1", step=step, message=""), restored)
+
+    assert [count(FAST_0, step, 16) for step in (20, 40, 21)] == [1, 1, 2]
+    assert count(FAST_1, 20, 16) == 1
+    assert count(FAST_0, 20, 18) == 1
+    assert count(FAST_0, 20, 16) == 3
