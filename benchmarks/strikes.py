@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Literal
 
 import psutil
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from nlray.actors.control.conductor import namespace_of
 from nlray.actors.hosts.host import Behaviours
 from nlray.actors.hosts.pool import CONDUCTOR
 from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.types import RunDescription
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
 
 Moment = Literal["start", "step", "publish", "point", "recovery"]
+DESCRIBE_S = 30.0  # for the conductor's answer, also where it is started again
 How = Literal["kill", "stop", "node", "raise"]
 
 
@@ -108,14 +112,26 @@ def strike(config: Config, folder: Path, strikes: Sequence[Strike], now: tuple[s
             continue
         if planned.how == "raise":
             raise ArithmeticError(f"broken on purpose at {planned.moment} {step}")
-        conductor = ray.get_actor(CONDUCTOR, namespace_of(config.run.name))
-        run = ray.get(conductor.describe.remote(), timeout=30)
+        run = _describe(config)
         pids = {host.role: host.pid for host in run.actors if host.is_ready} | {CONDUCTOR: run.pid}
         hit = {pids[victim] for victim in planned.victims}
         if planned.how == "node":
             hit = {psutil.Process(pid).ppid() for pid in hit}
         for pid in sorted(hit, key=lambda pid: pid == os.getpid()):
             os.kill(pid, signal.SIGSTOP if planned.how == "stop" else signal.SIGKILL)
+
+
+def _describe(config: Config) -> RunDescription:
+    """Ask the conductor; where a strike before this one has it started again, wait until it is back."""
+    deadline = time.monotonic() + DESCRIBE_S
+    while True:
+        try:
+            conductor = ray.get_actor(CONDUCTOR, namespace_of(config.run.name))
+            return ray.get(conductor.describe.remote(), timeout=DESCRIBE_S)
+        except ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def struck(folder: Path) -> int:
