@@ -187,7 +187,7 @@ class Checkpoints:
         self.note(f"step {step}: checkpoint {posixpath.basename(writing.url)} written, {size / 1e6:.1f} MB")
 
     def _delete_old(self) -> None:
-        protected = {self.newest, self.first}
+        protected = [url for url in (self.newest, self.first) if url is not None]
         try:
             delete_old_checkpoints(self.run_dir, self.recovery.keep, known=self._known, protected=protected, warn=self.note)
         except Exception as error:

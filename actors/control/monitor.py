@@ -1,4 +1,4 @@
-"""What the conductor sees of a run: takes in the hosts' reports, notices faults, and commits recovery points."""
+"""What the conductor knows of a run from the hosts' reports: its step, its faults, and the recovery points that are committed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +15,15 @@ from nlray.run_plan import SEQUENCE
 
 
 class Monitor:
-    """Where a run is, as far as its hosts have said.
+    """Where a run is, as far as its hosts have reported.
 
     step, totals: worker 0's, of its last report. step_s: seconds of its last step, 0 before the first. is_running: the workers of the
     present attempt have begun. committed: attempt and step of the newest recovery point of which every part has its copy; point:
-    where that is held.
+    that recovery point with its holders.
 
     Args:
-        assigner: who sits where.
-        changes: is shown the rows, and told of lost hosts.
+        assigner: the roles and their hosts.
+        changes: gets the rows and the lost hosts.
         checkpoints: begun at the committed points that are due.
         note: takes events.
     """
@@ -31,7 +31,6 @@ class Monitor:
     def __init__(self, assigner: Assigner, changes: Resizes, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
         self.assigner, self.changes, self.checkpoints, self.note = assigner, changes, checkpoints, note
         self.hosts, self.snapshots = assigner.hosts, assigner.snapshots
-        self.journal: Journal | None = None
         self.step = 0
         self.totals: dict[str, Any] = {}
         self.step_s = 0.0
@@ -39,12 +38,12 @@ class Monitor:
         self.committed = (0, -1)
         self.point: Point | None = None
 
-    def look(self) -> list[Fault]:
-        """Take in what the hosts report; return what went wrong."""
+    def look(self, journal: Journal) -> list[Fault]:
+        """Take in what the hosts report and write their new rows down; return what went wrong."""
         kept = self.checkpoints.steps_under_way
-        faults = self._without_idle(self.hosts.poll(self.journal.durable_step, self.committed[1], kept))
+        faults = self._without_idle(self.hosts.poll(journal.durable_step, self.committed[1], kept))
         self.snapshots.release(self.committed[1], kept)
-        self._apply_reports()
+        self._apply_reports(journal)
         for host in self.hosts.all.values():
             error = None if host.report is None or host.assigned is None else host.report.error
             if error is not None and host.report.attempt == self.assigner.role_attempts[host.assigned.group]:
@@ -84,7 +83,7 @@ class Monitor:
             return None
         return [r.worker for r in reports]
 
-    def _apply_reports(self) -> None:
+    def _apply_reports(self, journal: Journal) -> None:
         """Write down what worker 0 says."""
         reports = self.worker_reports()
         self.is_running = reports is not None and reports[0].state != "idle"
@@ -96,7 +95,7 @@ class Monitor:
             row = first.rows[-1]
             self.step_s = row["tokens"] / row["step"] / row["tokens_per_second"]
         held, copied = sum(s.bytes_held for s in hosts), sum(s.bytes_copied for s in hosts)
-        self.changes.observe(self.journal.add_rows(first.rows, points={"bytes_held": held, "bytes_copied": copied}))
+        self.changes.observe(journal.add_rows(first.rows, points={"bytes_held": held, "bytes_copied": copied}))
         host = self.assigner.workers[0]
         events, host.events = host.events, []
         for event in events:

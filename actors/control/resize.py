@@ -1,4 +1,4 @@
-"""Resizes of sizes while a run goes on: takes the wishes and carries them out, a part at each tick of the conductor."""
+"""Changes of sizes while a run continues: takes the requests and carries them out, a part at each look of the conductor."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from nlray.actors.types import Command, Role
 
 
 class Resizes:
-    """The wishes for other sizes, and the one that is under way. See `nlray.actors.control.scaling_policy` for how a change goes.
+    """The requests for other sizes, and the one in flight. See `nlray.actors.control.scaling_policy` for how a change goes.
 
     Args:
         assigner: who sits where.
@@ -53,17 +53,21 @@ class Resizes:
     def settle(self) -> None:
         """The run begins again: a change whose hosts are ready is in force with that, one that still waits for hosts goes on."""
         rescale = self._rescale
-        for role, host in list({} if rescale is None else rescale.hosts.items()):
+        if rescale is None:
+            return
+        for role, host in list(rescale.hosts.items()):
             if host.name not in self.assigner.hosts.all:
                 rescale.hosts[role] = self._reserve(role)
-        if rescale is not None and (rescale.stage == "switching" or rescale.is_hosted):
+        if rescale.stage == "switching" or rescale.is_hosted:
             self._end(rescale)
             self.assigner.resize(rescale.sizes)
 
     def replace_host(self, lost: HostHandle) -> None:
         """Ask for another host where a lost one was to take part in the change under way."""
         rescale = self._rescale
-        for role, host in list({} if rescale is None else rescale.hosts.items()):
+        if rescale is None:
+            return
+        for role, host in list(rescale.hosts.items()):
             if host is lost:
                 rescale.hosts[role] = self._reserve(role)
 

@@ -85,12 +85,12 @@ def hold(run_dir: str, owner: Owner, *, wait_s: float) -> "FileLock | StoreLock"
 def _either(run_dir: str, owner: Owner, take: Callable[["FileLock | StoreLock"], None]) -> "FileLock | StoreLock":
     """Return the lock, taken: of files where there are such locks, else of an object."""
     if is_local(run_dir):
-        lock = FileLock(run_dir, owner)
+        file_lock = FileLock(run_dir, owner)
         try:
-            take(lock)
-            return lock
+            take(file_lock)
+            return file_lock
         except OSError as error:
-            lock.close(undo=True)
+            file_lock.close(undo=True)
             if error.errno not in _NO_LOCKS:
                 raise
     lock = StoreLock(run_dir, owner)

@@ -56,6 +56,7 @@ class Supervisor:
     ) -> None:
         self.config, self.owner, self.notes, self.address = plan.config.run, owner, list(notes), address
         self.hosts = hosts
+        self._is_stop_requested = self._is_stop_sent = False
         self.assigner = Assigner(plan, actors, hosts, snapshots, note=self.note, should_stop=lambda: self._is_stop_requested)
         self.changes = Resizes(self.assigner, self.note)
         self.checkpoints = Checkpoints(self.assigner, checkpoint, lambda: self.journal.flush(), self.note)
@@ -65,7 +66,6 @@ class Supervisor:
         self._journal: Journal | None = None
         self._failure: RunFailedError | None = None
         self._summary: dict[str, Any] | None = None
-        self._is_stop_requested = self._is_stop_sent = False
         self._started_at = time.time()
         self._saved_config = plan.config
         self._saving = threading.Lock()
@@ -168,7 +168,7 @@ class Supervisor:
 
     def open(self, lock: Any) -> None:
         """Open the records of the held folder, and go by the state that is saved there."""
-        self._journal = self.monitor.journal = Journal(self.config.dir, lock, self.config.timeout_s)
+        self._journal = Journal(self.config.dir, lock, self.config.timeout_s)
         saved = self.journal.load_state()
         if saved is None:
             self.state = Starting()
@@ -204,7 +204,7 @@ class Supervisor:
 
     def look(self) -> list[Fault]:
         """Take in what the hosts report; return what went wrong."""
-        faults = self.monitor.look()
+        faults = self.monitor.look(self.journal)
         if self.monitor.is_running and self.recoveries.note_step(self.monitor.step):
             self.save_state()
         return faults
