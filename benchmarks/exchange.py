@@ -179,8 +179,10 @@ class Rounds:
         report.check(
             is_right, f"{transport}: after a round the values pulled are those that the rank has applied, bit for bit, and new ones"
         )
-        size = self.channel.layouts[0].size_bytes
-        report.check(self.channel.bytes_pushed == self.channel.bytes_pulled == size, f"{transport}: {size / 1e6:.1f} MB each way")
+        size = self.channel.gradients.layouts[0].size_bytes
+        report.check(
+            self.channel.counters.bytes_pushed == self.channel.counters.bytes_pulled == size, f"{transport}: {size / 1e6:.1f} MB each way"
+        )
         return size
 
 
@@ -221,9 +223,9 @@ def traffic(level: Level, periods: list[int], folder: str, transport: str, repor
                 channel.accumulate(gradients)
                 channel.end_step(step)
             channel.apply_newest(steps)
-            counted[period] = (channel.bytes_pushed / steps, channel.bytes_pulled / steps)
-            pushes, rest = divmod(channel.bytes_pushed, channel.layouts[0].size_bytes)
-            is_right = rest == 0 and pushes == steps // period and channel.bytes_pulled == channel.bytes_pushed
+            counted[period] = (channel.counters.bytes_pushed / steps, channel.counters.bytes_pulled / steps)
+            pushes, rest = divmod(channel.counters.bytes_pushed, channel.gradients.layouts[0].size_bytes)
+            is_right = rest == 0 and pushes == steps // period and channel.counters.bytes_pulled == channel.counters.bytes_pushed
             report.check(is_right, f"period {period}: {pushes} pushes and as many pulls in {steps} steps")
     each = sum(counted[1])
     totals = {f"period {period}": (counted[period], 1) for period in periods}

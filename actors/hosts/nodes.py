@@ -16,6 +16,12 @@ AGAIN_S = 1.0  # between two looks at a node that answers
 logger = logging.getLogger(__name__)
 
 
+def node_address() -> str:
+    """Return the address of the node that this process is on."""
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
 class Nodes:
     """The nodes of the cluster by their Ray ids. lost: those that are known to be gone; an id never comes back."""
 

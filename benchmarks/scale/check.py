@@ -32,6 +32,7 @@ from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config
 from nlray.config.loading import load_config
 from nlray.errors import UserError
+from nlray.models.cms import ContinuumMemory
 from nlray.pipelines.stream import BlockStream
 
 WARM_UP_STEPS = 8
@@ -133,20 +134,25 @@ def timing(folder: Path) -> Behaviours:
             self.link.hold_snapshot(step, generation)
 
     class TimedWorker(SequenceWorker):
-        _began: float | None = None
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self._began: float | None = None
+            for module in self.replica.model.modules():
+                if isinstance(module, ContinuumMemory):
+                    # Before the worker's own hook, which waits for the versions.
+                    module.register_forward_pre_hook(self._note_lead, prepend=True)
 
         def train_step(self, step):
             self._began = time.time()
             return super().train_step(step)
 
-        def _before_levels(self, memory, args):
+        def _note_lead(self, memory, args):
             if self._began is not None and self.worker == 0:
-                write("lead", "worker-0", "", self._step_under_way, self._began)
+                write("lead", "worker-0", "", self.step + 1, self._began)
             self._began = None
-            super()._before_levels(memory, args)
 
-        def _channel(self, plan, ranks):
-            return super()._channel(plan, [TimedLink(link, plan.name, i) for i, link in enumerate(ranks)])
+        def connect(self, links):
+            super().connect({name: [TimedLink(link, name, i) for i, link in enumerate(ranks)] for name, ranks in links.items()})
 
     class TimedRank(LevelRank):
         def _apply(self, contributions):

@@ -128,7 +128,7 @@ class InProcessRun:
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         """Final parameters: the sequence model's and each level's newest version."""
-        found = {n: p.detach() for worker in self.workers for n, p in worker.parameters.items()}
+        found = {n: p.detach() for worker in self.workers for n, p in worker.replica.parameters.items()}
         for rank in self.all_ranks:
             found |= rank.parameters
         return found

@@ -78,32 +78,32 @@ def test_backward_adds_to_the_buffers_and_a_step_that_is_left_out_leaves_the_sum
 
     backward(math.nan)
     channel.end_step(1)
-    assert channel.num_open_steps == 0 and channel.accumulators() == {}
+    assert channel.gradients.num_steps == 0 and channel.gradients.accumulators() == {}
     backward(1.0)
     first = parameter.grad.data_ptr()
     keep(2)
-    assert channel.accumulators()[name].eq(2.0).all()
+    assert channel.gradients.accumulators()[name].eq(2.0).all()
     backward(math.nan)
     # The other buffer: what is in the open one has to stay as it is.
     second = parameter.grad.data_ptr()
     channel.end_step(3)
-    assert channel.num_open_steps == 1 and channel.accumulators()[name].eq(2.0).all() and second != first
+    assert channel.gradients.num_steps == 1 and channel.gradients.accumulators()[name].eq(2.0).all() and second != first
     backward(3.0)
     assert parameter.grad.data_ptr() == second
     keep(4)
     # What was sent is the sum of the good steps; the next period begins in the buffer that was not sent.
     channel.apply(9)
-    assert channel.visible == 1 and channel.num_open_steps == 0
+    assert channel.visible == 1 and channel.gradients.num_steps == 0
     backward(1.0)
     assert parameter.grad.data_ptr() == second
     keep(5)
     # While the other one is still being sent, autograd makes a tensor of its own.
-    spare = channel._free.get_nowait()
+    spare = channel.gradients._free.get_nowait()
     backward(5.0)
     assert parameter.grad.data_ptr() not in (first, second)
-    channel._free.put(spare)
+    channel.gradients._free.put(spare)
     keep(6)
-    assert channel.accumulators()[name].eq(12.0).all()
+    assert channel.gradients.accumulators()[name].eq(12.0).all()
     for rank in ranks:
         rank.halt()
     channel.close()
@@ -118,9 +118,9 @@ def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(
     started = time.perf_counter()
     for step in (5, 6, 7, 8):
         channel.apply(step)
-    assert channel.visible == 0 and time.perf_counter() - started < 0.3 and channel.stall_s < 0.3
+    assert channel.visible == 0 and time.perf_counter() - started < 0.3 and channel.counters.stall_s < 0.3
     channel.apply(9)
-    assert channel.visible == 1 and channel.stall_s > 0.1
+    assert channel.visible == 1 and channel.counters.stall_s > 0.1
     assert math.isfinite(channel.grad_norm)
     for rank in ranks:
         rank.halt()
@@ -130,9 +130,9 @@ def test_a_wait_for_a_late_version_is_measured_and_a_version_on_time_costs_none(
 def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_without_its_level(small, layout, before):
     run = InProcessRun(small("run.steps=3", "model.layers=3", f"cms.layout={layout}", "sequence.micro_batch=2", "eval.sequences=0"))
     seen = []
-    for block in run.worker.model.blocks:
+    for block in run.worker.replica.model.blocks:
         block.mixer.register_forward_hook(lambda *_: seen.append("mixer"))
-    for channel in run.worker.channels:
+    for channel in run.worker.exchange.channels:
         honest = channel.apply
         channel.apply = lambda step, name=channel.plan.name, honest=honest: (seen.append(f"{name} {step}"), honest(step))
     run.train()
@@ -146,16 +146,16 @@ def test_a_version_is_taken_up_once_a_step_after_all_that_can_be_computed_withou
 def test_evaluations_see_versions_where_the_steps_use_local_updates(small):
     config = small("cms.levels.fast.delay=1", "cms.defaults.local_update=true", "eval.every=1")
     run = InProcessRun(config)
-    evaluate, updated = run.worker.evaluate, dict.fromkeys(run.ranks, 0)
+    evaluate, updated = run.worker.evaluation.evaluate, dict.fromkeys(run.ranks, 0)
 
     def check():
-        for channel in run.worker.channels:
-            for name, parameter in zip(channel._names, channel._parameters, strict=True):
-                assert torch.equal(parameter, channel._local._version[name])
-            updated[channel.plan.name] += channel._local.is_updated
+        for channel in run.worker.exchange.channels:
+            for name, parameter in channel.parameters.items():
+                assert torch.equal(parameter, channel.local._version[name])
+            updated[channel.plan.name] += channel.local.is_updated
         return evaluate()
 
-    run.worker.evaluate = check
+    run.worker.evaluation.evaluate = check
     run.train()
     # Delays are whole periods: every step from C + 1 on but the last, after which the newest is taken.
     assert updated == {"fast": 18, "medium": 15, "slow": 11}
@@ -167,7 +167,9 @@ def test_a_worker_reads_a_version_where_it_lies_and_newer_ones_change_nothing(sm
     expected = {n: p.clone() for n, p in parameters.items()}
 
     def lies_in(version) -> bool:
-        return [p.data_ptr() for p in channel._parameters] == [v.data_ptr() for v in channel.layouts[0].views(as_tensor(version))]
+        return [p.data_ptr() for p in channel.parameters.values()] == [
+            v.data_ptr() for v in channel.gradients.layouts[0].views(as_tensor(version))
+        ]
 
     for step in range(1, 9):
         channel.apply(step)

@@ -33,7 +33,7 @@ class BrokenRank(LevelRank):
 def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_level(small):
     config = small("run.steps=12", "cms.levels.slow=null")
     run = InProcessRun(config)
-    honest, calls = run.worker.model.token_losses, 0
+    honest, calls = run.worker.replica.model.token_losses, 0
 
     def losses(blocks, state=None):
         nonlocal calls
@@ -41,7 +41,7 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_le
         found, after = honest(blocks, state)
         return (found * math.nan if calls in (3, 5, 6, 7, 8) else found), after
 
-    run.worker.model.token_losses = losses
+    run.worker.replica.model.token_losses = losses
     run.train()
     rows = run.worker.report(0).rows
     assert [r["step"] for r in rows if r["loss"] is None] == [3, 5, 6, 7, 8]
@@ -56,24 +56,24 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_in_every_worker_and_le
 
 def test_a_skipped_step_leaves_the_carried_state_as_it_was(small):
     run = InProcessRun(small("model.titans.carry_state=true", "run.steps=5", "eval.sequences=0"))
-    honest, seen = run.worker.model.token_losses, []
+    honest, seen = run.worker.replica.model.token_losses, []
 
     def losses(blocks, state=None):
         seen.append({} if state is None else {name: tensor.clone() for name, tensor in state_tensors(state).items()})
         found, after = honest(blocks, state)
         return (found * math.nan, after) if len(seen) == 3 else (found, after)
 
-    run.worker.model.token_losses = losses
+    run.worker.replica.model.token_losses = losses
     run.train()
-    assert seen[0] == {} and all(torch.isfinite(t).all() for t in run.worker.lanes.tensors().values())
+    assert seen[0] == {} and all(torch.isfinite(t).all() for t in run.worker.replica.lanes.tensors().values())
     # Steps 3 and 4 start from what step 2 left, step 5 from what step 4 did.
     assert all(torch.equal(seen[2][n], seen[3][n]) and not torch.equal(seen[3][n], seen[4][n]) for n in seen[2] if "fast_weights" in n)
 
 
 def test_ten_such_steps_in_a_row_end_the_run(small):
     run = InProcessRun(small())
-    honest = run.worker.model.token_losses
-    run.worker.model.token_losses = lambda blocks, state: (honest(blocks, state)[0] * math.inf, None)
+    honest = run.worker.replica.model.token_losses
+    run.worker.replica.model.token_losses = lambda blocks, state: (honest(blocks, state)[0] * math.inf, None)
     with pytest.raises(NonFiniteLossError, match="10 steps in a row, last in step 10"):
         run.train()
 

@@ -220,7 +220,7 @@ def test_carried_states_change_the_result_and_go_on_from_a_checkpoint_within_a_l
     third = InProcessRun(config)
     third.load(str(tmp_path / "ten"))
     for worker in third.workers:
-        worker.lanes.clear()
+        worker.replica.lanes.clear()
     assert digest_plainly(third.train().parameters) != whole
 
 
@@ -248,13 +248,15 @@ def test_compressed_contributions_do_not_depend_on_ranks_and_what_is_left_is_in_
 def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(small):
     settings = [*CARRIED, "cms.levels.fast={delay: 1, local_update: true}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
-    snapshot, rows = one.worker.snapshot(10), one.worker.lanes.tensors()
+    snapshot, rows = one.worker.snapshot(10), one.worker.replica.lanes.tensors()
     two = [SequenceWorker(RunPlan.build(small(*settings, "sequence.workers=2")), i, snapshots=one.snapshots()) for i in range(2)]
     for index, worker in enumerate(two):
         worker.restore(snapshot)
-        assert {n: t.tolist() for n, t in worker.lanes.tensors().items()} == {n: t[2 * index :][:2].tolist() for n, t in rows.items()}
-        for name, tensor in one.worker.local_updates["fast"].state_tensors(is_in_use=True).items():
-            assert torch.equal(worker.local_updates["fast"].state_tensors(is_in_use=True)[name], tensor), name
+        assert {n: t.tolist() for n, t in worker.replica.lanes.tensors().items()} == {
+            n: t[2 * index :][:2].tolist() for n, t in rows.items()
+        }
+        for name, tensor in one.worker.exchange.local_updates["fast"].state_tensors(is_in_use=True).items():
+            assert torch.equal(worker.exchange.local_updates["fast"].state_tensors(is_in_use=True)[name], tensor), name
     batch = open_stream(small(*settings))
     blocks = [batch.take(4).blocks for _ in range(11)][-1]
     assert np.concatenate([worker.stream.next().blocks for worker in two]).tolist() == blocks.tolist()
@@ -263,7 +265,7 @@ def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(sm
     state = {**snapshot.state, "workers": 2, "stream": snapshot.state["stream"]}
     again = InProcessRun(small(*settings)).worker
     again.restore(replace(snapshot, tensors=tensors, state=state))
-    assert {n: t.tolist() for n, t in again.lanes.tensors().items()} == {n: t.tolist() for n, t in rows.items()}
+    assert {n: t.tolist() for n, t in again.replica.lanes.tensors().items()} == {n: t.tolist() for n, t in rows.items()}
     for worker in [*two, again]:
         worker.close()
 

@@ -67,8 +67,8 @@ def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_unde
     worker = first.worker
     for rank in first.all_ranks:
         rank.start()
-    worker.group.register_buckets(worker.parameters)
-    worker._start_channels()
+    worker.replica.start()
+    worker.exchange.start(0, {})
     for done in range(1, step + 1):
         worker.train_step(done)
     for name, ranks in others.ranks.items():
@@ -78,12 +78,12 @@ def test_a_worker_that_goes_over_to_other_ranks_goes_on_without_the_updates_unde
         for rank in ranks:
             rank.restore(snapshot)
             rank.start()
-    links = {channel.plan.name: channel.ranks for channel in others.worker.channels}
+    links = {channel.plan.name: channel.sender.ranks for channel in others.worker.exchange.channels}
     worker.prepare_switch(links, attempt=2)
-    worker._switch_channels(step)
+    worker.exchange.switch(step)
     for done in range(step + 1, 21):
         worker.train_step(done)
-    for channel in worker.channels:
+    for channel in worker.exchange.channels:
         channel.apply_newest(20)
     first.close()
     first.ranks = others.ranks

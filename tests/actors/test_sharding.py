@@ -60,12 +60,12 @@ def test_checkpoints_hold_whole_tensors_that_any_number_of_workers_take_up_with_
     third = InProcessRun(small(*TWO, "sequence.workers=4", FULL))
     parts = [worker.snapshot(3) for worker in first.workers]
     tensors = {name: t for part in parts for name, t in part.tensors.items()}
-    before = {n: (worker, p) for worker in first.workers for n, p in worker.parameters.items()}
+    before = {n: (worker, p) for worker in first.workers for n, p in worker.replica.parameters.items()}
     for worker in third.workers:
         worker.restore(
             Snapshot(key=parts[0].key, group_size=2, tensors={n: t for n, t in tensors.items() if worker.wants(n)}, state=parts[0].state)
         )
-        for name, parameter in worker.parameters.items():
+        for name, parameter in worker.replica.parameters.items():
             owner, saved = before[name]
             assert torch.equal(parameter, saved)
             key = f"{name}/exp_avg"
