@@ -1,7 +1,7 @@
-"""Which code computes what has Triton kernels: torch, or the kernels. `model.titans.kernels` and each `optimizer.kernels` say so.
+"""The choice between torch and Triton kernels, by `model.titans.kernels` and `optimizer.kernels`.
 
-Triton is optional: it comes with torch's CUDA builds, and is imported only where kernels are launched. What has kernels asks
-`takes_kernels` once a call, with its own reason against them; `why_not_here` are the reasons that all kernels share.
+Triton is optional: torch's CUDA builds include it, and nlray imports it only to launch kernels. A part of nlray with kernels calls
+`takes_kernels` once per call, with its own reason against them. `why_not_here` has the reasons that all kernels share.
 """
 
 import functools
@@ -48,7 +48,7 @@ def takes_kernels(path: Path, device: torch.device, reason: str | None, *, key: 
 
 
 def why_not_here(what: str, device: torch.device) -> str | None:
-    """Return why no kernel can run on a device, or None; `what` is there, in the words of the reason."""
+    """Return why no kernel can run on a device, or None; `what` begins the reason, for example "the parameters are"."""
     if not is_installed():
         return "Triton is not installed"
     if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""Whether the Triton kernels beside this file compute an optimizer's step, or torch does; nlray/backend.py has the choice itself.
+"""The choice between torch and Triton kernels for the step of an optimizer, by the rules of nlray/backend.py.
 
-Kernels have all of Muon, all of M3 but the closing of a slow momentum, and of every other `GradientOptimizer` what its
-updates do to the weights. Parameters, gradients and state stay the tensors that they are: either may go on where the other ended.
+The kernels compute all of Muon, all of M3 except the update of a slow momentum, and for every other `GradientOptimizer` the final
+update of the weights. Torch and the kernels use the same tensors, so a step of one can follow a step of the other.
 """
 
 from collections.abc import Sequence
