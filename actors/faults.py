@@ -1,11 +1,12 @@
-"""What went wrong in a run, and when to give up. Nothing here calls Ray or reads a file."""
+"""What went wrong in a run, and when to give up. Nothing here calls Ray or reads a file.
+
+A run without Ray (`nlray train --local`) imports this module, which imports Ray only where an error has crossed it.
+"""
 
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
-
-from ray.exceptions import RayActorError, RayTaskError
 
 from nlray.actors.types import Role
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
@@ -66,6 +67,8 @@ class HostFaultError(NlrayError):
     @classmethod
     def from_call(cls, error: Exception, role: Role | None, host: str) -> "HostFaultError":
         """Return what the failed call to a host means."""
+        from ray.exceptions import RayTaskError
+
         message, details, exit_code = explain(error)
         cause = error.cause if isinstance(error, RayTaskError) else error
         return cls(Fault(kind="raised", role=role, host=host, message=message, details=details), cause, exit_code)
@@ -130,6 +133,8 @@ class RepeatGuard:
 
 def explain(error: BaseException) -> tuple[str, str, int]:
     """Return one line, the traceback, and the exit status for an error that crossed Ray."""
+    from ray.exceptions import RayActorError, RayTaskError
+
     details = "".join(traceback.format_exception(error))
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     if isinstance(cause, RayActorError):

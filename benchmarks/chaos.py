@@ -22,7 +22,8 @@ from ray.cluster_utils import Cluster
 from benchmarks import soak
 from benchmarks.strikes import How, Moment, Strike, striking, struck
 from nlray.actors.hosts.pool import CONDUCTOR
-from nlray.actors.launch import RunHandle, launch, resolve
+from nlray.actors.launch import RunHandle, launch
+from nlray.actors.preparation import resolve
 from nlray.actors.types import ENDED, RunStatus
 from nlray.config import Config
 from nlray.config.loading import load_config

@@ -23,7 +23,7 @@ from benchmarks.measure import Cell, Report, Spread, alternate, memory_copy
 from benchmarks.options import choices, positive, whole_numbers
 from nlray.actors.hosts.host import ActorHost, Behaviours
 from nlray.actors.hosts.pool import HOST_THREADS
-from nlray.actors.launch import resolve
+from nlray.actors.preparation import resolve
 from nlray.actors.ranks.channel import LevelChannel
 from nlray.actors.ranks.nixl_store import check_installed
 from nlray.actors.ranks.rank import LevelRank

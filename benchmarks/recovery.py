@@ -23,7 +23,8 @@ from benchmarks.chaos import keep_nodes, ray_nodes, table
 from benchmarks.measure import Cell, Report, Spread
 from benchmarks.options import choices, positive
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import launch, resolve
+from nlray.actors.launch import launch
+from nlray.actors.preparation import resolve
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.types import ENDED, RunDescription
 from nlray.actors.workers.worker import SequenceWorker

@@ -17,7 +17,7 @@ import ray
 
 from nlray.actors.chaos import KINDS, Injector
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import resolve
+from nlray.actors.preparation import resolve
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.clusters.chaos import report_lines
 from nlray.config import Config

@@ -23,7 +23,8 @@ from benchmarks.bare import BareLoop
 from benchmarks.measure import Report, Spread, alternate, status_bytes
 from benchmarks.options import positive
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import launch, resolve
+from nlray.actors.launch import launch
+from nlray.actors.preparation import resolve
 from nlray.actors.types import ENDED
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config

@@ -270,6 +270,11 @@ def reach(run: str, address: str | None, records: "Records | None", *, limit_s: 
     from nlray.actors.client import attach as attach_client
     from nlray.clusters.progress import resume_line
 
+    if records is not None and records.local_process is not None:
+        raise UserError(
+            f"the run in {records.run_dir} is in {records.local_process} (--local), which no other process reaches; "
+            f"if it is gone: {resume_line(records.run_dir, None).strip()}"
+        )
     if records is not None and records.state is None and address is None:
         print("nlray: the run has not started yet; waiting for it", file=sys.stderr)
     try:

@@ -132,6 +132,7 @@ _Address = Annotated[
         metavar="HOST:PORT", help="Ray cluster to run on, or auto; without it Ray starts here for the run, whatever RAY_ADDRESS says."
     ),
 ]
+_Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray: for a debugger, for a first look.")]
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run, or its name.", show_default=False)]
 _RunAddress = Annotated[
     str | None, typer.Option("--address", metavar="HOST:PORT", help="The run's cluster; else one of yours on this machine, or RAY_ADDRESS.")
@@ -151,9 +152,15 @@ def root(
 
 @app.command()
 def train(
-    context: typer.Context, arguments: _Arguments = None, address: _Address = None, trust: _Trust = False, debug: _Debug = False
+    context: typer.Context,
+    arguments: _Arguments = None,
+    address: _Address = None,
+    local: _Local = False,
+    trust: _Trust = False,
+    debug: _Debug = False,
 ) -> int:
     """Train a model, here or on a Ray cluster, to the end."""
+    check_place(address, local=local)
     from nlray.clusters.train import train_run
     from nlray.config.loading import PRESETS, default_run_name, load_config
 
@@ -161,7 +168,7 @@ def train(
     name = default_run_name(source, overrides, datetime.now().strftime("%Y%m%d-%H%M%S"))
     config = load_config(source, overrides, default_name=name, trust=trust)
     config_file = None if source in PRESETS else source
-    return train_run(config, context.obj.signals, address=address, config_file=config_file, debug=debug)
+    return train_run(config, context.obj.signals, address=address, local=local, config_file=config_file, debug=debug)
 
 
 @app.command()
@@ -171,10 +178,12 @@ def resume(
     overrides: _Overrides = None,
     step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Continue from the checkpoint of this step.")] = None,
     address: _Address = None,
+    local: _Local = False,
     trust: _Trust = False,
     debug: _Debug = False,
 ) -> int:
     """Go on with a run from its newest checkpoint; later ones than a chosen one are put aside."""
+    check_place(address, local=local)
     from nlray.checkpoint import run_of
     from nlray.clusters.train import resume_run
 
@@ -182,7 +191,8 @@ def resume(
     if None not in (step, own_step) and step != own_step:
         raise UserError(f"--step {step}: {run_dir} was named with its checkpoint of step {own_step}; allowed: one of the two")
     step = own_step if step is None else step
-    return resume_run(run_dir, overrides or [], context.obj.signals, step=step, address=address, trust=trust, debug=debug)
+    options = {"step": step, "address": address, "local": local, "trust": trust, "debug": debug}
+    return resume_run(run_dir, overrides or [], context.obj.signals, **options)
 
 
 @app.command()
@@ -322,6 +332,12 @@ def doctor(as_json: _Json = False, debug: _Debug = False) -> int:
     from nlray.clusters.doctor import print_report
 
     return print_report(as_json=as_json)
+
+
+def check_place(address: str | None, *, local: bool) -> None:
+    """Raise UserError where a run is to be in this process and on a cluster."""
+    if local and address is not None:
+        raise UserError(f"--local and --address {address}: allowed is one of the two; a local run is on no cluster")
 
 
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -1,11 +1,13 @@
 """`nlray train` and `nlray resume`: say what will be run, check it, launch it, and follow it to its end.
 
-The checks and the plan come before `ray` is imported, so a mistake is told and the plan is on the screen at once.
+The checks and the plan come before `ray` is imported, so a mistake is reported and the plan is on the screen at once. With `--local`
+Ray is never imported: the run trains in this process.
 """
 
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from nlray.clusters.api import Run, start
@@ -19,13 +21,22 @@ from nlray.trust import confirm
 
 if TYPE_CHECKING:
     from nlray.actors.client import Follower
+    from nlray.actors.local import LocalRun
     from nlray.actors.types import RunStatus
 
 
-def train_run(config: Config, signals: StopSignals, *, address: str | None, config_file: str | None = None, debug: bool = False) -> int:
+def train_run(
+    config: Config,
+    signals: StopSignals,
+    *,
+    address: str | None,
+    local: bool = False,
+    config_file: str | None = None,
+    debug: bool = False,
+) -> int:
     """Run a configuration, of a file if it came from one, from its first step to its end; return the exit status."""
     with LastingOutput(config.run.dir):
-        return _run(config, signals, address=address, resume=False, config_file=config_file, debug=debug)
+        return _run(config, signals, address=address, local=local, resume=False, config_file=config_file, debug=debug)
 
 
 def resume_run(
@@ -35,16 +46,17 @@ def resume_run(
     *,
     step: int | None = None,
     address: str | None,
+    local: bool = False,
     trust: bool = False,
     debug: bool = False,
 ) -> int:
     """Go on with the run in `run_dir` from its checkpoint of a step, or its newest; return the exit status."""
-    from nlray.actors.launch import resume_config
+    from nlray.actors.preparation import resume_config
 
     config = resume_config(run_dir, overrides)
     confirm(config, run_dir, trust=trust, typed=values_of(overrides), is_resumed=True)
     with LastingOutput(config.run.dir):
-        return _run(config, signals, address=address, resume=True, step=step, debug=debug)
+        return _run(config, signals, address=address, local=local, resume=True, step=step, debug=debug)
 
 
 def _run(
@@ -52,6 +64,7 @@ def _run(
     signals: StopSignals,
     *,
     address: str | None,
+    local: bool,
     resume: bool,
     step: int | None = None,
     config_file: str | None = None,
@@ -75,15 +88,21 @@ def _run(
 
     plan = RunPlan.build(resolve_threads(with_vocabulary(resolved)))
     print(f"size     {format_count(plan.num_parameters)} parameters, vocabulary {plan.config.model.vocab_size}", flush=True)
-    print(f"cluster  {address or 'Ray, started here'}", flush=True)
+    print(f"cluster  {'none, all in this process' if local else address or 'Ray, started here'}", flush=True)
 
-    from nlray.actors.launch import way_back
+    from nlray.actors.preparation import way_back
 
-    run = start(plan.config, plan=plan, address=address, resume=resume, step=step, files=files, config_file=config_file)
+    run: Run | LocalRun
+    if local:
+        from nlray.actors.local import launch_local
+
+        run = launch_local(plan.config, plan=plan, resume=resume, step=step, files=files, config_file=config_file)
+    else:
+        run = start(plan.config, plan=plan, address=address, resume=resume, step=step, files=files, config_file=config_file)
     try:
         signals.is_orderly = True
         with open_view(config) as view:
-            status = follow(run, view, signals)
+            status = follow(run, view, signals) if isinstance(run, Run) else train_here(run, view, signals)
         print_end(status, config)
         return signals.status if status.state == "stopped" and signals.received else report_failure(status, debug=debug)
     except KeyboardInterrupt as error:
@@ -91,6 +110,16 @@ def _run(
     finally:
         signals.clean_up()
         run.close()
+
+
+def train_here(run: "LocalRun", view: View, signals: StopSignals) -> "RunStatus":
+    """Train a local run in this thread, where a debugger finds it, and show its progress in another one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="view") as pool:
+        shown = pool.submit(follow, run, view, signals)
+        # Where the view fails nobody would see the run.
+        shown.add_done_callback(lambda ended: run.stop() if ended.exception() else None)
+        run.train()
+        return shown.result()
 
 
 def print_end(status: "RunStatus", config: Config) -> None:
@@ -109,7 +138,7 @@ def report_failure(status: "RunStatus", *, debug: bool = False) -> int:
 
 
 def follow(
-    run: "Run | Follower",
+    run: "Run | LocalRun | Follower",
     view: View,
     signals: StopSignals | None = None,
     *,

@@ -2,7 +2,7 @@
 
 import posixpath
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,11 @@ from nlray.actors.control.assignment import Assigner
 from nlray.actors.control.outages import RETRY_S, Outage
 from nlray.actors.faults import HostFaultError, RunFailedError
 from nlray.actors.hosts.pool import CONDUCTOR
-from nlray.actors.recovery.points import Point, complete_points
+from nlray.actors.recovery.points import Point, complete_points, complete_state, part_file
 from nlray.actors.types import PartKey, PartWritten, Role
 from nlray.checkpoint import checkpoint_dir, latest_checkpoint, read_manifest, write_manifest
 from nlray.errors import CheckpointError, RemoteTimeoutError
 from nlray.rotation import delete_old_checkpoints, put_aside_after
-from nlray.run_plan import SEQUENCE
 from nlray.storage import locate, may_pass, reason
 
 
@@ -168,8 +167,7 @@ class Checkpoints:
 
     def _write_call(self, host: str, key: PartKey, *, with_shared: bool) -> Any:
         handle = self.assigner.hosts.actor(host)
-        file = str(key.owner) if key.owner.is_worker else f"level-{key.owner}"
-        return handle.write.remote(key, checkpoint_dir(self.run_dir, key.step), f"{file.replace('-', '_')}.safetensors", with_shared)
+        return handle.write.remote(key, checkpoint_dir(self.run_dir, key.step), part_file(key.owner), with_shared)
 
     def _part(self, call: Any, owner: Role, host: str, step: int) -> PartWritten:
         return self.assigner.hosts.answer(call, owner, host, f"while it wrote the checkpoint of step {step}")
@@ -194,8 +192,3 @@ class Checkpoints:
             if not may_pass(error) and not isinstance(error, OSError):
                 raise
             self.note(f"an old checkpoint could not be deleted: {reason(error)}")
-
-
-def complete_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
-    """Return what a manifest holds beside tensors: worker 0's state, and as `levels` that of each level, in which its ranks agree."""
-    return written[str(Role(SEQUENCE, 0))].state | {"levels": {name: written[str(Role(name, 0))].state for name in levels}}

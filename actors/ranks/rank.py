@@ -10,10 +10,10 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from nlray.actors.ranks.stores import Store
 from nlray.actors.recovery.snapshots import Snapshot, SnapshotStore, to_host
 from nlray.actors.types import Contribution, PartKey, Role, RoleError, Version
 from nlray.checkpoint import load_tensors, read_manifest
@@ -30,6 +30,9 @@ from nlray.process.device import device_for
 from nlray.process.malloc import keep_freed_memory
 from nlray.process.threads import compute_here_with, compute_with_one
 from nlray.run_plan import RunPlan
+
+if TYPE_CHECKING:
+    from nlray.actors.ranks.stores import Store
 
 SendNorms = Callable[[int, dict[str, float]], None]
 
@@ -51,18 +54,15 @@ class LevelRank:
         plan: RunPlan,
         role: Role,
         *,
-        store: Store,
+        store: "Store",
         snapshots: SnapshotStore,
         gpus: float = 0,
         is_restored: bool = False,
     ) -> None:
         self.config, self.plan, self.role = plan.config, plan.level(role.group), role
         config = plan.config
-        self.group_size = self.plan.ranks
         self.label = f"level {role.group} rank {role.index}"
-        self.timeout_s = config.run.timeout_s
         self.layout = FlatLayout(self.plan.shards[role.index])
-        self.num_workers = config.sequence.workers
         self.version = 0
         self._store = store
         self.device = device = device_for(gpus)
@@ -103,6 +103,11 @@ class LevelRank:
         self._thread.start()
 
     @property
+    def group_size(self) -> int:
+        """Ranks of the level."""
+        return self.plan.ranks
+
+    @property
     def is_started(self) -> bool:
         return self._thread is not None
 
@@ -112,7 +117,7 @@ class LevelRank:
             self._is_stopping = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(self.timeout_s)
+            self._thread.join(self.config.run.timeout_s)
 
     def device_type(self) -> str:
         """Return `cpu` or `cuda`: where the tensors live."""
@@ -241,11 +246,11 @@ class LevelRank:
         """Wait for every worker's contribution to the next version (without a limit: the workers' waits have one)."""
         version = self.version + 1
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopping or len(self._contributions.get(version, ())) == self.num_workers)
+            self._changed.wait_for(lambda: self._is_stopping or len(self._contributions.get(version, ())) == self.config.sequence.workers)
             if self._is_stopping:
                 return None
             workers = self._contributions.pop(version)
-        return [workers[w] for w in range(self.num_workers)]
+        return [workers[w] for w in range(self.config.sequence.workers)]
 
     def _apply(self, contributions: Sequence[Contribution]) -> None:
         version, num_steps = contributions[0].version, contributions[0].num_steps
@@ -302,12 +307,12 @@ class LevelRank:
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait under the lock; raise if the update thread has failed, this rank is halted or the limit is reached."""
-        if not self._changed.wait_for(lambda: condition() or self._error is not None or self._is_stopping, self.timeout_s):
-            raise RemoteTimeoutError(f"{self.label}: waited {self.timeout_s:g} s for {what} (run.timeout_s)")
+        if not self._changed.wait_for(lambda: condition() or self._error is not None or self._is_stopping, self.config.run.timeout_s):
+            raise RemoteTimeoutError(f"{self.label}: waited {self.config.run.timeout_s:g} s for {what} (run.timeout_s)")
         self._raise_error()
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise NlrayError(f"{self.error.message} (seen by who waits for it)")
+            raise NlrayError(f"{self._error.message} (seen by who waits for it)")
         if self._is_stopping:
             raise HaltedError(f"{self.label} is halted")

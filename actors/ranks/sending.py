@@ -35,7 +35,7 @@ class Sender:
     def __init__(self, level: str, ranks: Sequence[RankLink], *, worker: int, timeout_s: float) -> None:
         self.ranks, self.worker, self.timeout_s = list(ranks), worker, timeout_s
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"push-{level}")
-        self._holding: Future[Any] | None = None
+        self._holding: Future[None] | None = None
 
     def push(self, version: int, buffers: list[Tensor], num_steps: int, release: Callable[[list[Tensor]], None]) -> Future[list[Any]]:
         """Send the sums of a period, one buffer a rank; `release` is called with the buffers when they are sent."""
@@ -57,8 +57,13 @@ class Sender:
 
     def hold_snapshots(self, step: int, attempt: int) -> None:
         """Have every rank snapshot the boundary after `step`, between this worker's pushes."""
+
+        def hold() -> None:
+            for rank in self.ranks:
+                rank.hold_snapshot(step, attempt)
+
         self.settle()
-        self._holding = self._pool.submit(lambda: [rank.hold_snapshot(step, attempt) for rank in self.ranks])
+        self._holding = self._pool.submit(hold)
 
     def settle(self) -> None:
         """Wait until the ranks have taken the snapshots; raise what went wrong with them."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from nlray.actors.types import Holding, PartKey, Role
+from nlray.actors.types import Holding, PartKey, PartWritten, Role
 from nlray.run_plan import SEQUENCE
 
 
@@ -98,3 +99,13 @@ def needs_shared_copy(worker_nodes: Sequence[str], all_nodes: Iterable[str]) -> 
     if len(worker_nodes) == 1:
         return True
     return len(set(all_nodes)) > 1 and len(set(worker_nodes)) == 1
+
+
+def part_file(owner: Role) -> str:
+    """Return the name of the file of a checkpoint that holds a role's part."""
+    return f"{owner if owner.is_worker else f'level-{owner}'}.safetensors".replace("-", "_")
+
+
+def complete_state(written: Mapping[str, PartWritten], levels: Sequence[str]) -> dict[str, Any]:
+    """Return what a manifest holds apart from tensors: worker 0's state, and as `levels` the state of each level's ranks, equal in all."""
+    return written[str(Role(SEQUENCE, 0))].state | {"levels": {name: written[str(Role(name, 0))].state for name in levels}}

@@ -60,7 +60,12 @@ class Records:
     @property
     def address(self) -> str | None:
         """HOST:PORT of the cluster that the folder names; None where it says none."""
-        return self.state["address"] if self.state else None
+        return self.state["address"] or None if self.state else None
+
+    @property
+    def local_process(self) -> str | None:
+        """The process of a local run (`nlray train --local`), in words; None: the run is on a cluster."""
+        return f"process {self.state['pid']} on {self.state['node']}" if self.state and not self.state["address"] else None
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`."""
@@ -158,7 +163,10 @@ def _read_or_empty(url: str, is_right: Callable[[dict[str, Any]], Any]) -> dict[
 
 
 def _is_state(found: dict[str, Any]) -> bool:
-    return _fits(found, _STATE) and (found["status"] == LAUNCHED or _ADDRESS.fullmatch(found["address"]) is not None)
+    if not _fits(found, _STATE):
+        return False
+    is_local = found["address"] == "" and _fits(found, {"pid": int, "node": str})
+    return found["status"] == LAUNCHED or is_local or _ADDRESS.fullmatch(found["address"]) is not None
 
 
 def _is_summary(found: Any) -> bool:

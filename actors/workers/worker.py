@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -135,7 +136,7 @@ class SequenceWorker:
 
     def start(self) -> None:
         """Begin to train, in a thread of its own."""
-        self._thread = threading.Thread(target=self._supervised_train, name="train", daemon=True)
+        self._thread = threading.Thread(target=self._run_quietly, name="train", daemon=True)
         self._thread.start()
 
     @property
@@ -164,6 +165,11 @@ class SequenceWorker:
         """What ended the training thread, None while well."""
         return self._error
 
+    def cancel(self) -> None:
+        """Have the training end with an error before its next step, also where it waits for data."""
+        self._is_halted = True
+        self.stream.cancel()
+
     def halt(self) -> None:
         """End the training thread before its next step, also where it waits for data, and everything that it holds open.
 
@@ -172,8 +178,7 @@ class SequenceWorker:
         Raises:
             RemoteTimeoutError: it does not end.
         """
-        self._is_halted = True
-        self.stream.cancel()
+        self.cancel()
         if self._thread is not None:
             self._thread.join(self.config.run.timeout_s)
             if self._thread.is_alive():
@@ -226,22 +231,26 @@ class SequenceWorker:
 
     # The training thread.
 
-    def _supervised_train(self) -> None:
+    def _run_quietly(self) -> None:
+        with suppress(Exception):
+            self.run()
+
+    def run(self) -> None:
+        """Train in the calling thread to the end.
+
+        Raises:
+            Exception: what ended the training; `error` says it in one line.
+        """
         compute_here_with(self.config.sequence.resources.num_threads)
         try:
             self.progress.state = self.train()
         except Exception as error:
             if not self._is_halted:
-                # To run the same steps on the same data again would end the same way.
-                is_final = isinstance(error, UserError | NonFiniteLossError)
-                message = f"{error}" if is_final else f"{self.label}, step {self.step + 1}: {type(error).__name__}: {error}"
-                exit_code = 2 if isinstance(error, UserError) else 1
-                self._error = RoleError(
-                    message=message, details=traceback.format_exc(), step=self.step + 1, exit_code=exit_code, is_final=is_final
-                )
+                self._error = _role_error(error, f"{self.label}, step {self.step + 1}", self.step + 1)
             self.progress.state = "failed"
             # The other workers may wait for this one's gradients.
             self.replica.leave_group()
+            raise
 
     def train(self) -> Literal["ended", "paused"]:
         """Run the steps from where the state is to `run.steps` or `run.stop_after`, or to a command to stop or to pause.
@@ -329,3 +338,12 @@ class SequenceWorker:
             loss, by_tag = self.evaluation.evaluate()
         self.progress.add_evaluation(step, loss, by_tag)
         return {"eval_loss": loss}
+
+
+def _role_error(error: Exception, where: str, step: int) -> RoleError:
+    """Return what an error of the training thread means; call it while the error is handled."""
+    # To run the same steps on the same data again would end the same way.
+    is_final = isinstance(error, UserError | NonFiniteLossError)
+    message = f"{error}" if is_final else f"{where}: {type(error).__name__}: {error}"
+    exit_code = 2 if isinstance(error, UserError) else 1
+    return RoleError(message=message, details=traceback.format_exc(), step=step, exit_code=exit_code, is_final=is_final)

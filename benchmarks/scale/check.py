@@ -26,7 +26,7 @@ from benchmarks.scale.machine import Machine
 from benchmarks.scale.workload import Layout, Workload, workload_of
 from benchmarks.train import rows_of
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import resolve
+from nlray.actors.preparation import resolve
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.config import Config

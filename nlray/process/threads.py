@@ -8,6 +8,9 @@ import threading
 
 import torch
 
+_setting = threading.Lock()
+"""Held while a thread takes its number, since the workers and ranks of a run may be threads of one process."""
+
 
 def compute_with_one() -> None:
     """Have this thread compute by itself, and those that are still to begin."""
@@ -16,6 +19,11 @@ def compute_with_one() -> None:
 
 def compute_here_with(num_threads: int) -> None:
     """Have this thread, which does the process's work, compute with so many threads, and those that are still to begin with one."""
+    with _setting:
+        _compute_here_with(num_threads)
+
+
+def _compute_here_with(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     # torch keeps a number for each thread, from when it is asked for, and for those that have none yet the one that was set last.
     torch.get_num_threads()

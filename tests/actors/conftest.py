@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from nlray.actors.launch import launch, resolve
+from nlray.actors.launch import launch
+from nlray.actors.preparation import resolve
 from nlray.actors.types import ENDED
 from nlray.config import Config
 from nlray.config.loading import load_config

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nlray.actors.launch import launch, resolve, resume_config
+from nlray.actors.launch import launch
+from nlray.actors.preparation import resolve, resume_config
 from nlray.config import Config
 from nlray.errors import DataError, UserError
 from nlray.pipelines.source_list import read_list

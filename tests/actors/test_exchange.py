@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nlray.actors.faults import Fault, HostFaultError, RunFailedError
+from nlray.actors.hosts.in_process import DirectLink
 from nlray.actors.ranks.channel import LevelChannel
 from nlray.actors.ranks.rank import LevelRank
 from nlray.actors.recovery.snapshots import SnapshotStore
@@ -18,7 +19,7 @@ from nlray.errors import HaltedError, NlrayError, RemoteTimeoutError
 from nlray.levels.flat_buffers import as_tensor
 from nlray.run_plan import RunPlan
 
-from .in_process import DirectLink, DirectStore, InProcessRun
+from .in_process import InProcessRun, ReadOnlyStore
 
 
 class LateRank(LevelRank):
@@ -32,7 +33,7 @@ class LateRank(LevelRank):
 def open_channel(config, level: str, rank_class=LevelRank):
     run = RunPlan.build(config)
     plan = run.level(level)
-    store = DirectStore()
+    store = ReadOnlyStore()
     ranks = [rank_class(run, Role(level, i), store=store, snapshots=SnapshotStore("test", 10)) for i in range(plan.ranks)]
     for rank in ranks:
         rank.start()

@@ -9,7 +9,8 @@ import torch
 
 from nlray.actors.control.conductor import namespace_of
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import launch, leave_deaths_to_the_run, resume_config
+from nlray.actors.launch import launch, leave_deaths_to_the_run
+from nlray.actors.preparation import resume_config
 from nlray.actors.ranks.rank import LevelRank
 from nlray.checkpoint import load_parameters
 from nlray.config import Config
@@ -156,7 +157,7 @@ def test_ray_prints_nothing_of_actors_that_die_but_what_else_it_has_to_say(monke
 
 def test_kernels_are_insisted_on_only_with_gpus_and_a_resume_may_change_them(small):
     from nlray.actors.hosts.placement import check_kernels, plan_actors
-    from nlray.actors.launch import fixed_on_resume
+    from nlray.actors.preparation import fixed_on_resume
 
     config = small("model.titans.kernels=triton")
     check_kernels(config, plan_actors(config, 1)[0])

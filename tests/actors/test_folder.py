@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nlray.actors.folder import check_free, check_inputs, prepare_dir, read_own_state
-from nlray.actors.launch import launch, resume_config
+from nlray.actors.launch import launch
+from nlray.actors.preparation import resume_config
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.config import Config
 from nlray.config.loading import load_config

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from benchmarks.bare import BareLoop
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import resume_config
+from nlray.actors.preparation import resume_config
 from nlray.actors.ranks.rank import LevelRank
+from nlray.actors.recovery.snapshots import SnapshotStore
 from nlray.actors.workers.worker import SequenceWorker
 from nlray.checkpoint import load_parameters
 from nlray.pipelines.lanes import open_stream
@@ -249,7 +250,8 @@ def test_other_workers_take_up_the_lanes_and_their_own_updates_where_they_are(sm
     settings = [*CARRIED, "cms.levels.fast={delay: 1, local_update: true}"]
     one = InProcessRun(small(*settings, "run.stop_after=10")).train()
     snapshot, rows = one.worker.snapshot(10), one.worker.replica.lanes.tensors()
-    two = [SequenceWorker(RunPlan.build(small(*settings, "sequence.workers=2")), i, snapshots=one.snapshots()) for i in range(2)]
+    plan = RunPlan.build(small(*settings, "sequence.workers=2"))
+    two = [SequenceWorker(plan, i, snapshots=SnapshotStore("test", 10)) for i in range(2)]
     for index, worker in enumerate(two):
         worker.restore(snapshot)
         assert {n: t.tolist() for n, t in worker.replica.lanes.tensors().items()} == {

@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 
 from nlray.actors.hosts.nodes import Nodes
 from nlray.actors.hosts.processes import kill_node
-from nlray.actors.launch import resume_config
+from nlray.actors.preparation import resume_config
 
 from .conftest import run_to_end
 from .plain_loop import digest_plainly, train_plainly

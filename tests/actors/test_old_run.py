@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nlray.actors.launch import check_resume, find_checkpoint, resume_config
+from nlray.actors.preparation import check_resume, find_checkpoint, resume_config
 from nlray.config import Config
 from nlray.config.loading import config_to_yaml, load_config, parse_run_config
 from nlray.errors import UserError

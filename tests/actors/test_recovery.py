@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.strikes import Strike, striking, struck
-from nlray.actors.launch import resume_config
+from nlray.actors.preparation import resume_config
 
 from .conftest import run_to_end
 from .in_process import InProcessRun

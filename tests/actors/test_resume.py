@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 import torch
 
-from nlray.actors.launch import RUN_STATE, check_resume, find_checkpoint, fixed_on_resume, launch, resolve, resume_config
+from nlray.actors.launch import launch
+from nlray.actors.preparation import RUN_STATE, check_resume, find_checkpoint, fixed_on_resume, resolve, resume_config
 from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.config.loading import config_to_yaml
 from nlray.errors import CheckpointError, UserError

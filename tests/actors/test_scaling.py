@@ -8,7 +8,8 @@ import ray
 from nlray.actors.control.conductor import namespace_of
 from nlray.actors.control.scaling_policy import Autoscaler, check_sizes
 from nlray.actors.hosts.host import Behaviours
-from nlray.actors.launch import launch, resume_config
+from nlray.actors.launch import launch
+from nlray.actors.preparation import resume_config
 from nlray.actors.ranks.rank import LevelRank
 from nlray.config import AutoscaleConfig
 from nlray.errors import UserError

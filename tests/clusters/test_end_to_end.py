@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nlray.actors.launch import resume_config
+from nlray.actors.preparation import resume_config
 from tests.actors.plain_loop import digest_plainly, train_plainly
 
 pytestmark = pytest.mark.ray
