@@ -19,7 +19,6 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from nlray.actors.control.conductor import namespace_of
-from nlray.actors.control.journal import STATE
 from nlray.actors.faults import explain
 from nlray.actors.hosts.nodes import LOOPBACK
 from nlray.actors.hosts.pool import CONDUCTOR
@@ -31,6 +30,7 @@ from nlray.actors.types import RunDescription, RunStatus
 from nlray.actors.workers.records import Records, find_records, read_records
 from nlray.config import RunConfig
 from nlray.errors import NlrayError, RemoteTimeoutError, UserError
+from nlray.run_folder import STATE
 from nlray.storage import is_local, lies_in
 
 CONNECT_S = 10.0

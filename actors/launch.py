@@ -11,7 +11,7 @@ from nlray.actors.client import Follower, RunClient, RunGoneError, join
 from nlray.actors.control.conductor import Conductor, namespace_of
 from nlray.actors.control.run_lock import FileLock, StoreLock
 from nlray.actors.control.scaling_policy import check_workers
-from nlray.actors.folder import prepare_dir, remove_run
+from nlray.actors.folder import prepare_dir
 from nlray.actors.hosts.host import Behaviours
 from nlray.actors.hosts.nodes import HEAD_RESOURCE
 from nlray.actors.hosts.placement import check_fit, check_kernels, cpus_needed, plan_actors
@@ -27,6 +27,7 @@ from nlray.config import Config
 from nlray.errors import NlrayError, UserError
 from nlray.metrics import read_events
 from nlray.pipelines.source_list import FileList, write_list
+from nlray.run_folder import RunFolder
 from nlray.run_plan import RunPlan
 from nlray.storage import is_local
 
@@ -153,7 +154,7 @@ def abandon(config: Config, connection: Connection, lock: FileLock | StoreLock, 
                 end_run(namespace)
     connection.close()
     if is_begun and is_fresh and lock.is_written_out(END_S):
-        remove_run(config.run.dir)
+        RunFolder(config.run.dir).delete(with_results=True, with_state=True)
 
 
 def start_ray(config: Config, address: str | None, notes: list[str]) -> Connection:

@@ -25,7 +25,7 @@ from nlray.actors.control.journal import Journal
 from nlray.actors.control.outages import RETRY_S, Outage
 from nlray.actors.control.summary import make_summary
 from nlray.actors.faults import RunFailedError
-from nlray.actors.folder import prepare_dir, remove_run
+from nlray.actors.folder import prepare_dir
 from nlray.actors.hosts.in_process import InProcessActors
 from nlray.actors.hosts.placement import check_kernels, plan_actors
 from nlray.actors.preparation import Prepared, prepare
@@ -36,6 +36,7 @@ from nlray.config import Config
 from nlray.errors import UserError
 from nlray.pipelines.source_list import FileList, write_list
 from nlray.rotation import delete_old_checkpoints, put_aside_after
+from nlray.run_folder import RunFolder
 from nlray.run_plan import SEQUENCE, RunPlan
 from nlray.storage import may_pass, reason
 
@@ -72,7 +73,7 @@ def launch_local(
         return LocalRun(prepared, actors)
     except BaseException:
         if is_begun and prepared.checkpoint is None:
-            remove_run(config.run.dir)
+            RunFolder(config.run.dir).delete(with_results=True, with_state=True)
         prepared.lock.close(undo=True)
         raise
 

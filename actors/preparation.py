@@ -10,17 +10,17 @@ from typing import Any
 from nlray.actors.control.run_lock import FileLock, Owner, StoreLock, claim
 from nlray.actors.folder import check_free, check_inputs
 from nlray.actors.hosts.placement import resolve_threads
-from nlray.checkpoint import MANIFEST, checkpoint_of_step, latest_checkpoint, newest_written, read_manifest
+from nlray.checkpoint import checkpoint_of_step, latest_checkpoint, newest_written, read_manifest
 from nlray.config import Config
-from nlray.config.loading import parse_run_config, with_absolute_paths
+from nlray.config.loading import read_run_config, with_absolute_paths
 from nlray.errors import UserError
 from nlray.init_parameters import check_initial
 from nlray.metrics import read_events, read_rows
 from nlray.pipelines.source_list import FileList, files_of_run
 from nlray.pipelines.tokenizers import with_vocabulary
+from nlray.run_folder import CONFIG, MANIFEST
 from nlray.run_plan import RunPlan
 from nlray.storage import absolute, locate
-from nlray.trust import read_bounded
 
 # What a checkpoint's state has that a run continues from; a start that `nlray stack` wrote has none of it.
 RUN_STATE = {"workers", "stream", "open_steps", "totals", "visible", "levels"}
@@ -100,13 +100,12 @@ def resume_config(run_dir: str, overrides: list[str]) -> Config:
     Raises:
         UserError: `run_dir` holds no run.
     """
-    text = read_bounded(posixpath.join(run_dir, "config.yaml"))
-    if text is None:
+    config = read_run_config(run_dir, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+    if config is None:
         fs, path = locate(run_dir)
         if fs.exists(posixpath.join(path, MANIFEST)):
             raise UserError(f"{run_dir}: allowed: a run's folder, or that of a checkpoint, named RUN_DIR/checkpoints/step_XXXXXXXXX")
-        raise UserError(f"{run_dir}: holds no run (no config.yaml)")
-    config = parse_run_config(f"{run_dir}/config.yaml", text, ["run.stop_after=null", f"run.dir={json.dumps(run_dir)}", *overrides])
+        raise UserError(f"{run_dir}: holds no run (no {CONFIG})")
     if config.run.dir is None or absolute(config.run.dir) != absolute(run_dir):
         raise UserError(f"run.dir is {config.run.dir}; a resumed run goes on in its own folder, {run_dir}")
     return config

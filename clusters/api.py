@@ -16,7 +16,6 @@ neither torch nor Ray.
 import json
 import math
 import os
-import posixpath
 import sys
 import time
 from collections.abc import Mapping
@@ -25,9 +24,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nlray.config import Config, loading
-from nlray.config.loading import PRESETS, config_to_yaml, parse_run_config
+from nlray.config.loading import PRESETS, config_to_yaml, parse_run_config, read_run_config
 from nlray.errors import CheckpointError, RemoteTimeoutError, UserError
-from nlray.trust import confirm, read_bounded
+from nlray.run_folder import CONFIG, RunFolder
+from nlray.trust import confirm
 
 if TYPE_CHECKING:
     import pyarrow
@@ -303,7 +303,7 @@ def load(path: str, *, trust: bool = False, device: str | None = None) -> Loaded
 
     checkpoint = latest_checkpoint(path)
     config = checkpoint_config(checkpoint)
-    confirm(config, run_dir_of(checkpoint), trust=trust)
+    confirm(config, RunFolder.of_checkpoint(checkpoint).url, trust=trust)
     parameters = load_parameters(checkpoint, read_manifest(checkpoint, verify=False))
 
     import torch
@@ -319,16 +319,11 @@ def load(path: str, *, trust: bool = False, device: str | None = None) -> Loaded
 
 def checkpoint_config(checkpoint: str) -> Config:
     """Return the configuration of the run that a checkpoint belongs to: RUN_DIR/checkpoints/step_X -> RUN_DIR/config.yaml."""
-    url = posixpath.join(run_dir_of(checkpoint), "config.yaml")
-    text = read_bounded(url)
-    if text is None:
-        raise CheckpointError(f"{url}: no such file; a checkpoint stays in its run's folder")
-    return parse_run_config(url, text)
-
-
-def run_dir_of(checkpoint: str) -> str:
-    """Return the folder of the run that a checkpoint belongs to."""
-    return posixpath.dirname(posixpath.dirname(checkpoint.rstrip("/")))
+    folder = RunFolder.of_checkpoint(checkpoint)
+    config = read_run_config(folder.url)
+    if config is None:
+        raise CheckpointError(f"{folder.file(CONFIG)}: no such file; a checkpoint stays in its run's folder")
+    return config
 
 
 def load_config(source: Source = None, /, *, trust: bool = False, **overrides: Any) -> Config:

@@ -31,12 +31,11 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
 from nlray.errors import CheckpointError
+from nlray.run_folder import CHECKPOINTS, MANIFEST, RunFolder, step_of
 from nlray.storage import absolute, locate, sync_folder, write_file
 
 FORMAT = 3  # has `sha256`, the hash of the manifest's own content; format 2, which has none, is read too
 FORMATS = (2, 3)
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_(\d{9})", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What contents that are not as they should be raise, whatever reads them.
 _DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
@@ -66,7 +65,7 @@ class Manifest:
 
 
 def checkpoint_dir(run_dir: str, step: int) -> str:
-    return posixpath.join(run_dir, "checkpoints", f"step_{step:09d}")
+    return RunFolder(run_dir).checkpoint(step)
 
 
 def parameter_digest(parameters: Mapping[str, list]) -> str:
@@ -220,12 +219,6 @@ def _header_shapes(stream: BinaryIO, size: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def step_of(url: str) -> int | None:
-    """Return the step that a checkpoint's folder is named by; None: it has another name."""
-    match = _STEP.fullmatch(posixpath.basename(url.rstrip("/")))
-    return int(match[1]) if match else None
-
-
 def list_checkpoints(run_dir: str) -> list[str]:
     """Return the URLs of a run's checkpoint folders, newest first, complete or torn."""
     return [url for url in named_as_checkpoints(run_dir) if is_folder(url)]
@@ -233,13 +226,8 @@ def list_checkpoints(run_dir: str) -> list[str]:
 
 def named_as_checkpoints(run_dir: str) -> list[str]:
     """Return the URLs of whatever is named as a checkpoint of a run, newest first: folders, and files that are none."""
-    fs, path = locate(run_dir)
-    folder = posixpath.join(path, "checkpoints")
-    fs.invalidate_cache(folder)
-    if not fs.exists(folder):
-        return []
-    names = [posixpath.basename(p.rstrip("/")) for p in fs.ls(folder, detail=False)]
-    return [posixpath.join(run_dir, "checkpoints", n) for n in sorted(names, reverse=True) if _STEP.fullmatch(n)]
+    folder = RunFolder(run_dir)
+    return [folder.file(CHECKPOINTS, name) for name in reversed(folder.checkpoint_names())]
 
 
 def is_folder(url: str) -> bool:
@@ -258,7 +246,7 @@ def run_of(url: str) -> tuple[str, int | None]:
     """Return a run's folder and a step where `url` is the own folder of one of its checkpoints; else `url` and None."""
     folder, _ = posixpath.split(whole := absolute(url).rstrip("/"))
     step = step_of(whole)
-    return (url, None) if step is None or posixpath.basename(folder) != "checkpoints" else (posixpath.dirname(folder), step)
+    return (url, None) if step is None or posixpath.basename(folder) != CHECKPOINTS else (posixpath.dirname(folder), step)
 
 
 def verify_checkpoint(url: str) -> Manifest:
@@ -296,7 +284,7 @@ def latest_checkpoint(run_dir: str, *, warn: Callable[[str], None] = logger.warn
     """
     run_dir = absolute(run_dir)
     fs, path = locate(run_dir)
-    is_run = fs.exists(posixpath.join(path, "checkpoints"))
+    is_run = fs.exists(posixpath.join(path, CHECKPOINTS))
     is_own = not is_run and (step_of(path) is not None or fs.exists(posixpath.join(path, MANIFEST)))
     torn = []
     for url in [run_dir] if is_own else list_checkpoints(run_dir):

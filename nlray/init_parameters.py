@@ -1,6 +1,5 @@
 """Where a model's parameters start: random values, or those of a checkpoint (`init`)."""
 
-import posixpath
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,10 +10,8 @@ from nlray.checkpoint import Manifest, latest_checkpoint, load_tensors, read_man
 from nlray.config import Config
 from nlray.errors import CheckpointError
 from nlray.nn.layers import Init, initialize_
+from nlray.run_folder import INITIAL, RunFolder
 from nlray.storage import copy_folder
-
-INITIAL = "init"
-"""Folder of the copy, in the run's folder."""
 
 
 @torch.no_grad()
@@ -61,7 +58,7 @@ def keep_initial(config: Config) -> Config:
     """
     if config.init is None:
         return config
-    copy = posixpath.join(config.run.dir, INITIAL)
+    copy = RunFolder(config.run.dir).file(INITIAL)
     try:
         copy_folder(config.init, copy)
     except FileNotFoundError as error:

@@ -26,13 +26,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nlray.errors import UserError
+from nlray.run_folder import EVENTS, METRICS, SUMMARY, TENSORBOARD, RunFolder
 from nlray.storage import locate, write_file
 from nlray.trust import require_regular
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
-SUMMARY = "summary.json"
-TENSORBOARD = "tensorboard"
 Warn = Callable[[str], None]
 logger = logging.getLogger(__name__)
 
@@ -54,10 +51,10 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str, *, remote_interval_s: float = 30.0) -> None:
-        self._run_dir = run_dir
+        self._folder = RunFolder(run_dir)
         self._interval_s = remote_interval_s
-        self._rows = _open_log(_join(run_dir, METRICS), remote_interval_s)
-        self._log = _open_log(_join(run_dir, EVENTS), remote_interval_s)
+        self._rows = _open_log(RunFolder(run_dir).file(METRICS), remote_interval_s)
+        self._log = _open_log(RunFolder(run_dir).file(EVENTS), remote_interval_s)
         self._events = self._new_event_file(purge_from=None)
 
     def __enter__(self) -> "MetricsWriter":
@@ -88,16 +85,16 @@ class MetricsWriter:
     def truncate_after(self, step: int) -> None:
         """Remove the rows after `step` and damaged ones; TensorBoard hides its own from there."""
         # Damaged rows: whoever resumes a run reads them before, and is told then.
-        kept = [row for row in read_rows(self._run_dir, warn=_say_nothing) if row["step"] <= step]
+        kept = [row for row in read_rows(self._folder.url, warn=_say_nothing) if row["step"] <= step]
         self._rows.close()
-        write_file(_join(self._run_dir, METRICS), "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._rows = _open_log(_join(self._run_dir, METRICS), self._interval_s)
+        self._folder.write(METRICS, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._rows = _open_log(self._folder.file(METRICS), self._interval_s)
         self._events.close()
         self._events = self._new_event_file(purge_from=step + 1)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; a reader sees the old one or the new one."""
-        write_file(_join(self._run_dir, SUMMARY), finite_json(summary))
+        self._folder.write(SUMMARY, finite_json(summary))
 
     @property
     def is_written_out(self) -> bool:
@@ -121,7 +118,7 @@ class MetricsWriter:
 
     def _new_event_file(self, purge_from: int | None) -> "_Log":
         # TensorBoard reads a folder's files in the order of their names.
-        log = _open_log(_join(self._run_dir, TENSORBOARD, f"events.out.tfevents.{time.time_ns():020d}"), self._interval_s)
+        log = _open_log(self._folder.file(TENSORBOARD, f"events.out.tfevents.{time.time_ns():020d}"), self._interval_s)
         _write_event(log, Event(wall_time=time.time(), file_version="brain.Event:2"))
         if purge_from is not None:
             _write_event(log, Event(wall_time=time.time(), step=purge_from, session_log=SessionLog(status=SessionLog.START)))
@@ -136,7 +133,7 @@ def read_rows(run_dir: str, *, warn: Warn = warn_once) -> list[dict[str, Any]]:
 
     warn: is told in one line of damaged lines, which are left out too.
     """
-    return _read_lines(_join(run_dir, METRICS), {"step": int}, warn)
+    return _read_lines(RunFolder(run_dir).file(METRICS), {"step": int}, warn)
 
 
 def read_events(run_dir: str, *, warn: Warn = warn_once) -> list[dict[str, Any]]:
@@ -144,7 +141,7 @@ def read_events(run_dir: str, *, warn: Warn = warn_once) -> list[dict[str, Any]]
 
     warn: as of `read_rows`.
     """
-    return _read_lines(_join(run_dir, EVENTS), {"time": int | float, "text": str}, warn)
+    return _read_lines(RunFolder(run_dir).file(EVENTS), {"time": int | float, "text": str}, warn)
 
 
 def read_json(url: str, **needed: type) -> dict[str, Any] | None:
@@ -201,10 +198,6 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def finite_json(value: Any) -> bytes:
     """Return strict JSON; a number that is not finite is null."""
     return (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode()
-
-
-def _join(url: str, *parts: str) -> str:
-    return "/".join([url.rstrip("/"), *parts])
 
 
 def _finite(value: Any) -> Any:

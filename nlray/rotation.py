@@ -15,7 +15,6 @@ from itertools import count
 from fsspec.implementations.local import LocalFileSystem
 
 from nlray.checkpoint import (
-    MANIFEST,
     has_manifest,
     is_folder,
     list_checkpoints,
@@ -25,6 +24,7 @@ from nlray.checkpoint import (
     verify_checkpoint,
 )
 from nlray.errors import CheckpointError
+from nlray.run_folder import MANIFEST
 from nlray.storage import locate
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,9 @@ write_file(f"{url}/state.json", data)    # atomic: after a crash or a power fail
 import errno
 import os
 import posixpath
+import re
 import shutil
+import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 from nlray.errors import NlrayError, StorageOutageError, UserError
 
 _FILE_SCHEMES = ("file://", "local://")
+PART = re.compile(r"(\.[0-9a-f]{8})?\.part$")
+"""What the name of a file has behind it while it is written; an earlier version had no number there."""
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
@@ -106,7 +110,8 @@ def write_file(url: str, data: bytes) -> None:
         fs.pipe_file(path, data)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.part"
+    # A name of its own: two writes of one file may overlap, where an actor that is given up still writes.
+    part = f"{path}.{uuid.uuid4().hex[:8]}.part"
     try:
         with open(part, "wb") as file:
             file.write(data)

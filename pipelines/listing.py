@@ -16,12 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from nlray.pipelines.files import ENDINGS, plain_name
+from nlray.run_folder import CONFIG, EVENTS, FOLDERS, MANIFEST, METRICS, RESULTS, STATE, SUMMARY, RunFolder
 
-RUN_NAMES = (
-    *("config.yaml", "metrics.jsonl", "events.jsonl", "summary.json", "state.json", "sources.json"),
-    *("tensorboard", "checkpoints", "init"),
-)
-"""What a run writes in its folder."""
 _JUNK = ("_temporary", "_SUCCESS", "_delta_log", "_spark_metadata", "_metadata", "_common_metadata", "cache-*.arrow")
 """Names that Spark, Delta and Hugging Face datasets give to files that are not data."""
 _MOST_EXAMPLES = 3
@@ -158,7 +154,7 @@ def _leave_out_junk(found: Found, runs: set[str], pattern: str) -> None:
     for path in list(found.sizes):
         parts = found.parts(path)
         is_in_run = any(posixpath.join(found.root, *parts[:count]) in runs for count in range(1, len(parts)))
-        if is_in_run or (found.root in runs and parts[0] in RUN_NAMES):
+        if is_in_run or (found.root in runs and parts[0] in (*RESULTS, STATE, *FOLDERS)):
             found.leave_out("files of runs", path)
         elif any(part.startswith(".") for part in parts) and not takes_hidden:
             found.leave_out("hidden files", path)
@@ -168,8 +164,8 @@ def _leave_out_junk(found: Found, runs: set[str], pattern: str) -> None:
 
 def _runs(sizes: dict[str, int]) -> set[str]:
     """Return the folders that hold a run: a configuration, and beside it what a run or `nlray stack` writes."""
-    folders = (posixpath.dirname(path) for path in sizes if posixpath.basename(path) == "config.yaml")
-    marks = ("state.json", "metrics.jsonl", "events.jsonl", "summary.json", "checkpoints/step_000000000/manifest.json")
+    folders = (posixpath.dirname(path) for path in sizes if posixpath.basename(path) == CONFIG)
+    marks = (STATE, METRICS, EVENTS, SUMMARY, posixpath.join(RunFolder("").checkpoint(0), MANIFEST))
     return {folder for folder in folders if any(posixpath.join(folder, mark) in sizes for mark in marks)}
 
 

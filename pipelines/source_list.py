@@ -9,7 +9,6 @@ A file that differs from its fingerprint is named and refused. Files that have m
 import json
 import logging
 import platform
-import posixpath
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,10 +21,10 @@ from nlray.pipelines import stdlib
 from nlray.pipelines.contents import fingerprint
 from nlray.pipelines.files import ENDINGS, File, counted, inspect, one_line
 from nlray.pipelines.listing import Found, find
-from nlray.storage import locate, write_file
+from nlray.run_folder import SOURCES, RunFolder
+from nlray.storage import locate
 from nlray.trust import require_regular
 
-SOURCES = "sources.json"
 STDLIB = "stdlib:"
 _FORMAT = 1
 _THREADS = 16
@@ -224,7 +223,7 @@ def write_list(run_dir: str, files: FileList) -> None:
         for source in files.sources
     ]
     plain = {"format": _FORMAT, "tokenizer": files.tokenizer, "columns": _KEPT, "sources": sources}
-    write_file(posixpath.join(run_dir, SOURCES), json.dumps(plain).encode())
+    RunFolder(run_dir).write(SOURCES, json.dumps(plain).encode())
 
 
 def read_list(run_dir: str) -> FileList | None:
@@ -233,7 +232,7 @@ def read_list(run_dir: str) -> FileList | None:
     Raises:
         DataError: the file is damaged.
     """
-    url = posixpath.join(run_dir, SOURCES)
+    url = RunFolder(run_dir).file(SOURCES)
     fs, path = locate(url)
     try:
         require_regular(url)

@@ -15,10 +15,9 @@ from nlray.actors.control.outages import Outage
 from nlray.actors.control.run_lock import FileLock, FolderLostError, StoreLock
 from nlray.config import Config
 from nlray.config.loading import config_to_yaml
-from nlray.metrics import SUMMARY, MetricsWriter, finite_json, read_events, read_json, read_rows
-from nlray.storage import write_file
+from nlray.metrics import MetricsWriter, finite_json, read_events, read_json, read_rows
+from nlray.run_folder import CONFIG, STATE, SUMMARY, RunFolder
 
-STATE = "state.json"
 LAUNCHED = "launched"  # the status in a state.json that no conductor has written yet
 MAX_ROWS_HELD = 10_000  # for askers; metrics.jsonl has them all
 
@@ -33,7 +32,7 @@ class Journal:
     """
 
     def __init__(self, run_dir: str, lock: FileLock | StoreLock, limit_s: float) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self._folder = run_dir, RunFolder(run_dir)
         self.is_lost = False
         """Whether the folder is gone: nothing is written any more."""
         self._lock, self._writing, self._folder_lock = threading.Lock(), threading.RLock(), lock
@@ -76,7 +75,7 @@ class Journal:
 
     def load_state(self) -> dict[str, Any] | None:
         """Return what a conductor of this launch has written; None where none has yet."""
-        state = read_json(f"{self.run_dir}/{STATE}", status=str)
+        state = read_json(self._folder.file(STATE), status=str)
         return None if state is not None and state["status"] == LAUNCHED else state
 
     def save_state(self, state: dict[str, Any]) -> None:
@@ -84,7 +83,7 @@ class Journal:
 
     def save_config(self, config: Config) -> None:
         """Replace `config.yaml`, which a resume goes by."""
-        self._put("config.yaml", config_to_yaml(config).encode())
+        self._put(CONFIG, config_to_yaml(config).encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._put(SUMMARY, finite_json(summary))
@@ -130,7 +129,7 @@ class Journal:
                     return
                 self._metrics.flush(force=False)
                 for name in list(self._files):
-                    write_file(f"{self.run_dir.rstrip('/')}/{name}", self._files[name])
+                    self._folder.write(name, self._files[name])
                     del self._files[name]
             except FolderLostError:
                 raise

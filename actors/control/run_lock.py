@@ -26,13 +26,13 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, NoReturn
 
 from nlray.errors import NlrayError, UserError
+from nlray.run_folder import LOCK, RUN_LOCK, RunFolder
 from nlray.storage import is_local, locate, reason, write_file
 
 BEAT_S = 10.0
 STALE_S = 45.0
 SETTLE_S = 2.0  # two launches that wrote the object at once: whose name is in it after so long has the folder
 WATCH_S = 1.0
-LOCK, RUN_LOCK = ".lock", ".lock-run"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class StoreLock:
     """Holds a folder by an object with a heartbeat."""
 
     def __init__(self, run_dir: str, owner: Owner) -> None:
-        self._run_dir, self._owner, self._url = run_dir, owner, f"{run_dir.rstrip('/')}/{LOCK}"
+        self._run_dir, self._owner, self._url = run_dir, owner, RunFolder(run_dir).file(LOCK)
         self._ended = threading.Event()
         self._loss: str | None = None
 

@@ -5,20 +5,20 @@ The folder may come from anybody: a file of another shape counts as damaged, whi
 
 import json
 import os
-import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nlray.actors.control.journal import LAUNCHED, STATE
+from nlray.actors.control.journal import LAUNCHED
 from nlray.actors.types import ENDED, RunDescription, RunState, RunStatus
 from nlray.config import Config
-from nlray.config.loading import parse_run_config
+from nlray.config.loading import read_run_config
 from nlray.errors import UserError
-from nlray.metrics import EVENTS, SUMMARY, read_events, read_rows, warn_once
+from nlray.metrics import read_events, read_rows, warn_once
+from nlray.run_folder import CONFIG, EVENTS, STATE, SUMMARY, RunFolder
 from nlray.run_plan import sizes_of
-from nlray.trust import DAMAGED, read_bounded, read_object
+from nlray.trust import DAMAGED
 
 _ADDRESS = re.compile(r"[\w.\-]+:\d+|\[[\da-fA-F:.]+\]:\d+")
 _LARGEST = 1 << 62
@@ -120,17 +120,16 @@ def read_records(run_dir: str) -> Records | None:
     Raises:
         UserError: a file there that is not as nlray writes it.
     """
-    file = posixpath.join(run_dir, "config.yaml")
-    text = read_bounded(file)
-    if text is None:
-        return None
     run_dir = run_dir.rstrip("/")
     # The folder may have been moved.
-    config = parse_run_config(file, text, [f"run.dir={json.dumps(run_dir)}"])
-    state = _read_or_empty(f"{run_dir}/{STATE}", _is_state)
+    config = read_run_config(run_dir, [f"run.dir={json.dumps(run_dir)}"])
+    if config is None:
+        return None
+    folder = RunFolder(run_dir)
+    state = _read_or_empty(folder, STATE, _is_state)
     if state and state["status"] == LAUNCHED:
         state = None
-    summary = _read_or_empty(f"{run_dir}/{SUMMARY}", _is_summary)
+    summary = _read_or_empty(folder, SUMMARY, _is_summary)
     if summary == {} and state and state["status"] in ENDED and _is_summary(state.get("summary")):
         # An ended run's state has its summary too.
         summary = state["summary"]
@@ -145,19 +144,19 @@ def find_records(run: str, address: str | None = None) -> Records | None:
     """
     found = read_records(run)
     if found is None and ("/" in run or os.path.isdir(run)):
-        raise UserError(f"{run}: holds no run (no config.yaml)")
+        raise UserError(f"{run}: holds no run (no {CONFIG})")
     return read_records(f"runs/{run}") if found is None and address is None else found
 
 
-def _read_or_empty(url: str, is_right: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
+def _read_or_empty(folder: RunFolder, name: str, is_right: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
     """Return what a file of a run says; None: there is none; empty: it is damaged, which is said once."""
     try:
-        found = read_object(url)
+        found = folder.read_object(name)
     except UserError as error:
         warn_once(str(error))
         return {}
     if found is not None and not is_right(found):
-        warn_once(f"{url}: {DAMAGED}")
+        warn_once(f"{folder.file(name)}: {DAMAGED}")
         return {}
     return found
 

@@ -16,8 +16,9 @@ from nlray.config.checks import Scalar, build, nearest, shown
 from nlray.config.old_keys import refuse_renamed, upgraded
 from nlray.config.yaml_text import dump_yaml, load_yaml
 from nlray.errors import UserError
+from nlray.run_folder import CONFIG, RunFolder, step_of
 from nlray.storage import absolute, locate
-from nlray.trust import confirm, read_bounded
+from nlray.trust import confirm
 
 PRESETS = ("tiny", "small", "hope-340m", "hope-760m", "hope-1.3b")
 
@@ -39,7 +40,7 @@ def load_config(source: str | None, overrides: list[str] | None = None, *, defau
     init = _init_of(overrides or [])
     if source is not None or not init:
         return _parse(_read_source(source), overrides, default_name)
-    run_dir = re.sub(r"/checkpoints/step_\d+/?$", "", init.rstrip("/"))
+    run_dir = init.rstrip("/") if step_of(init) is None else RunFolder.of_checkpoint(init).url
     config = _parse(_read_init(init, run_dir), overrides, default_name, is_resolved=True)
     confirm(config, run_dir, trust=trust, typed=values_of(overrides or []))
     return config
@@ -137,6 +138,13 @@ def with_absolute_paths(config: Config) -> Config:
     return with_run(config, dir=None if config.run.dir is None else resolved("run.dir", config.run.dir, find=locate))
 
 
+def read_run_config(run_dir: str, overrides: list[str] | None = None) -> Config | None:
+    """Return the configuration in a run's folder, with overrides; None where the folder has none. Raises as `load_config`."""
+    folder = RunFolder(run_dir)
+    text = folder.read(CONFIG)
+    return None if text is None else parse_run_config(folder.file(CONFIG), text, overrides)
+
+
 def _read_source(source: str | None) -> dict[str, Any]:
     name = source or "tiny"
     if name in PRESETS:
@@ -160,9 +168,10 @@ def _read_source(source: str | None) -> dict[str, Any]:
 
 def _read_init(init: str, run_dir: str) -> dict[str, Any]:
     """Return what the parameters need of the configuration that belongs to a run's folder or one of its checkpoints."""
-    name = f"{run_dir}/config.yaml"
+    folder = RunFolder(run_dir)
+    name = folder.file(CONFIG)
     try:
-        content = read_bounded(name)
+        content = folder.read(CONFIG)
     except OSError as error:
         raise UserError(f"init: {init}: {name} cannot be read: {error}") from error
     if content is None:

@@ -22,6 +22,7 @@ from nlray.checkpoint import checkpoint_dir, write_manifest, write_part
 from nlray.config import Config
 from nlray.config.loading import config_to_yaml, parse_config
 from nlray.errors import UserError
+from nlray.run_folder import CONFIG, RunFolder
 from nlray.stacking.decoders import Source, open_source
 from nlray.storage import absolute, is_local
 
@@ -85,7 +86,7 @@ def write_stacked(decoder: Source, config: Config, source: str, out: str) -> Con
         if tokenizer != "bytes" and is_local(tokenizer):
             shutil.copyfile(absolute(tokenizer), part / "tokenizer.json")
             config = replace(config, data=replace(config.data, tokenizer=str(target.resolve() / "tokenizer.json")))
-        (part / "config.yaml").write_text(config_to_yaml(config))
+        RunFolder(str(part)).write(CONFIG, config_to_yaml(config).encode())
         if target.exists():
             target.rmdir()
         part.rename(target)

@@ -32,6 +32,7 @@ from nlray.checkpoint import (
 from nlray.config.loading import load_config
 from nlray.errors import CheckpointError, UserError
 from nlray.init_parameters import check_initial
+from nlray.storage import PART
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -320,11 +321,10 @@ def test_a_checkpoints_own_folder_names_its_run_and_step(tmp_path, monkeypatch):
 
 def test_parts_the_manifest_and_the_folders_are_on_the_disk_when_a_checkpoint_is_complete(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(PART.sub("", os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
     url, _ = write(str(tmp_path), 10)
-    parts = ["sequence_0.safetensors.part", "level_slow_0.safetensors.part", "manifest.json.part"]
-    order = [synced.index(f"{url}/{part}") for part in parts]
-    assert order == sorted(order) and synced[order[2] :] == [f"{url}/manifest.json.part", url, f"{tmp_path}/checkpoints", str(tmp_path)]
+    order = [synced.index(f"{url}/{name}") for name in ("sequence_0.safetensors", "level_slow_0.safetensors", "manifest.json")]
+    assert order == sorted(order) and synced[order[2] :] == [f"{url}/manifest.json", url, f"{tmp_path}/checkpoints", str(tmp_path)]
 
 
 def lying(data: bytes, lie: str) -> bytes:

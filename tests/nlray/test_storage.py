@@ -58,6 +58,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: 
     assert Path(url).read_bytes() == b"old" and os.listdir(tmp_path) == ["state.json"]
 
 
+def test_two_writes_of_one_file_that_overlap_both_end_and_one_of_them_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A part of a checkpoint is ordered again where its first writer is given up but still writes."""
+    file, replace = tmp_path / "a.json", os.replace
+    with monkeypatch.context() as first:
+
+        def write_between(source: str, target: str) -> None:
+            first.setattr(os, "replace", replace)
+            write_file(str(file), b"second")
+            replace(source, target)
+
+        first.setattr(os, "replace", write_between)
+        write_file(str(file), b"first")
+    assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_store_gets_the_whole_object():
     write_file("memory://test-storage/a/b.json", b"data")
     assert fsspec.filesystem("memory").cat_file("/test-storage/a/b.json") == b"data"
