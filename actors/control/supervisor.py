@@ -265,7 +265,7 @@ class Supervisor:
                 time.sleep(RETRY_S)
             self.journal.close()
         except Exception as error:
-            logger.exception("summary.json")
+            logger.exception("the end of the run was not written")
             if not self.journal.is_lost:
                 self.note(f"summary.json could not be written: {error}")
         self.hosts.remove_all()
