@@ -62,7 +62,7 @@ def sources_of(point: Point, role: Role, group_size: int, host: str | None) -> l
     """
 
     def nearest(hosts: Sequence[str]) -> str:
-        return host if host in hosts else hosts[0]
+        return host if host is not None and host in hosts else hosts[0]
 
     is_same = point.sizes[role.group] == group_size
     owners = [role] if is_same else [Role(role.group, i) for i in range(point.sizes[role.group])]

@@ -211,7 +211,7 @@ class SnapshotStore:
                     return
                 key, backup, keeps_shared = self._unsent.popleft(), self._backup, self._keeps_shared
                 part, last = self._held.get(key), self._last_sent
-            if part is None:
+            if part is None or backup is None:
                 continue
             try:
                 self._send(part, backup, last, keeps_shared=keeps_shared)

@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nlray.actors.types import Command
+from nlray.errors import NlrayError
 from nlray.levels.flat_buffers import FlatLayout
 from nlray.levels.plan import TensorSpec
 
@@ -45,8 +47,14 @@ class DataParallelGroup:
         Not torch's default group: that one is counted, and a process in which an earlier start was cut short would look for the others
         under another number.
         """
-        kind = dist.ProcessGroupNCCL if self.device.type == "cuda" else dist.ProcessGroupGloo
+        kind: Any = dist.ProcessGroupNCCL if self.device.type == "cuda" else dist.ProcessGroupGloo
         self._group = kind(store, self.worker, self.num_workers, timedelta(seconds=timeout_s))
+
+    @property
+    def _joined(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise NlrayError(f"sequence worker {self.worker} is not in the group of the workers")
+        return self._group
 
     def leave(self) -> None:
         """End the group; whoever waits for this worker in it gets an error."""
@@ -98,7 +106,7 @@ class DataParallelGroup:
         message = torch.tensor(
             [loss if math.isfinite(loss) else 0.0, 0.0 if is_finite else 1.0, float(command)], dtype=torch.float64, device=self.device
         )
-        self._group.allreduce([message]).wait()
+        self._joined.allreduce([message]).wait()
         loss, num_bad, commands = message.tolist()
         return Agreement(loss=loss if num_bad == 0 else math.nan, is_finite=num_bad == 0, command=Command(int(commands)))
 
@@ -106,28 +114,29 @@ class DataParallelGroup:
         """Return the sums over the workers, in float64."""
         message = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         if self.num_workers > 1:
-            self._group.allreduce([message]).wait()
+            self._joined.allreduce([message]).wait()
         return message.tolist()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over the workers, in place."""
-        self._group.allreduce([tensor]).wait()
+        self._joined.allreduce([tensor]).wait()
         return tensor
 
     def broadcast(self, tensor: Tensor, owner: int) -> dist.Work:
         """Begin to copy one worker's tensor into everyone's."""
         options = dist.BroadcastOptions()
         options.rootRank = owner
-        return self._group.broadcast([tensor], options)
+        return self._joined.broadcast([tensor], options)
 
     def reduce(self, tensor: Tensor, owner: int) -> dist.Work:
         """Begin to add a tensor up over the workers, in the owner's; the others' is worth nothing afterwards."""
         options = dist.ReduceOptions()
         options.rootRank = owner
-        return self._group.reduce([tensor], options)
+        return self._joined.reduce([tensor], options)
 
     def _on_gradient(self, bucket: "Bucket", index: int, parameter: nn.Parameter) -> None:
         if self._is_armed:
+            assert parameter.grad is not None
             bucket.add(index, parameter.grad)
             self._launch(include_incomplete=False)
 
@@ -137,7 +146,7 @@ class DataParallelGroup:
             bucket = self._buckets[self._next_bucket]
             if bucket.num_missing > 0 and not include_incomplete:
                 return
-            bucket.launch(self._group)
+            bucket.launch(self._joined)
             self._next_bucket += 1
 
 
@@ -164,10 +173,12 @@ class Bucket:
         self._work = group.allreduce([self._flat])
 
     def forget(self) -> None:
-        """Let go of a sum that may never end."""
+        """Drop a sum that may never end."""
         self._work = None
 
     def finish(self) -> None:
+        assert self._work is not None, "the bucket was not launched"
+        # Not by a name of its own: where this raises, the traceback would keep the sum, which `forget` has to drop.
         self._work.wait()
         self._work = None
         for parameter, view in zip(self.parameters, self._views, strict=True):

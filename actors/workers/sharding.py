@@ -70,11 +70,11 @@ class ShardedParameters:
         """Return the norms of all gradients in model order, [number of tensors] float32, from those of each worker's own."""
         norms = torch.zeros(self._num_tensors, device=self.group.device)
         if self.owned:
-            norms[self._indices] = tensor_norms([p.grad for p in self.owned.values()])
+            norms[self._indices] = tensor_norms([p.grad for p in self.owned.values() if p.grad is not None])
         return self.group.sum_(norms)
 
     def forget(self) -> None:
-        """Let go of messages that may never end."""
+        """Drop messages that may never end."""
         for unit in self._units:
             unit.forget()
 
@@ -224,7 +224,7 @@ class Unit:
                 part.sums = None
 
     def forget(self) -> None:
-        """Let go of messages that may never end."""
+        """Drop messages that may never end."""
         self._gathering, self._sending = [], []
 
 
